@@ -45,7 +45,7 @@ class Config:
     n_heads: int = 4                # H
     n_kv_heads: int = 0             # G; 0: as many as n_heads
     head_dim: int = 0               # C; 0: dim / n_heads
-    hidden_dim: int = 0             # width of the MLP; 0: 8/3 dim when gated, else 4 dim, to a multiple of 32
+    hidden_dim: int = 0             # width of the MLP; 0: 4 dim, or 8/3 dim to a multiple of 32 when gated
     max_len: int = 1024             # longest context in tokens
     causal: bool = False            # True: a position sees only itself and what stands before it
     positions: str = "rope"         # or "learned"
@@ -92,7 +92,7 @@ class Config:
                 raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
         for name in ("rope_theta", "local_rope_theta", "norm_eps"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
+            if type(value) not in (int, float) or not 0 < value < 1e30:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         for field in dataclasses.fields(self):
             if field.type is bool and type(getattr(self, field.name)) is not bool:
@@ -104,7 +104,7 @@ class Config:
         if not self.head_dim and self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} does not divide into {self.n_heads} heads")
         self.head_dim = self.head_dim or self.dim // self.n_heads
-        self.hidden_dim = self.hidden_dim or 32 * math.ceil(self.dim * (8 / 3 if self.gated else 4) / 32)
+        self.hidden_dim = self.hidden_dim or (32 * math.ceil(self.dim / 12) if self.gated else 4 * self.dim)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads")
         if self.positions == "rope" and self.head_dim % 2:
@@ -128,7 +128,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(config):
@@ -166,29 +166,44 @@ def rotate(x, cos, sin):
 class Cache:
     """Keys and values of all T positions of a canvas, per layer [B, G, T, C].
 
-    A forward pass of S tokens writes its keys and values at their positions and attends to the whole. Prefix cache: refresh all
-    that stands right of the prompt. Dual cache: refresh one block. Block cache: the blocks left of this one are final and
-    those right of it hidden. Autoregressive decoding: S = 1.
+    A forward pass of S tokens writes their keys and values at their positions and attends to the whole. Prefix cache: refresh
+    all that stands right of the finished text. Dual cache: refresh one block. Block cache: what stands left of the block is
+    final and what stands right of it hidden. Autoregressive decoding: S = 1.
     """
 
     def __init__(self, config, batch_size, length, device=None, dtype=None):
-        shape = (batch_size, config.n_kv_heads, length, config.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        shape = (config.n_layers, batch_size, config.n_kv_heads, length, config.head_dim)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = length
+        self.rows = None        # int64 [A]: the next pass is for these rows of the batch only; None: all
 
     def update(self, layer, positions, k, v):
-        """Write k, v [B, G, S, C] at positions [S] or [B, S]; returns all keys and values [B, G, T, C]."""
-        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            if positions.dim() == 1:
-                store[:, :, positions] = new.to(store.dtype)
-            else:
-                store.scatter_(2, positions[:, None, :, None].expand(new.shape), new.to(store.dtype))
-        return self.keys[layer], self.values[layer]
+        """Write k, v [A, G, S, C] at positions [S] or [A, S]; returns all keys and values of those rows, [A, G, T, C]."""
+        positions = positions.expand(k.shape[0], -1)
+        rows = torch.arange(len(k), device=k.device) if self.rows is None else self.rows
+        stores = self.keys[layer], self.values[layer]
+        for store, new in zip(stores, (k, v)):
+            store[rows[:, None], :, positions] = new.transpose(1, 2).to(store.dtype)        # [A, S, G, C]
+        return stores if self.rows is None else tuple(store[rows] for store in stores)
 
-    def keep(self, rows):
-        """Drop all rows of the batch but these (int64 [B'])."""
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(C)) v over the keys that `mask` shows: None, "causal", bool broadcastable to [B, H, S, T], or a BlockMask.
+
+    q [B, H, S, C], k and v [B, G, T, C] -> [B, H, S, C].
+    """
+    (H, S, C), (G, T) = q.shape[1:], k.shape[1:3]
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != G)
+    causal = isinstance(mask, str)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and S * T <= 2**16:
+        # Training short sequences in bf16 on a CPU: torch's fused kernel takes up to three times as long as the formula itself.
+        k, v = (t if H == G else t.repeat_interleave(H // G, dim=1) for t in (k, v))
+        scores = (q * C**-0.5) @ k.transpose(-1, -2)                                # [B, H, S, T]
+        if mask is not None:
+            scores = scores.masked_fill(torch.ones(S, T, dtype=torch.bool).triu(1) if causal else ~mask, float("-inf"))
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal, enable_gqa=H != G)
 
 
 class Attention(nn.Module):
@@ -213,11 +228,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)                        # [B, G, T, C]
-        if isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=H != G)
-        else:
-            causal = isinstance(mask, str)
-            y = F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal, enable_gqa=H != G)
+        y = attend(q, k, v, mask)                                                   # [B, H, S, C]
         return self.o(y.transpose(1, 2).reshape(B, S, H * C))
 
 
@@ -244,12 +255,20 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, cache=None, positions=None):
+    def forward(self, x, rope, mask, cache=None, positions=None, select=None):
+        """x [B, S, D] -> [B, S, D]; with `select` (as in Transformer.forward) only those rows go through the MLP, [N, D]."""
         if self.post_norm:
-            x = self.attn_norm(x + self.attn(x, rope, mask, cache, positions))
+            x = take(self.attn_norm(x + self.attn(x, rope, mask, cache, positions)), select)
             return self.mlp_norm(x + self.mlp(x))
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache, positions)
+        x = take(x + self.attn(self.attn_norm(x), rope, mask, cache, positions), select)
         return x + self.mlp(self.mlp_norm(x))
+
+
+def take(x, select):
+    """Rows of x [B, S, D]: all of them, those where select [B, S] is true, or those with the flat indices select [N] -> [N, D]."""
+    if select is None:
+        return x
+    return x[select] if select.dtype == torch.bool else x.flatten(0, 1)[select]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -265,26 +284,29 @@ class LinearCrossEntropy(torch.autograd.Function):
         # hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N], row_weights float32 [N]
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         ctx.dtypes = hidden.dtype, weight.dtype
-        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        need_grad = any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, weight, nll = hidden.to(dtype), weight.to(dtype), torch.empty(len(targets), device=hidden.device)
-            grad_h = torch.zeros_like(hidden) if need_h else None
-            grad_w = torch.zeros(weight.shape, device=weight.device) if need_w else None         # float32: a sum over chunks
-            grad_b = torch.zeros(weight.shape[0], device=weight.device) if need_b else None
+            grad_h = torch.empty_like(hidden) if need_grad else None
+            grad_w = torch.zeros(weight.shape, device=weight.device) if need_grad else None      # float32: a sum over chunks
+            grad_b = torch.zeros(len(weight), device=weight.device) if need_grad and bias is not None else None
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
-                logits = (hidden[rows] @ weight.T).float()                                        # [chunk, V]
+                target, row_weight = targets[rows, None], row_weights[rows, None]                 # [chunk, 1]
+                logits = hidden[rows] @ weight.T                                                  # [chunk, V]
                 if bias is not None:
                     logits += bias
-                nll[rows], grad = _nll_and_grad(logits, targets[rows], row_weights[rows], dtype, need_h or need_w or need_b)
-                if need_h:
-                    grad_h[rows] = grad @ weight                                                  # [chunk, V] @ [V, D]
-                if need_w and dtype == torch.float32:
-                    grad_w.addmm_(grad.T, hidden[rows])                                           # [V, chunk] @ [chunk, D]
-                elif need_w:
-                    grad_w += grad.T @ hidden[rows]
-                if need_b:
-                    grad_b += grad.sum(0)
+                p = logits.softmax(dim=-1)
+                # logsumexp = max z - log max p: two reads where a float32 copy and a second exp would be needed
+                lse = logits.amax(-1, keepdim=True).float() - p.amax(-1, keepdim=True).float().log()
+                nll[rows] = (lse - logits.gather(1, target))[:, 0]
+                if need_grad:
+                    p.scatter_add_(1, target, p.new_full(target.shape, -1))                       # d nll / d logits
+                    grad_h[rows] = (p @ weight) * row_weight.to(dtype)                            # [chunk, D]
+                    weighted = hidden[rows] * row_weight.to(dtype)
+                    grad_w = grad_w.addmm_(p.T, weighted) if dtype == torch.float32 else grad_w.add_(p.T @ weighted)
+                    if bias is not None:
+                        grad_b += (p.float() * row_weight).sum(0)
         ctx.grads = grad_h, grad_w, grad_b
         ctx.mark_non_differentiable(nll)
         return (nll * row_weights).sum(), nll
@@ -294,20 +316,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the gradients of this loss were used already: call backward once")
         (grad_h, grad_w, grad_b), ctx.grads = ctx.grads, None
-        grads = [None if grad is None else grad.mul_(grad_loss) for grad in (grad_h, grad_w, grad_b)]
-        grads[0], grads[1] = (None if g is None else g.to(dtype) for g, dtype in zip(grads[:2], ctx.dtypes))
-        return *grads, None, None, None
-
-
-def _nll_and_grad(logits, targets, row_weights, dtype, need_grad):
-    """Cross-entropy [rows] of logits [rows, V], and its gradient with respect to them (softmax - one_hot) * weight, or None."""
-    lse = logits.logsumexp(dim=-1)
-    nll = lse - logits.gather(1, targets[:, None])[:, 0]
-    if not need_grad:
-        return nll, None
-    grad = logits.sub_(lse[:, None]).exp_()
-    grad.mul_(row_weights[:, None]).scatter_add_(1, targets[:, None], -row_weights[:, None])
-    return nll, grad.to(dtype)
+        grad_h, grad_w = grad_h.mul_(grad_loss).to(ctx.dtypes[0]), grad_w.mul_(grad_loss).to(ctx.dtypes[1])
+        return grad_h, grad_w, None if grad_b is None else grad_b.mul_(grad_loss), None, None, None
 
 
 class Transformer(nn.Module):
@@ -329,7 +339,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.checkpoint_blocks = False      # True: keep only the blocks' inputs for the backward pass and recompute the rest
-        self.chunk = 256                    # rows whose logits exist at once in the loss
+        self.chunk = max(64, 2**24 // V)    # rows whose logits exist at once in the loss
 
     @torch.no_grad()
     def init_weights(self, seed=0):
@@ -354,7 +364,8 @@ class Transformer(nn.Module):
     def forward(self, tokens, attention_mask=None, select=None, cache=None, positions=None, targets=None, weights=None):
         """tokens int64 [B, S] -> logits [B, S, V], raw and unshifted; with `select` only those rows, [N, V].
 
-        attention_mask  [B, T], true (or 1) where a key may be seen; or bool [1 or B, S, T], who sees whom; or a BlockMask.
+        attention_mask  [B, T], true (or 1) where a key may be seen; or, instead of the model's own order of attention, bool
+                        [1 or B, S, T], who sees whom, or a BlockMask.
         select          bool [B, S], or int64 [N]: indices into the flattened B * S rows.
         cache           a `Cache` of T positions to refresh at `positions` and to attend to; None: attend to `tokens` alone.
         positions       int64 [S] or [B, S]; None: 0, 1, 2...
@@ -362,9 +373,7 @@ class Transformer(nn.Module):
                         nats, without ever holding the logits; `weights` float32 of the same shape, None: all one.
         Raises ValueError for more positions than the model has.
         """
-        hidden = self.hidden(tokens, attention_mask, cache, positions)              # [B, S, D]
-        if select is not None:
-            hidden = hidden[select] if select.dtype == torch.bool else hidden.flatten(0, 1)[select]         # [N, D]
+        hidden = self.hidden(tokens, attention_mask, select, cache, positions)      # [B, S, D] or [N, D]
         if self.norm is not None:
             hidden = self.norm(hidden)
         if self.head_dense is not None:
@@ -375,8 +384,8 @@ class Transformer(nn.Module):
         return LinearCrossEntropy.apply(hidden.flatten(0, -2), self.head.weight, self.head.bias, targets.flatten(),
                                         weights.flatten(), self.chunk)
 
-    def hidden(self, tokens, attention_mask=None, cache=None, positions=None):
-        """The residual stream behind the last block, [B, S, D]; arguments as in `forward`."""
+    def hidden(self, tokens, attention_mask=None, select=None, cache=None, positions=None):
+        """The residual stream behind the last block, [B, S, D] or [N, D]; arguments as in `forward`."""
         config = self.config
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -392,7 +401,8 @@ class Transformer(nn.Module):
         masks = self._masks(positions, attention_mask, cache)
         ropes = self._ropes(positions)
         for block in self.blocks:
-            arguments = x, ropes[block.attn.is_local], masks[block.attn.is_local], cache, positions
+            last = block is self.blocks[-1]             # the last MLP runs, like the head, on the rows that are asked for only
+            arguments = x, ropes[block.attn.is_local], masks[block.attn.is_local], cache, positions, select if last else None
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -403,19 +413,20 @@ class Transformer(nn.Module):
         """(mask of global layers, mask of local layers): each None, "causal", a BlockMask or bool broadcastable to [B, H, S, T]."""
         config = self.config
         if isinstance(attention_mask, BlockMask):
-            if config.causal or config.local_window:
-                raise ValueError("a BlockMask cannot be combined with causal or local attention: pass a bool mask")
+            if config.local_window:
+                raise ValueError("a BlockMask cannot be combined with local attention: pass a bool mask")
             return attention_mask, None
         mask = None
         if attention_mask is not None:
             visible = attention_mask.bool()
             mask = visible[:, None, None, :] if visible.dim() == 2 else visible[:, None]            # [B, 1, 1 or S, T]
-        if config.causal and mask is None and cache is None:
+        causal = config.causal and (attention_mask is None or attention_mask.dim() == 2)    # who sees whom overrules "causal"
+        if causal and mask is None and cache is None:
             return "causal", None
         key = positions if cache is None else torch.arange(cache.length, device=positions.device)
         ahead = key[..., None, :] - positions[..., :, None]                         # [S, T] or [B, S, T]: key minus query
         ahead = ahead if ahead.dim() == 2 else ahead[:, None]                       # [S, T] or [B, 1, S, T]
-        if config.causal:
+        if causal:
             mask = ahead <= 0 if mask is None else (mask & (ahead <= 0)) | (ahead == 0)     # a row that sees nothing would be NaN
         if not config.local_window:
             return mask, None
@@ -446,49 +457,42 @@ class Transformer(nn.Module):
         """A model from one of our folders or a published checkpoint (config.json and .safetensors) of any family in `FAMILIES`.
 
         causal  None: as published; False opens the attention of an autoregressive model.
-        dtype   of the loaded weights; None: as stored.
-        The model is built without memory and filled tensor by tensor: the peak is the weights once and one tensor more.
+        dtype   of the loaded weights; None: as the embedding is stored.
+        The model is built without memory and filled tensor by tensor: the peak is the weights once and little more.
         Raises FileNotFoundError or ValueError, one line that says what is wrong, for a folder that is not such a checkpoint.
         """
         folder = find_checkpoint(path_or_hub_id)
         config, _ = read_config(folder)
         if causal is not None:
             config.causal = causal
-        files = weight_files(folder)
-        names = tensor_files(files)
-        check_layers(config, names)
-        with torch.device("meta"):
-            model = cls(config)
-        fill(model, names, device, dtype)
+        model, plan = match_tensors(config, read_headers(weight_files(folder)))
+        fill(model, plan, device, dtype)
         model.source = folder
         return model.eval()
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors in our layout, and the tokenizer files of the checkpoint that was loaded."""
-        raw = {"model_type": "unmask", **dataclasses.asdict(self.config)}
-        state = {name: tensor for name, tensor in self.state_dict().items() if not (name == "head.weight" and self.config.tie_embeddings)}
-        self._write(folder, raw, state, TOKENIZER_FILES)
+        state = {name: tensor for name, tensor in self.state_dict().items() if name != "head.weight" or not self.config.tie_embeddings}
+        self._write(folder, {"model_type": "unmask", **dataclasses.asdict(self.config)}, state, TOKENIZER_FILES)
 
     def export_pretrained(self, folder):
         """Write the published layout of the model's family (`unmask` exports as Qwen3), which the family's own code loads."""
-        family = FAMILIES[self.config.family]
         state, parameters = {}, self.state_dict()
         for theirs, ours, transposed in tensor_table(self):
-            tensor = torch.cat([parameters[name] for name in ours]) if len(ours) > 1 else parameters[ours[0]]
-            state[theirs] = tensor.T if transposed else tensor
-        self._write(folder, publish_config(self.config, family, self.embed.weight.dtype), state, (*TOKENIZER_FILES, "*.py"))
+            if ours != ["head.weight"] or not self.config.tie_embeddings:
+                tensor = torch.cat([parameters[name] for name in ours])
+                state[theirs] = tensor.T if transposed else tensor
+        self._write(folder, publish_config(self.config, self.embed.weight.dtype), state, (*TOKENIZER_FILES, "*.py"))
 
     def _write(self, folder, raw_config, state, beside):
-        folder = Path(folder)
+        folder, source = Path(folder), getattr(self, "source", None)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         write_atomically(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
         write_atomically(folder / "config.json", lambda path: Path(path).write_text(json.dumps(raw_config, indent=2) + "\n"))
-        source = getattr(self, "source", None)
         if source is not None and source.resolve() != folder.resolve():
-            for pattern in beside:
-                for file in source.glob(pattern):
-                    shutil.copyfile(file, folder / file.name)
+            for file in (file for pattern in beside for file in source.glob(pattern)):
+                shutil.copyfile(file, folder / file.name)
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -512,7 +516,7 @@ def write_atomically(path, write):
 class Family:
     """How one published family writes down what `Config` and `Transformer` hold."""
     architecture: str       # the class that its own code loads it with
-    keys: dict              # Config field -> key of its config.json (or several keys, the first that is there counts)
+    keys: dict              # Config field -> key of its config.json (or several: the first that is there counts, all are written)
     fixed: dict             # Config fields that the family does not vary
     tensors: dict           # our module (or a tuple of them: one fused tensor) -> its module; " ^T": stored transposed
     defaults: dict = dataclasses.field(default_factory=dict)        # key -> what its code takes when the key is missing
@@ -634,7 +638,7 @@ FAMILIES = {
          "head": "lm_head"},
         dict(n_inner=None, layer_norm_epsilon=1e-5, activation_function="gelu_new", tie_word_embeddings=True),
         dict(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)),
-        r"transformer\.h\.\d+\.attn\.(masked_)?bias", "transformer."),
+        r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", "transformer."),
     "bert": Family(
         "BertForMaskedLM", dict(_BERT_KEYS, head_activation="hidden_act"), _BERT_FIXED,
         {**_bert_tensors("bert"),
@@ -677,147 +681,139 @@ FAMILIES = {
              global_attn_every_n_layers=3, global_rope_theta=160000.0, local_rope_theta=10000.0, classifier_bias=False,
              classifier_activation="gelu", decoder_bias=True, tie_word_embeddings=True)),
 }
-_ACTIVATION_NAMES = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}    # as safetensors spells them
+_ACTIVATION_NAMES = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu"}
 
 
 def read_config(folder):
     """(Config, {field: where its value came from}) of the config.json in `folder`. Raises ValueError or FileNotFoundError."""
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: is it a checkpoint folder?")
+    raw = read_json(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} holds no config.json: is it a checkpoint folder?") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    name = raw.pop("model_type", None) if raw.get("model_type") == "unmask" else raw.get("model_type")
-    try:
+        name = raw.get("model_type")
         if name == "unmask":
-            unknown = raw.keys() - {field.name for field in dataclasses.fields(Config)}
-            if unknown:
-                raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
-            if raw.get("family", "unmask") not in FAMILIES:
-                raise ValueError(f"unknown family {raw['family']!r}")
-            return Config(**raw), dict.fromkeys(raw, "our config.json")
-        if not isinstance(name, str) or name not in FAMILIES:
+            values = {key: value for key, value in raw.items() if key != "model_type"}
+            if unknown := values.keys() - {field.name for field in dataclasses.fields(Config)}:
+                raise ValueError(f"unknown field {min(unknown)!r}")
+            if values.get("family", "unmask") not in list(FAMILIES):
+                raise ValueError(f"unknown family {values['family']!r}; known are {', '.join(FAMILIES)}")
+            return Config(**dict(values, rope_scaling=_check_rope_scaling(values.get("rope_scaling")))), dict.fromkeys(values, "our config.json")
+        if name not in list(FAMILIES):
             raise ValueError(f"unknown model_type {name!r}; known are {', '.join(FAMILIES)}")
         values, origin = interpret(FAMILIES[name], raw)
         return Config(family=name, published=raw, **values), origin
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises ValueError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}")
+    return raw
 
 
 def interpret(family, raw):
     """({Config field: value}, {Config field: where from}) of a published config, by the family's table."""
-    for key, allowed in family.only.items():
+    for key, allowed in {"quantization_config": (None,), **family.only}.items():
         if key in raw and raw[key] not in allowed:
             raise ValueError(f"{key} = {raw[key]!r} is not supported (only {' or '.join(map(repr, allowed))})")
     flat = _flatten_rope(raw)
     values, origin = dict(family.fixed), dict.fromkeys(family.fixed, f"every {family.architecture}")
     for field, keys in family.keys.items():
         keys = (keys,) if isinstance(keys, str) else keys
-        key = next((key for key in keys if flat.get(key) is not None), None)
-        if key is not None:
-            value, origin[field] = flat[key], f"{key} = {flat[key]!r}"
-        elif field.endswith("_token_id") or any(key in family.defaults for key in keys):
-            value = next((family.defaults[key] for key in keys if key in family.defaults), None)
-            origin[field] = f"{keys[-1]} not given"
-        else:
+        given = [key for key in keys if flat.get(key) is not None]
+        if not given and not field.endswith("_token_id") and not family.defaults.keys() & set(keys):
             raise ValueError(f"{keys[-1]} is missing")
+        value = flat[given[0]] if given else family.defaults.get(keys[0])
+        origin[field] = f"{given[0]} = {value!r}" if given else f"{keys[-1]} not given"
         if field.endswith("_token_id"):                             # Llama 3 lists several ends of text; -1 stands for none
             value = value[0] if isinstance(value, list) and value else value
-            value = None if type(value) is int and value < 0 else value
-        elif field in ("activation", "head_activation") and isinstance(value, str):
-            value = _ACTIVATION_NAMES.get(value, value)
+            value = None if value == -1 else value
+        elif field in ("activation", "head_activation"):
+            value = _ACTIVATION_NAMES.get(value, value) if isinstance(value, str) else value
         elif field == "rope_scaling":
             value = _check_rope_scaling(value)
         elif value is None:
-            value = 0                                               # Config: derive it
+            value = 0                                               # Config derives it
         values[field] = value
-    if family.offset and all(type(values[name]) is int for name in ("max_len", "pad_token_id")):
-        values["position_offset"] = values["pad_token_id"] + 1
+    if family.offset and type(values["max_len"]) is type(values["pad_token_id"]) is int:
+        values["position_offset"], origin["position_offset"] = values["pad_token_id"] + 1, "pad_token_id + 1"
         values["max_len"] -= values["position_offset"]
-        origin["position_offset"] = "pad_token_id + 1"
     return values, origin
 
 
 def _flatten_rope(raw):
-    """transformers 5 writes `rope_parameters`, for ModernBERT one per kind of layer, instead of the keys of the tables above."""
-    kinds = raw.get("layer_types")
-    every = raw.get("global_attn_every_n_layers", 3)
-    local = [kind != "full_attention" for kind in kinds] if isinstance(kinds, list) else []
-    pattern = [raw.get("model_type") == "modernbert" and type(every) is int and every > 0 and layer % every != 0 for layer in range(len(local))]
-    if local != pattern:
-        raise ValueError("layer_types with this pattern of local layers are not supported")
-    parameters = raw.get("rope_parameters")
-    if not isinstance(parameters, dict):
-        return raw
-    flat = dict(raw)
-    if isinstance(parameters.get("full_attention"), dict):
-        flat["global_rope_theta"] = parameters["full_attention"].get("rope_theta")
-        flat["local_rope_theta"] = (parameters.get("sliding_attention") or {}).get("rope_theta")
-        return flat
-    flat["rope_theta"] = parameters.get("rope_theta", raw.get("rope_theta"))
-    return dict(flat, rope_scaling=parameters)
+    """transformers 5 writes `layer_types` and `rope_parameters` (for ModernBERT one per kind of layer); here as the keys of the tables."""
+    flat, kinds, rope = dict(raw), raw.get("layer_types"), raw.get("rope_parameters")
+    if isinstance(kinds, list) and kinds:
+        every = next((layer for layer in range(1, len(kinds)) if kinds[layer] == "full_attention"), len(kinds))
+        pattern = ["sliding_attention" if layer % every else "full_attention" for layer in range(len(kinds))]
+        if kinds != pattern or every > 1 and raw.get("model_type") != "modernbert":
+            raise ValueError("layer_types with this pattern of local layers are not supported")
+        flat["global_attn_every_n_layers"] = every
+    if isinstance(rope, dict):
+        both = rope.get("full_attention"), rope.get("sliding_attention")
+        if all(isinstance(part, dict) for part in both):
+            flat["global_rope_theta"], flat["local_rope_theta"] = (part.get("rope_theta") for part in both)
+        else:
+            flat["rope_theta"], flat["rope_scaling"] = rope.get("rope_theta", raw.get("rope_theta")), rope
+    return flat
 
 
 def _check_rope_scaling(scaling):
     if scaling is None:
         return None
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else repr(scaling)
     needs = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if kind not in needs:
+    if kind not in list(needs):
         raise ValueError(f"rope_scaling {kind!r} is not supported (only {', '.join(needs)})")
     for key in needs[kind]:
-        if type(scaling.get(key)) not in (int, float) or not 0 < scaling[key] < float("inf"):
+        if type(scaling.get(key)) not in (int, float) or not 0 < scaling[key] < 1e30:
             raise ValueError(f"rope_scaling needs a positive {key}, got {scaling.get(key)!r}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
     return None if kind == "default" else {"rope_type": kind, **{key: scaling[key] for key in needs[kind]}}
 
 
-def publish_config(config, family, dtype):
-    """The published config.json of a model: the one it was read from, changed where the model was."""
-    raw = dict(config.published or {})
-    before = interpret(family, raw)[0] if raw else {}
-    for field, value in family.fixed.items():
-        if field not in ("causal", "shift") and getattr(config, field) != value:
-            raise ValueError(f"{family.architecture} cannot express {field} = {getattr(config, field)!r}")
+def publish_config(config, dtype):
+    """The published config.json of a model: the one it was read from, changed where the model was. Raises ValueError if none fits."""
+    family, raw = FAMILIES[config.family], dict(config.published or {})
+    before = Config(**interpret(family, raw)[0]) if raw else None
     raw.setdefault("architectures", [family.architecture])
     raw.setdefault("model_type", "qwen3" if config.family == "unmask" else config.family)
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
     for field, keys in family.keys.items():
         value = getattr(config, field)
-        if field in before and (before[field] == value or not before[field] and field in ("n_kv_heads", "head_dim", "hidden_dim")):
-            continue
-        if field in ("activation", "head_activation") and value == "gelu_tanh":
-            value = "gelu_new"
-        if field == "max_len":
-            value += config.position_offset
-        for key in (keys,) if isinstance(keys, str) else keys:
-            raw[key] = value
+        if before is None or value != getattr(before, field):
+            value = "gelu_new" if value == "gelu_tanh" else value + config.position_offset if field == "max_len" else value
+            raw.update(dict.fromkeys((keys,) if isinstance(keys, str) else keys, value))
+    after = Config(**interpret(family, raw)[0])                     # what a reader of it will understand
+    for field in {field.name for field in dataclasses.fields(Config)} - {"family", "published", "causal", "shift", "block_length"}:
+        if getattr(after, field) != getattr(config, field):
+            raise ValueError(f"a {family.architecture} cannot have {field} = {getattr(config, field)!r}: save_pretrained can write this model")
     return raw
 
 
 def tensor_table(model):
-    """[(published name, our parameters, stored transposed)]: the family's table written out for every layer of this model.
-
-    A tied head is not in it: it is the embedding.
-    """
+    """[(published name, our parameters, stored transposed)]: the family's table written out for every layer of this model."""
     parameters, table = model.state_dict(keep_vars=True), []
     for ours, theirs in FAMILIES[model.config.family].tensors.items():
         ours = (ours,) if isinstance(ours, str) else ours
         theirs, transposed = theirs.removesuffix(" ^T"), theirs.endswith(" ^T")
         for layer in range(model.config.n_layers if "*" in theirs else 1):
             names, name = [our.replace("*", str(layer)) for our in ours], theirs.replace("*", str(layer))
-            if names[0] in parameters:                              # written out in full in the table
-                table.append((name, names, False))
-            for suffix in (".weight", ".bias"):
+            for suffix in ("", ".weight", ".bias"):                 # "": the table has the name in full
                 if names[0] + suffix in parameters:
                     table.append((name + suffix, [our + suffix for our in names], transposed and suffix == ".weight"))
-    return [row for row in table if not (model.config.tie_embeddings and row[1] == ["head.weight"])]
+    return table
 
 
 def find_checkpoint(path_or_hub_id):
@@ -831,130 +827,129 @@ def find_checkpoint(path_or_hub_id):
         raise FileNotFoundError(f"there is no folder {path_or_hub_id}")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
-                                      ignore_patterns=["*/*"]))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"],
+                                      ignore_patterns=["*/*"]))     # the .py are copied on export, never run
     except Exception as error:          # the hub's errors have no common class; whatever it was, the reader needs the same advice
-        reason = type(error).__name__
-        raise FileNotFoundError(f"there is no folder {path_or_hub_id}, and it could not be fetched from the hub ({reason}): pass a local "
-                                "folder with config.json and .safetensors, or connect and check the name") from None
+        raise FileNotFoundError(f"there is no folder {path_or_hub_id}, and it could not be fetched from the hub ({type(error).__name__}): "
+                                "pass a local folder with config.json and .safetensors, or connect and check the name") from None
 
 
 def weight_files(folder):
     """The .safetensors files of a checkpoint folder. Raises FileNotFoundError or ValueError."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is not an index of shards (no weight_map)") from None
-        for shard in shards:
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{index} is not an index of shards (no weight_map)")
+        for shard in shards.values():
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise ValueError(f"{index} names the shard {shard!r}: only .safetensors files of the same folder are read")
             if not (folder / shard).is_file():
                 raise FileNotFoundError(f"{index} names the shard {shard}, which is missing from {folder}")
-        return [folder / shard for shard in shards]
+        return [folder / shard for shard in sorted(set(shards.values()))]
     if list(folder.glob("*.bin")) + list(folder.glob("*.pt*")):
         raise FileNotFoundError(f"{folder} holds pickled weights only, which are never opened here: convert them first, with "
                                 "transformers: AutoModel.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)")
     raise FileNotFoundError(f"{folder} holds no model.safetensors")
 
 
-def tensor_files(files):
-    """{tensor name: file}, from the headers alone."""
-    names = {}
-    for file in files:
-        with _open(file) as tensors:
-            names.update(dict.fromkeys(tensors.keys(), file))
-    return names
-
-
-def _open(file):
+def open_tensors(file):
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is truncated or no safetensors file ({error})") from None
 
 
-def check_layers(config, names):
-    """Refuse a layer count that the files contradict, before anything of that size is built."""
-    own = "blocks.0.attn.o.weight" in names
-    pattern = "blocks.*.attn.o" if own else FAMILIES[config.family].tensors["blocks.*.attn.o"].removesuffix(" ^T")
-    found = {int(m[1]) for m in (re.search(re.escape(pattern + ".weight").replace(r"\*", r"(\d{1,6})") + "$", name) for name in names) if m}
-    if found and config.n_layers != len(found):
-        raise ValueError(f"config.json says {config.n_layers} layers, the weights hold {len(found)}")
+def read_headers(files):
+    """{tensor name: (file, shape, dtype as safetensors spells it)}; no weights are read."""
+    stored = {}
+    for file in files:
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                stored[name] = file, tuple(part.get_shape()), part.get_dtype()
+    return stored
 
 
-def fill(model, names, device="cpu", dtype=None):
-    """Give a model on the meta device the tensors of `names` ({tensor name: file}), one at a time; every one is accounted for."""
-    config, family = model.config, FAMILIES[model.config.family]
-    own = "blocks.0.attn.o.weight" in names
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    table = [(name, [name], False) for name in shapes if not (config.tie_embeddings and name == "head.weight")] if own else tensor_table(model)
-    wanted = {theirs: (ours, transposed) for theirs, ours, transposed in table}
-    tied = "head.weight" if own else family.tensors.get("head.weight", family.tensors.get("head", "") + ".weight")
-    unprefixed = not own and not any(name.startswith(family.prefix) for name in names)
-    for name, file in names.items():
-        known = (family.prefix if unprefixed else "") + name
-        known = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", known))
-        if known not in wanted and not (known == tied and config.tie_embeddings):
-            if re.fullmatch(family.unused, known):
-                continue
-            raise ValueError(f"{file} holds the tensor {name} with no place in a {config.family} model of this config.json")
-        ours, transposed = wanted.pop(known, (["embed.weight"], False))
-        sizes = [shapes[our][0] for our in ours]
-        shape = (sum(sizes), *shapes[ours[0]][1:])
-        tensor = _read_tensor(file, name, shape[::-1] if transposed else shape)
-        if known == tied and config.tie_embeddings:
-            if model.embed.weight.is_meta or not torch.equal(tensor.to(model.embed.weight), model.embed.weight):
-                raise ValueError(f"{file}: {name} differs from the embedding although config.json ties them")
+def match_tensors(config, stored):
+    """(a model without memory, [(file, name, shape, dtype, our parameters, transposed)]): where its weights are, from `read_headers`.
+
+    Every tensor is accounted for: a missing, extra or misshapen one is a ValueError that names it.
+    """
+    family, own = FAMILIES[config.family], "embed.weight" in stored
+    layers = {match[1] for match in (re.search(r"(?:^|\.)(\d+)\.", name) for name in stored) if match}
+    if len(layers) != config.n_layers:                              # said before anything of that size is built
+        raise ValueError(f"config.json says {config.n_layers} layers, the weights hold {len(layers)}")
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes, plan = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, []
+    wanted = {row[0]: row for row in ([(name, [name], False) for name in shapes] if own else tensor_table(model))}
+    for name, (file, shape, dtype) in stored.items():
+        known = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        known = known if known in wanted else family.prefix + known
+        if known not in wanted and re.fullmatch(family.unused, name):
             continue
-        for our, part in zip(ours, (tensor.T if transposed else tensor).split(sizes)):
+        if dtype not in DTYPES:
+            raise ValueError(f"{file}: {name} is stored as {dtype}; quantised weights are not supported (only {', '.join(DTYPES)})")
+        if known not in wanted:
+            raise ValueError(f"{file} holds the tensor {name}, which has no place in a {config.family} model of this config.json")
+        _, ours, transposed = wanted.pop(known)
+        asked = (sum(shapes[our][0] for our in ours), *shapes[ours[0]][1:])
+        if shape != (asked[::-1] if transposed else asked):
+            raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json asks for {list(asked[::-1] if transposed else asked)}")
+        plan.append((file, name, shape, DTYPES[dtype], ours, transposed))
+    missing = [name for name, ours, _ in wanted.values() if ours != ["head.weight"] or not config.tie_embeddings]
+    if missing:
+        raise ValueError(f"the weights lack the tensor {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    return model, sorted(plan, key=lambda row: row[4] != ["embed.weight"])      # the embedding first, a tied head is compared with it
+
+
+def fill(model, plan, device="cpu", dtype=None):
+    """Give the model of `match_tensors` its weights, 4 million numbers at a time."""
+    dtype = dtype or plan[0][3]
+    for file, name, shape, _, ours, transposed in plan:
+        tied, nan = model.config.tie_embeddings and ours == ["head.weight"], False
+        tensor = model.embed.weight.detach() if tied else torch.empty(shape, dtype=dtype)
+        for rows, part in _read_rows(file, name, shape):
+            nan = nan or part.isnan().any().item()
+            if not tied:
+                tensor[rows] = part
+            elif not torch.equal(part.to(tensor), tensor[rows]):
+                raise ValueError(f"{file}: {name} differs from the embedding although config.json ties them")
+        if nan:
+            warnings.warn(f"{file}: {name} contains NaN", stacklevel=3)
+        for our, part in zip([] if tied else ours, (tensor.T if transposed else tensor).chunk(len(ours))):
             module, _, leaf = our.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(part.to(device, dtype or part.dtype, copy=True).contiguous()))
-    if wanted:
-        rest = f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""
-        raise ValueError(f"the weights lack the tensor {next(iter(wanted))}{rest}")
-    if config.tie_embeddings:
+            part = part.clone(memory_format=torch.contiguous_format) if transposed or len(ours) > 1 else part
+            setattr(model.get_submodule(module), leaf, nn.Parameter(part.to(device)))
+    if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
 
 
-def _read_tensor(file, name, shape):
-    """One tensor of a file, memory-mapped. The file is opened for each tensor, so that no page of it outlives the copying."""
-    with _open(file) as tensors:
-        found = tuple(tensors.get_slice(name).get_shape())
-        if found != shape:
-            raise ValueError(f"{file}: {name} has shape {list(found)}, config.json asks for {list(shape)}")
-        try:
-            tensor = tensors.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ValueError(f"{file}: {name} cannot be read ({error})") from None
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ValueError(f"{file}: {name} is stored as {tensor.dtype}; quantised weights are not supported")
-    if tensor.isnan().any():
-        warnings.warn(f"{file}: {name} contains NaN", stacklevel=2)
-    return tensor
+def _read_rows(file, name, shape):
+    """Yields (rows, those rows of a tensor), mapped from the file anew each time: no page of it outlives its copying."""
+    step = max(1, 2**22 * shape[0] // math.prod(shape))
+    for start in range(0, shape[0], step):
+        with open_tensors(file) as tensors:
+            yield slice(start, start + step), tensors.get_slice(name)[start:start + step]
 
 
 def describe(path_or_hub_id):
     """The architecture of a checkpoint as text: sizes, parameters, memory, and where each Config field came from."""
     folder = find_checkpoint(path_or_hub_id)
     config, origin = read_config(folder)
-    check_layers(config, tensor_files(weight_files(folder)))
-    with torch.device("meta"):
-        model = Transformer(config)
-    n = sum(p.numel() for p in model.parameters())
-    head = "" if config.tie_embeddings else f" and {model.head.weight.numel():,} in the head"
-    lines = [f"{folder}: family {config.family}, {n:,} parameters, {model.embed.weight.numel():,} of them in the embedding{head}",
+    model, _ = match_tensors(config, read_headers(weight_files(folder)))
+    n, embed = sum(p.numel() for p in model.parameters()), model.embed.weight.numel()
+    lines = [f"{folder}: family {config.family}, {n:,} parameters, {embed:,} of them in the embedding"
+             + (", which is the head too" if config.tie_embeddings else f" and {model.head.weight.numel():,} in the head"),
              f"{config.n_layers} layers of width {config.dim}, {config.n_heads} heads of {config.head_dim} ({config.n_kv_heads} key/value heads), "
              f"MLP {config.hidden_dim}, vocabulary {config.vocab_size}, context {config.max_len}",
              "weights: " + ", ".join(f"{name} {n * size / 1e9:.3f} GB" for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2)))]
-    width = max(len(field.name) for field in dataclasses.fields(config))
     for field in dataclasses.fields(config):
         if field.name != "published":
-            lines.append(f"  {field.name:{width}}  {str(getattr(config, field.name)):12}  {origin.get(field.name, 'default')}")
+            lines.append(f"  {field.name:19}  {str(getattr(config, field.name)):12}  {origin.get(field.name, 'default')}")
     return "\n".join(lines)
 
 

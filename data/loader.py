@@ -59,11 +59,13 @@ def read_meta(folder):
         raise FileNotFoundError(f"no prepared data in {folder}: run `python data/prepare.py NAME_OR_PATH` first")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        meta["fingerprint"], meta["mask_token_id"], meta["eos_token_id"]
+        if missing := {"name", "vocab_size", "fingerprint", "mask_token_id", "eos_token_id"} - meta.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if not all(meta["bytes"][split] > 0 and meta["tokens"][split] > 0 for split in SPLITS):
             raise ValueError("a split is empty")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete {folder} and run `python data/prepare.py` again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        again = f"delete {folder} and run `python data/prepare.py` again"
+        raise ValueError(f"{path} is damaged ({error}): {again}") from None
     return meta
 
 
@@ -95,22 +97,23 @@ class TokenDataset:
         """The windows that `rank` of `world_size` sees at `step`: int64 [B, T], the same for the same arguments.
 
         An epoch cuts the split, from a random offset, into windows of T tokens and visits them in a random order, each
-        once; no two ranks see the same window in a step (unless a step takes more windows than there are). With gradient
-        accumulation, let rank = micro_step * world + rank and world_size = grad_accum * world.
+        once. No two ranks see the same window in a step, unless a step takes more windows than there are. With gradient
+        accumulation pass micro_step * world_size + rank as rank, and grad_accum * world_size as world_size.
         Raises ValueError when the split is shorter than T.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} but world_size {world_size}: pass the number of slices of a step")
         ids = self._long_enough(split, seq_len)
         num_windows = max(1, (len(ids) - seq_len + 1) // seq_len)            # as many as fit for every offset below T
+        num_offsets = min(seq_len, len(ids) - num_windows * seq_len + 1)
         epoch, step = divmod(step, max(1, num_windows // (batch_size * world_size)))   # no step spans two epochs
-        offset, order = _epoch_order(num_windows, len(ids) - num_windows * seq_len, seq_len, SPLITS.index(split), seed, epoch)
+        offset, order = _epoch_order(num_windows, num_offsets, (SPLITS.index(split), seed % 2**64, epoch))
         first = (step * world_size + rank) * batch_size
         starts = offset + seq_len * order[np.arange(first, first + batch_size) % num_windows]       # [B]
         return torch.from_numpy(ids[starts[:, None] + np.arange(seq_len)].astype(np.int64))        # [B, T]
 
     def windows(self, split, seq_len, max_tokens=None):
-        """Consecutive windows from the start of the split, for evaluation: int64 [N, T], N * T <= max_tokens (N >= 1)."""
+        """Consecutive windows from the split's start, for evaluation: int64 [N, T], N * T <= max_tokens or N = 1."""
         ids = self._long_enough(split, seq_len)
         n = len(ids) // seq_len
         if max_tokens is not None:
@@ -122,13 +125,13 @@ class TokenDataset:
             raise ValueError(f"no split called {split!r}; there are train and val")
         ids = getattr(self, split)
         if not 1 <= seq_len <= len(ids):
-            raise ValueError(f"the {split} split of {self.meta['name']} has {len(ids):,} tokens, a sequence {seq_len:,}: "
-                             "take a smaller seq_len or more text")
+            raise ValueError(f"the {split} split of {self.meta['name']} has {len(ids):,} tokens, "
+                             f"a sequence {seq_len:,}: take a smaller seq_len or more text")
         return ids
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch_order(num_windows, spare, seq_len, split, seed, epoch):
-    """The offset of an epoch's first window and the order of its windows: 8 bytes a window, a few MB for a large corpus."""
-    rng = np.random.default_rng([split, seed % 2**64, epoch])
-    return int(rng.integers(min(spare + 1, seq_len))), rng.permutation(num_windows)
+def _epoch_order(num_windows, num_offsets, seed):
+    """An epoch's first offset and the order of its windows: 8 bytes a window, under 1 % of the corpus, kept in RAM."""
+    rng = np.random.default_rng(seed)
+    return int(rng.integers(num_offsets)), rng.permutation(num_windows)

@@ -1,0 +1,695 @@
+"""Masked diffusion over tokens: corrupt -> loss, denoise -> text, likelihood. Pure functions of tensors; no files, no tokenizers.
+
+Time runs from t = 0, clean, to t = 1, all mask. The forward process masks each token independently:
+
+    q(x_t | x_0):  x_t = x_0 with probability alpha_t,  x_t = [MASK] with probability 1 - alpha_t = mask_prob
+
+and what trains a model p(x_0 | x_t) to undo it is a bound on the likelihood, a weighted cross-entropy of the masked tokens:
+
+    -log p(x_0) <= E_t [ weight(t) * sum over masked i of -log p(x_0^i | x_t) ],   weight(t) = -alpha'_t / (1 - alpha_t)
+
+(MDLM, Sahoo et al. 2024, arXiv 2406.07524, eq. 11; MD4, Shi et al. 2024, 2406.04329, eq. 4). For alpha_t = 1 - t the weight is
+1 / t, LLaDA's loss (Nie et al. 2025, 2502.09992, eq. 3). Block diffusion, BD3-LM (Arriola et al. 2025, 2503.09573, eq. 8), is the
+same bound for one block of tokens after the other, each given the clean blocks before it.
+
+Shapes: B batch, T positions, V vocabulary, N masked tokens. The model is anything that maps tokens to logits as
+model.Transformer does and has its `config`. Randomness comes from generators on the CPU: every device draws the same masks.
+"""
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
+
+from model import Cache, Transformer
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Noise schedules: alpha_t and its derivative. Whatever the schedule, the bound is the same number; its variance is not.
+
+
+def linear(t):
+    """alpha_t = 1 - t. Returns (alpha_t, alpha'_t)."""
+    return 1 - t, -torch.ones_like(t)
+
+
+def cosine(t):
+    """alpha_t = 1 - cos(pi/2 (1 - t)), which lingers at few masks (MaskGIT, 2202.04200; MD4, table 1). Returns (alpha_t, alpha'_t)."""
+    angle = math.pi / 2 * (1 - t)
+    return 1 - torch.cos(angle), -math.pi / 2 * torch.sin(angle)
+
+
+def polynomial(t, power=2.0):
+    """alpha_t = 1 - t^power (MD4, table 1). Returns (alpha_t, alpha'_t)."""
+    return 1 - t**power, -power * t ** (power - 1)
+
+
+SCHEDULES = {"linear": linear, "cosine": cosine, "polynomial": polynomial}
+
+
+def weight(t, schedule="linear"):
+    """-alpha'_t / (1 - alpha_t), the factor of the bound at time t; 1/t for the linear schedule."""
+    alpha, d_alpha = SCHEDULES[schedule](t)
+    return -d_alpha / (1 - alpha)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Corrupt
+
+
+def sample_t(shape, generator=None, eps=1e-3):
+    """Times in (eps, 1], float32 of `shape`, each uniform, together evenly spread.
+
+    One offset u shifts an even grid, t_i = (u + i / n) mod 1, so that every batch sees all noise levels: the loss of a batch
+    varies much less than with independent times (MD4, section 4; MDLM, appendix C.3).
+    """
+    n = math.prod(shape)
+    grid = (torch.rand((), generator=generator) + torch.arange(n) / n) % 1
+    return 1 - (1 - eps) * grid[torch.randperm(n, generator=generator)].view(shape)
+
+
+def mask_tokens(shape, mask_prob, generator=None):
+    """bool of `shape`: each position masked with its mask_prob (broadcast), independently."""
+    return torch.rand(shape, generator=generator) < mask_prob
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+@dataclass
+class Loss:
+    loss: torch.Tensor          # scalar with gradient: sum(token_nll) / count
+    token_nll: torch.Tensor     # float32 [B, T], detached: weight * -log p in nats, 0 where nothing was masked
+    nelbo: torch.Tensor         # scalar, detached: the estimate of the bound, nats per token (with the true weights)
+    count: int                  # tokens that the sum is divided by
+    is_masked: torch.Tensor     # bool [B, T]
+    t: torch.Tensor             # [B, 1] or [B, number of blocks]
+
+
+def mdlm_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=None, schedule="linear", max_weight=None, generator=None):
+    """The bound of masked diffusion for tokens int64 [B, T] (MDLM eq. 11, LLaDA eq. 3), nats per token.
+
+        loss = 1 / count * sum over masked i of weight(t) * -log p(x_0^i | x_t)
+
+    count is the number of maskable tokens: all of them, or those where `maskable` [B, T] is true (the answers in chat data).
+    t           float [B], None: drawn by `sample_t`.        mask   bool [B, T], None: drawn with probability 1 - alpha_t.
+    max_weight  clips the weight of `loss`, not of `nelbo`: less noise from times near 0 for a slightly other objective.
+    Raises ValueError where shapes or the mask token do not fit.
+    """
+    B, T = tokens.shape
+    t = sample_t((B,), generator) if t is None else t
+    if t.shape != (B,):
+        raise ValueError(f"t must have shape [{B}], one time a sequence, got {list(t.shape)}")
+    x_t, mask, t = _corrupt(model, tokens, t.view(B, 1), T, mask, maskable, schedule, generator)
+    return _loss(model, tokens, x_t, mask, t, T, maskable, schedule, max_weight, attention_mask=attention_mask)
+
+
+def block_loss(model, tokens, block_length, t=None, mask=None, maskable=None, schedule="linear", max_weight=None, generator=None):
+    """The bound of block diffusion for tokens int64 [B, T] (BD3-LM eq. 8), nats per token; otherwise as `mdlm_loss`.
+
+    Each block of `block_length` tokens is predicted from itself, noisy, and the blocks before it, clean; one pass over
+    [x_t, x_0] does all blocks at once (BD3-LM, section 3.2). t float [B, T / block_length], a time for each block, or [B].
+    """
+    B, T = tokens.shape
+    if block_length < 1 or T % block_length:
+        raise ValueError(f"block_length {block_length} does not divide the {T} tokens of a sequence")
+    blocks = T // block_length
+    t = sample_t((B, blocks), generator) if t is None else t
+    t = t[:, None].expand(B, blocks) if t.dim() == 1 else t
+    if t.shape != (B, blocks):
+        raise ValueError(f"t must have shape [{B}, {blocks}], one time a block, got {list(t.shape)}")
+    x_t, mask, t = _corrupt(model, tokens, t, block_length, mask, maskable, schedule, generator)
+    visible = block_attention(T, block_length, tokens.device)
+    positions = torch.arange(T, device=tokens.device).repeat(2)                                     # [2T]
+    return _loss(model, tokens, torch.cat((x_t, tokens), dim=1), mask, t, block_length, maskable, schedule, max_weight,
+                 attention_mask=visible, positions=positions)
+
+
+def ar_loss(model, tokens):
+    """-log p(x_i | x_<i) of an autoregressive model, nats per token: the baseline. The first token is given, not predicted."""
+    (B, T), device = tokens.shape, tokens.device
+    count = torch.zeros(B, T, dtype=torch.bool, device=device)
+    count[:, 1:] = True
+    t = torch.ones(B, 1, device=device)
+    return _loss(model, tokens, tokens, count, t, T, count, "linear", None, shift=True)
+
+
+@functools.lru_cache(maxsize=8)
+def block_attention(T, block_length, device, dense=False):
+    """Who sees whom in a pass over [x_t, x_0], both of T tokens: a BlockMask on a GPU, bool [1, 2T, 2T] elsewhere or if `dense`.
+
+    A noisy token sees its own noisy block and the clean blocks before it; a clean token sees the clean blocks up to its own.
+    flex_attention computes the visible tiles only, but has no backward pass on a CPU.
+    """
+    def visible(batch, head, query, key):
+        query_block, key_block = query % T // block_length, key % T // block_length
+        own_noisy_block = (query < T) & (key < T) & (query_block == key_block)
+        clean_before = (query < T) & (key >= T) & (query_block > key_block)
+        clean_up_to_own = (query >= T) & (key >= T) & (query_block >= key_block)
+        return own_noisy_block | clean_before | clean_up_to_own
+
+    if device.type == "cuda" and not dense:
+        return create_block_mask(visible, None, None, 2 * T, 2 * T, device=device)
+    index = torch.arange(2 * T, device=device)
+    return visible(None, None, index[:, None], index[None, :])[None]                                # [1, 2T, 2T]
+
+
+def _corrupt(model, tokens, t, block_length, mask, maskable, schedule, generator):
+    """(x_t, mask, t) on the device of tokens [B, T], for times t [B, T / block_length]."""
+    mask_id = mask_token_id(model)
+    if maskable is not None and maskable.shape != tokens.shape:
+        raise ValueError(f"maskable must have the shape of tokens, {list(tokens.shape)}, got {list(maskable.shape)}")
+    if mask is None:
+        mask_prob = 1 - SCHEDULES[schedule](t.cpu())[0]                                             # [B, blocks]
+        mask = mask_tokens(tokens.shape, mask_prob.repeat_interleave(block_length, dim=1), generator)
+    elif mask.shape != tokens.shape:
+        raise ValueError(f"mask must have the shape of tokens, {list(tokens.shape)}, got {list(mask.shape)}")
+    mask, t = mask.to(tokens.device), t.to(tokens.device)
+    mask = mask if maskable is None else mask & maskable.to(tokens.device)
+    return torch.where(mask, mask_id, tokens), mask, t
+
+
+def _loss(model, targets, inputs, mask, t, block_length, maskable, schedule, max_weight, shift=None, **attention):
+    (B, T), shift = targets.shape, _config(model).shift if shift is None else shift
+    count = B * T if maskable is None else max(int(maskable.sum()), 1)
+    true_weight = weight(t, schedule).repeat_interleave(block_length, dim=1)                        # [B, T]
+    used = true_weight if max_weight is None else true_weight.clamp(max=max_weight)
+    masked = mask.flatten().nonzero()[:, 0]                                                         # [N] indices into B * T
+    rows = prediction_rows(masked, T, inputs.shape[1], shift, block_length)
+    total, nll = token_nll(model, inputs, rows, targets.flatten()[masked], used.flatten()[masked], **attention)
+    weighted = torch.zeros(B * T, device=nll.device)
+    weighted[masked] = nll * true_weight.flatten()[masked]                                          # [N] -> [B * T]
+    return Loss(total / count, weighted.view(B, T), weighted.sum() / count, count, mask, t)
+
+
+def prediction_rows(masked, T, width, shift, block_length):
+    """The rows of a pass, int64 [N] into B * width, that predict the tokens at `masked`, int64 [N] into B * T.
+
+    Without `shift` a token is predicted where it stands; with it, one position earlier (token 0: at its own). The row before
+    a block's first token is taken from the clean half, where there is one: it has seen all that stands before the block.
+    """
+    batch, position = masked // T, masked % T
+    row = (position - 1).clamp(min=0) if shift else position
+    if shift and width == 2 * T:
+        row = torch.where((position % block_length == 0) & (position > 0), row + T, row)
+    return batch * width + row
+
+
+def token_nll(model, tokens, rows, targets, weights, **arguments):
+    """(sum of weights * nll, nll [N]): cross-entropy in nats of `targets` [N] at the flat rows [N] of a pass over `tokens`."""
+    if isinstance(_unwrap(model), Transformer):                     # never holds the logits
+        return model(tokens, select=rows, targets=targets, weights=weights, **arguments)
+    select = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device).flatten()
+    select[rows] = True
+    logits = model(tokens, select=select.view(tokens.shape), **arguments)                           # [N or fewer, V]
+    logits = logits[(select.cumsum(0) - 1)[rows]].float()                                           # [N, V]
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    return (nll * weights).sum(), nll.detach()
+
+
+def _unwrap(model):
+    return getattr(model, "module", model)                          # DistributedDataParallel keeps the model there
+
+
+def _config(model):
+    return _unwrap(model).config
+
+
+def mask_token_id(model):
+    """The id of the mask token. Raises ValueError for a model that has none."""
+    config = _config(model)
+    if config.mask_token_id is None:
+        raise ValueError("this model has no mask token: convert it first (convert_bert.py, convert_ar.py)")
+    return config.mask_token_id
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Likelihood
+
+
+@torch.no_grad()
+def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32):
+    """(bound in nats per token, its standard error) for tokens int64 [N, T]; exact for an autoregressive model.
+
+    Masks exactly k of T tokens, k uniform on 1..T, and weighs by T / k: the same bound with less variance than times and
+    coin flips, for integrating over t leaves each set of k tokens the weight (k-1)! (T-k)! / T! (LLaDA, eq. 6 and appendix A.2).
+    k is spread evenly over rows and samples. The standard error is over the rows: of this estimate, for text like this.
+    """
+    N = len(tokens)
+    generator = torch.Generator().manual_seed(seed)
+    draws = 1 if _config(model).causal else num_samples
+    estimates = torch.zeros(N, draws, dtype=torch.float64)
+    for sample in range(draws):
+        for start in range(0, N, batch_size):
+            rows = slice(start, start + batch_size)
+            everything = torch.ones(tokens[rows].shape, dtype=torch.bool)
+            nats, count = _bound(model, tokens[rows], everything, generator)
+            estimates[rows, sample] = nats.double().cpu() / count
+    spread = estimates.mean(1) if N > 1 else estimates[0]
+    return estimates.mean().item(), (spread.std() / math.sqrt(len(spread))).item() if len(spread) > 1 else float("nan")
+
+
+@torch.no_grad()
+def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, batch_size=32):
+    """(log p(target | prefix) in nats float64 [N], standard errors [N]); prefixes and targets are lists of lists of tokens.
+
+    A lower bound by LLaDA's estimator (eq. 6): only the target is masked, k of its tokens at a time. Exact, with error 0, for
+    autoregressive models and targets of one token. Requests of like length share a pass.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(p) + len(t) for p, t in zip(prefixes, targets, strict=True)]
+    exact = [_config(model).causal or len(t) == 1 for t in targets]
+    work = sorted(((lengths[i], i) for i in range(len(targets)) for _ in range(1 if exact[i] else num_samples)), reverse=True)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [[] for _ in targets]
+    for start in range(0, len(work), batch_size):
+        batch = [i for _, i in work[start:start + batch_size]]
+        tokens = torch.zeros(len(batch), max(max(lengths[i] for i in batch), 1), dtype=torch.int64)
+        maskable, attention_mask = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
+        for row, i in enumerate(batch):
+            tokens[row, :lengths[i]] = torch.tensor(list(prefixes[i]) + list(targets[i]), dtype=torch.int64)
+            maskable[row, len(prefixes[i]):lengths[i]] = True
+            attention_mask[row, :lengths[i]] = True
+        nats, _ = _bound(model, tokens.to(device), maskable, generator, None if attention_mask.all() else attention_mask.to(device))
+        for row, i in enumerate(batch):
+            drawn[i].append(-nats[row].item())
+    values = [torch.tensor(d, dtype=torch.float64) for d in drawn]
+    errors = [d.std() / math.sqrt(len(d)) if len(d) > 1 else d.new_zeros(()) for d in values]
+    return torch.stack([d.mean() for d in values]), torch.stack(errors)
+
+
+def _bound(model, tokens, maskable, generator, attention_mask=None):
+    """(one estimate of -log p in nats [B], tokens counted [B]) of the maskable tokens of each row, given the others."""
+    config, (B, T) = _config(model), tokens.shape
+    if config.causal:
+        block = T
+        mask = maskable & (torch.arange(T) > 0)                                                     # nothing predicts the first token
+        counted, scale, inputs = mask.sum(1), torch.ones(B, T), tokens
+    else:
+        block = config.block_length or T
+        pad = -T % block                                                                            # the last block may be short
+        groups = F.pad(maskable, (0, pad)).view(B, -1, block)                                       # [B, blocks, block]
+        size = groups.sum(-1)
+        grid = (torch.rand((), generator=generator) + torch.arange(size.numel()) / size.numel()) % 1
+        k = (grid[torch.randperm(size.numel(), generator=generator)].view(size.shape) * size).long().clamp(max=size - 1) + 1
+        order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0).argsort(-1).argsort(-1)
+        mask = (order < k[..., None]) & groups                                                      # exactly k of each block
+        scale = (size / k).nan_to_num()[..., None].expand(groups.shape).reshape(B, -1)[:, :T]       # [B, T]
+        mask, counted = mask.reshape(B, -1)[:, :T], maskable.sum(1)
+        inputs = torch.where(mask.to(tokens.device), mask_token_id(model), tokens)
+    arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
+    if config.block_length and not config.causal:                   # one pass over [noisy, clean]; what fills the last block is hidden
+        inputs, tokens, mask, scale = (F.pad(x, (0, pad)) for x in (inputs, tokens, mask, scale))
+        shown = torch.ones(B, T, dtype=torch.bool, device=tokens.device) if attention_mask is None else attention_mask
+        shown = F.pad(shown, (0, pad)).repeat(1, 2)[:, None, :]                                     # [B, 1, 2T]
+        visible = block_attention(T + pad, block, tokens.device, dense=True)
+        visible = visible & shown | torch.eye(visible.shape[-1], dtype=torch.bool, device=tokens.device)
+        inputs = torch.cat((inputs, tokens), dim=1)
+        arguments = {"attention_mask": visible, "positions": torch.arange(T + pad, device=tokens.device).repeat(2)}
+    masked = mask.flatten().nonzero()[:, 0].to(tokens.device)
+    rows = prediction_rows(masked, tokens.shape[1], inputs.shape[1], config.shift or config.causal, block)
+    _, nll = token_nll(model, inputs, rows, tokens.flatten()[masked], torch.ones(len(masked), device=tokens.device), **arguments)
+    nats = torch.zeros(tokens.numel(), device=tokens.device)
+    nats[masked] = nll * scale.to(tokens.device).flatten()[masked]
+    return nats.view(B, -1).sum(1), counted
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Denoise. One loop serves all samplers; they differ in how they score a prediction, how many they keep, and what they recompute.
+
+
+def sample_tokens(logits, temperature, uniform):
+    """Token ids [N] from softmax(logits / temperature), logits float32 [N, V]; the most probable ones at temperature 0.
+
+    Inverts the distribution function at `uniform`, one number in [0, 1) a row: exact, where Gumbel noise takes a random number
+    and two logarithms a vocabulary entry, in float64 because in less it samples another distribution (arXiv 2409.02908).
+    First the piece of 512 entries is found, then the entry in it: sums are float64, over the whole vocabulary only once.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    N, V = logits.shape
+    p = F.pad((logits / temperature).softmax(dim=-1), (0, -V % 512)).view(N, -1, 512)               # [N, pieces, 512]
+    cumulative = p.sum(-1, dtype=torch.float64).cumsum(-1)                                          # [N, pieces]
+    target = uniform.to(logits.device, torch.float64)[:, None] * cumulative[:, -1:]
+    piece = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)   # [N, 1]
+    before = torch.where(piece > 0, cumulative.gather(1, (piece - 1).clamp(min=0)), 0.0)
+    inside = p[torch.arange(N, device=p.device), piece[:, 0]].double()                              # [N, 512]
+    entry = torch.searchsorted(inside.cumsum(-1), target - before, right=True)
+    last = torch.where(inside > 0, torch.arange(512, device=p.device), 0).amax(-1, keepdim=True)    # rounding must not pass the end
+    return (piece * 512 + torch.minimum(entry, last))[:, 0]
+
+
+def low_confidence(logits, chosen):
+    """Probability of the chosen tokens [N] under softmax(logits) [N, V], float64: Dream's "maskgit_plus" as well.
+
+    Near 1, where float32 makes everything equal, it is computed from the sum of all the others.
+    """
+    p = logits.softmax(dim=-1)
+    value = p.gather(1, chosen[:, None])
+    others = p.scatter_(1, chosen[:, None], 0.0).sum(-1).double()
+    return torch.where(value[:, 0] > 0.5, 1 - others, value[:, 0].double())
+
+
+def entropy(logits, chosen):
+    """sum p log p [N], the negative entropy of each prediction (Dream, 2508.15487)."""
+    p = logits.softmax(dim=-1)
+    return (p * (p + 1e-10).log()).sum(-1)
+
+
+def margin(logits, chosen):
+    """Probability of the best token minus that of the second best [N] (Kim et al. 2025, 2502.06768)."""
+    best = logits.softmax(dim=-1).topk(2, dim=-1).values
+    return best[:, 0] - best[:, 1]
+
+
+# What a rule scores high is kept; the rest is masked again. None: chosen blindly, before the model is asked. "random" keeps as
+# many as the schedule says, "ancestral" each with probability (t - s) / t, which samples the reverse process (MDLM, eq. 7).
+REMASKING = {"low_confidence": low_confidence, "entropy": entropy, "margin": margin, "random": None, "ancestral": None}
+
+
+def even(start, left, step, steps):
+    """How many of the `start` masked tokens of a block this step reveals, int64 [B]: equal shares, the remainder first (LLaDA)."""
+    return start // steps + (step < start % steps).long()
+
+
+def timesteps(start, left, step, steps, eps=1e-3):
+    """Time falls from 1 to eps evenly; a step from t to s reveals the integer part of left * (1 - s / t), the last all (Dream)."""
+    t = torch.linspace(1, eps, steps + 1)
+    return torch.where(step < steps - 1, (left * (1 - t[step + 1] / t[step])).long(), left)
+
+
+STEP_SCHEDULES = {"even": even, "timesteps": timesteps}
+
+
+def keep_best(score, eligible, count):
+    """bool [B, T]: the `count` [B] eligible positions with the highest score [B, T]."""
+    return eligible & (_rank(score, eligible) < count[:, None])
+
+
+def keep_confident(score, eligible, threshold):
+    """The best eligible position, and all whose score is at least `threshold` (Fast-dLLM, 2505.22618, algorithm 1)."""
+    return eligible & ((_rank(score, eligible) == 0) | (score >= threshold))
+
+
+def keep_factor(score, eligible, factor):
+    """The n best, as long as the n-th has score >= 1 - factor / (n + 1) (Fast-dLLM, section 3.3; its code counts from n = 1 with
+    the first always kept, and takes the last one along when it alone fails; so does this)."""
+    rank, total = _rank(score, eligible), eligible.sum(1)                                           # [B, T], [B]
+    enough = (score >= 1 - factor / (rank + 2)) | (rank == 0)
+    fails = torch.where(eligible & ~enough, rank, total[:, None]).amin(1)                           # [B] first rank that fails
+    fails = torch.where(fails >= total - 1, total, fails)
+    return eligible & (rank < fails[:, None])
+
+
+def _rank(score, eligible):
+    """int64 [B, T]: 0 for the highest eligible score of a row, 1 for the next...; equal scores from left to right."""
+    return score.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+@dataclass
+class Step:
+    """What `on_step` gets after each denoising step. Rows of a batch may stand at different steps."""
+    number: int                 # forward passes so far
+    tokens: torch.Tensor        # int64 [B, T], mask tokens where still open
+    revealed: torch.Tensor      # bool [B, T]: written by this step
+    confidence: torch.Tensor    # float64 [B, T]: the score of what was revealed, 0 elsewhere
+    lengths: torch.Tensor       # int64 [B]: the rest of a row is padding
+
+
+def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, temperature=0.0, remasking="low_confidence", threshold=None,
+             factor=None, cache=None, cfg_scale=0.0, schedule=None, seed=None, on_step=None):
+    """Continue each prompt by max_new_tokens: list of token lists -> list of token lists, prompt and completion.
+
+    Blocks of block_length are denoised from left to right, in `steps` steps over all blocks together (LLaDA, section 2.4 and
+    appendix B.4). Prompts may differ in length; each gets what it would get alone. An empty prompt generates unconditionally.
+
+    temperature  0: the most probable token; else an exact sample of softmax(logits / temperature).
+    remasking    which predictions a step keeps: a key of REMASKING.
+    threshold    keep all with at least this score instead of a fixed number, `factor` likewise; `steps` counts no more then.
+    cache        None; "prefix" or "dual" (Fast-dLLM: approximate, keys of other positions are as old as the block); "block"
+                 (block-diffusion models: exact). Autoregressive models always decode token by token with an exact cache.
+    cfg_scale    > 0: logits of the prompt masked, plus (1 + cfg_scale) times the difference made by the prompt (LLaDA, eq. 16).
+    schedule     "even" or "timesteps"; None: the family's own.
+    seed         row r of the batch draws from its own stream (seed, r); None: a new one each time.
+    on_step      called with a `Step` after each denoising step.
+    A block-diffusion model uses its own block_length and, like an autoregressive one, stops behind an end of text.
+    Raises ValueError for arguments that cannot be, naming them.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    config, exact = _config(model), _config(model).causal or _config(model).block_length
+    if not exact and not 1 <= block_length <= max_new_tokens:
+        raise ValueError(f"block_length must be between 1 and max_new_tokens = {max_new_tokens}, got {block_length}")
+    mask_id = config.vocab_size if config.causal else mask_token_id(model)      # an autoregressive model never reads its masks
+    for i, prompt in enumerate(prompts):
+        for position, token in enumerate(prompt):
+            if token == mask_id:
+                raise ValueError(f"prompt {i} contains the mask token at position {position}: use infill to fill it")
+    start = []                                                      # what an autoregressive model begins an empty text with
+    if config.causal and not all(prompts):
+        start = [config.bos_token_id if config.bos_token_id is not None else config.eos_token_id]
+        if start == [None]:
+            raise ValueError("an autoregressive model without a bos or eos token cannot start from an empty prompt")
+    starts = [[] if prompt else start for prompt in prompts]
+    answers = _denoise(model, [s + list(p) + [mask_id] * max_new_tokens for s, p in zip(starts, prompts)], mask_id,
+                       [len(s) + len(p) for s, p in zip(starts, prompts)], steps, block_length, temperature, remasking, threshold, factor,
+                       cache, cfg_scale, schedule, seed, on_step)
+    return [answer[len(s):] for s, answer in zip(starts, answers)]
+
+
+def infill(model, sequences, steps=128, block_length=None, temperature=0.0, remasking="low_confidence", threshold=None, factor=None,
+           cache=None, cfg_scale=0.0, schedule=None, seed=None, on_step=None):
+    """Fill every mask token of each sequence, wherever it stands; arguments as in `generate`. block_length None: one block.
+
+    Blocks are counted from a sequence's first mask token. Raises ValueError for a sequence without one.
+    """
+    if _config(model).causal:
+        raise ValueError("an autoregressive model cannot fill in the middle: it sees nothing right of a gap")
+    mask_id = mask_token_id(model)
+    for i, sequence in enumerate(sequences):
+        if mask_id not in list(sequence):
+            raise ValueError(f"sequence {i} has no mask token: there is nothing to fill")
+    if block_length is not None and block_length < 1:
+        raise ValueError(f"block_length must be at least 1, got {block_length}")
+    return _denoise(model, [list(s) for s in sequences], mask_id, [list(s).index(mask_id) for s in sequences], steps,
+                    block_length or max(map(len, sequences), default=1), temperature, remasking, threshold, factor, cache, cfg_scale,
+                    schedule, seed, on_step)
+
+
+def _check_sampling(config, sequences, steps, temperature, remasking, threshold, factor, cache, cfg_scale, schedule):
+    exact = config.causal or config.block_length
+    longest = max(map(len, sequences), default=0)
+    for sequence in sequences:
+        for token in sequence:
+            if not 0 <= token < config.vocab_size + bool(config.causal):
+                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
+    for wrong, message in (
+        (longest > config.max_len, f"{longest} tokens, prompt and completion, exceed the model's context of {config.max_len}"),
+        (steps < 1, f"steps must be at least 1, got {steps}"),
+        (temperature < 0 or temperature != temperature, f"temperature must not be negative, got {temperature}"),
+        (remasking not in REMASKING, f"remasking must be one of {', '.join(REMASKING)}, got {remasking!r}"),
+        (threshold is not None and not 0 <= threshold <= 1, f"threshold must be between 0 and 1, got {threshold}"),
+        (factor is not None and factor <= 0, f"factor must be positive, got {factor}"),
+        (factor is not None and threshold is not None, "threshold and factor exclude each other"),
+        ((factor is not None or threshold is not None) and remasking != "low_confidence", "threshold and factor need low_confidence"),
+        (cache not in (None, "prefix", "dual", "block"), f"cache must be None, 'prefix', 'dual' or 'block', got {cache!r}"),
+        (cache == "block" and not exact, "cache 'block' is for block-diffusion models: later blocks are visible to this one"),
+        (cache in ("prefix", "dual") and exact, f"cache {cache!r} is for bidirectional models; this one takes 'block'"),
+        (cfg_scale < 0, f"cfg_scale must not be negative, got {cfg_scale}"),
+        (cfg_scale > 0 and (cache or exact), "cfg_scale works without a cache and for bidirectional models only"),
+        (schedule not in (None, *STEP_SCHEDULES), f"schedule must be one of {', '.join(STEP_SCHEDULES)}, got {schedule!r}"),
+    ):
+        if wrong:
+            raise ValueError(message)
+
+
+@torch.no_grad()
+def _denoise(model, sequences, mask_id, first, steps, block_length, temperature, remasking, threshold, factor, cache, cfg_scale, schedule,
+             seed, on_step):
+    """The one loop: predict the masked tokens of each row's current block, keep some, until no mask is left. first: list [B]."""
+    config, B = _config(model), len(sequences)
+    _check_sampling(config, sequences, steps, temperature, remasking, threshold, factor, cache, cfg_scale, schedule)
+    if not B:
+        return []
+    lengths, first = torch.tensor([len(s) for s in sequences]), torch.tensor(first)
+    T = int(lengths.max()) + 1                                      # the last slot takes what a ragged pass writes to nowhere
+    position = torch.arange(T)
+    canvas = torch.stack([F.pad(torch.tensor(s), (0, T - len(s))) for s in sequences])              # [B, T]
+    shown = position < lengths[:, None]
+    is_masked = (canvas == mask_id) & shown
+    given = shown & ~is_masked
+    if config.causal:
+        block_of, cache = position.expand(B, T), "block"
+    elif config.block_length:
+        block_of = (position // config.block_length).expand(B, T)
+    else:
+        block_of = (position - first[:, None]).clamp(min=0) // block_length                         # [B, T]
+    none = T + 1
+    blocks = torch.stack([(F.one_hot(block_of[b][is_masked[b]], none).any(0)).sum() if is_masked[b].any() else torch.tensor(1)
+                          for b in range(B)])
+    if not config.causal and threshold is None and factor is None and steps < blocks.max():
+        raise ValueError(f"{steps} steps are too few for {blocks.max()} blocks: each needs at least one")
+    steps_of = (steps // blocks).clamp(min=1)                       # [B] steps for each block
+    count = STEP_SCHEDULES[schedule or ("timesteps" if config.family == "Dream" or remasking == "ancestral" else "even")]
+    seed = torch.seed() if seed is None else seed
+    streams = [torch.Generator().manual_seed((seed * 1_000_003 + b) % 2**63) for b in range(B)]
+    look = _Passes(model, config, B, T, cache, cfg_scale, given, shown, lengths, block_of, mask_id)
+
+    stage, step, start, passes = torch.full((B,), -1), torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64), 0
+    while is_masked.any():
+        rows = is_masked.any(1).nonzero()[:, 0]                                                     # [A] unfinished rows cost, others not
+        current = torch.where(is_masked[rows], block_of[rows], none).amin(1)                        # [A] the block each is in
+        eligible = is_masked[rows] & (block_of[rows] == current[:, None])                           # [A, T]
+        entered = current != stage[rows]
+        stage[rows], step[rows] = current, torch.where(entered, 0, step[rows])
+        left = eligible.sum(1)
+        start[rows] = torch.where(entered, left, start[rows])
+        reveal = torch.stack([count(start[b], left[i], step[b], int(steps_of[b])) for i, b in enumerate(rows.tolist())])
+        step[rows] += 1
+        keep = None
+        if remasking == "random" or remasking == "ancestral":                                       # choose before looking
+            u = torch.zeros(eligible.shape, dtype=torch.float64)
+            u[eligible] = _draw(streams, rows, eligible)
+            if remasking == "random":
+                keep = keep_best(u, eligible, reveal)
+            else:
+                chance = torch.stack([_reveal_probability(int(step[b]) - 1, int(steps_of[b])) for b in rows.tolist()])
+                keep = eligible & (u < chance[:, None])
+            reveal, eligible = keep.sum(1), keep
+        if threshold is None and factor is None and not (reveal > 0).all():
+            busy = reveal > 0                                       # a step that reveals nothing needs no pass
+            rows, eligible, reveal, current, entered = rows[busy], eligible[busy], reveal[busy], current[busy], entered[busy]
+            keep = None if keep is None else keep[busy]
+            if not busy.any():
+                continue
+        logits = look(canvas, rows, eligible, current)                                              # [N, V]
+        passes += 1
+        chosen = sample_tokens(logits, temperature, _draw(streams, rows, eligible) if temperature else None)
+        score = torch.zeros(eligible.shape, dtype=torch.float64)
+        if REMASKING[remasking]:
+            score[eligible] = REMASKING[remasking](logits, chosen).double().cpu()
+        if keep is None and threshold is not None:
+            keep = keep_confident(score, eligible, threshold)
+        elif keep is None and factor is not None:
+            keep = keep_factor(score, eligible, factor)
+        elif keep is None:
+            keep = keep_best(score, eligible, reveal)
+        written = torch.zeros(eligible.shape, dtype=torch.int64)
+        written[eligible] = chosen.cpu()
+        canvas[rows] = torch.where(keep, written, canvas[rows])
+        is_masked[rows] &= ~keep
+        if (config.causal or config.block_length) and config.eos_token_id is not None:
+            _stop_at_end(canvas, is_masked, lengths, rows, block_of, current, first, config.eos_token_id)
+        if on_step is not None:
+            revealed, confidence = torch.zeros_like(is_masked), torch.zeros(B, T, dtype=torch.float64)
+            revealed[rows], confidence[rows] = keep, score * keep
+            on_step(Step(passes, canvas[:, :-1].clone(), revealed[:, :-1], confidence[:, :-1], lengths.clone()))
+    return [canvas[b, :lengths[b]].tolist() for b in range(B)]
+
+
+def _reveal_probability(step, steps, eps=1e-3):
+    """(t - s) / t of the step from t to s; the last reveals everything."""
+    t = torch.linspace(1, eps, steps + 1)
+    return 1 - t[step + 1] / t[step] if step < steps - 1 else torch.ones(())
+
+
+def _draw(streams, rows, eligible):
+    """Uniform numbers, one for each eligible position of each row, float64 [N], every row from its own stream."""
+    return torch.cat([torch.rand(int(n), generator=streams[b], dtype=torch.float64) for b, n in zip(rows.tolist(), eligible.sum(1))])
+
+
+def _stop_at_end(canvas, is_masked, lengths, rows, block_of, current, first, eos):
+    """A row whose finished block holds an end of text ends there."""
+    for i, b in enumerate(rows.tolist()):
+        done = (block_of[b] == current[i]) & (torch.arange(canvas.shape[1]) >= first[b]) & (torch.arange(canvas.shape[1]) < lengths[b])
+        if not (is_masked[b] & done).any() and (canvas[b][done] == eos).any():
+            lengths[b] = int((done & (canvas[b] == eos)).nonzero()[0, 0]) + 1
+            is_masked[b] = False
+
+
+class _Passes:
+    """The forward passes of one `_denoise`: which tokens to feed, whom they see, what of it to keep for the next pass."""
+
+    def __init__(self, model, config, B, T, cache, cfg_scale, given, shown, lengths, block_of, mask_id):
+        self.model, self.config, self.kind, self.cfg_scale, self.T = model, config, cache, cfg_scale, T
+        self.given, self.shown, self.lengths, self.block_of, self.mask_id = given, shown, lengths, block_of, mask_id
+        weight = model.embed.weight if isinstance(model, Transformer) else next(model.parameters())
+        self.device = weight.device
+        self.cache = Cache(config, B, T, self.device, weight.dtype) if cache else None
+        self.fresh = torch.full((B,), -1)       # prefix, dual: the block at whose start all keys of a row were made
+        self.final = torch.zeros(B, dtype=torch.int64)          # block: so many of a row's keys are final
+
+    def __call__(self, canvas, rows, eligible, current):
+        """Logits float32 [N, V] that predict the tokens at `eligible` [A, T] of these rows [A], whose current blocks are [A]."""
+        if self.cache is None:
+            return self._without_cache(canvas, rows, eligible)
+        at = torch.arange(self.T)
+        inside = (self.block_of[rows] == current[:, None]) & self.shown[rows]
+        begin, end = inside.int().argmax(1), torch.where(inside, at + 1, 0).amax(1)                 # [A] of the current block
+        shift = int(self.config.shift or self.config.causal)
+        if self.kind == "block":
+            logits = self._refresh(canvas, rows, eligible, self.final[rows], begin if self.config.causal else end)
+            self.final[rows] = begin
+            return logits
+        begin = (begin - shift).clamp(min=0)
+        full = self.fresh[rows] != current
+        self.fresh[rows] = current
+        if self.kind == "prefix":
+            end = self.lengths[rows]
+        if full.all() or not full.any():
+            return self._refresh(canvas, rows, eligible, torch.where(full, 0, begin), torch.where(full, self.lengths[rows], end))
+        logits = None                                               # rows that enter a block, and rows that are in one
+        row_of = eligible.nonzero()[:, 0]
+        for group, lo, hi in ((full, torch.zeros_like(begin), self.lengths[rows]), (~full, begin, end)):
+            part = self._refresh(canvas, rows[group], eligible[group], lo[group], hi[group])
+            logits = part.new_empty(len(row_of), part.shape[1]) if logits is None else logits
+            logits[group[row_of].to(logits.device)] = part
+        return logits
+
+    def _without_cache(self, canvas, rows, eligible):
+        width = int(self.lengths[rows].max())
+        tokens, mask = canvas[rows, :width], None
+        if self.config.block_length:
+            block = self.block_of[rows, :width]
+            mask = block[:, None, :] <= block[:, :, None]                                           # [A, T, T]
+        elif (self.lengths[rows] != width).any():
+            mask = self.shown[rows, :width]
+        if self.cfg_scale:                                          # a second batch in which what was given is masked
+            tokens = torch.cat((tokens, torch.where(self.given[rows, :width], self.mask_id, tokens)))
+            mask = None if mask is None else torch.cat((mask, mask))
+            eligible = torch.cat((eligible, eligible))
+        logits = self._model(tokens, eligible[:, :width].nonzero(), 0, attention_mask=None if mask is None else mask.to(self.device))
+        if self.cfg_scale:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
+        return logits
+
+    def _refresh(self, canvas, rows, eligible, begin, end):
+        """Feed positions begin..end [A] of each row, write their keys to the cache, attend to all of it that is to be seen."""
+        positions = begin[:, None] + torch.arange(int((end - begin).max()))                         # [A, S]
+        positions = torch.where(positions < end[:, None], positions, self.T - 1)
+        tokens = canvas[rows[:, None], positions]
+        if self.kind == "block" and not self.config.causal:
+            mask = self.block_of[rows][:, None, :] <= self.block_of[rows[:, None], positions][:, :, None]       # [A, S, T]
+            mask = mask & self.shown[rows][:, None, :] | (positions == self.T - 1)[:, :, None]
+        else:
+            mask = self.shown[rows]
+        self.cache.rows = None if len(rows) == len(self.shown) else rows.to(self.device)
+        where = eligible.nonzero()
+        where[:, 1] -= begin[where[:, 0]]
+        return self._model(tokens, where, begin, attention_mask=mask.to(self.device), cache=self.cache, positions=positions.to(self.device))
+
+    def _model(self, tokens, where, begin, **arguments):
+        """Logits [N, V] for the (row, position) pairs `where` [N, 2] of tokens [A, S]."""
+        shift = int(self.config.shift or self.config.causal)
+        column = (where[:, 1] - shift).clamp(min=0)
+        flat = where[:, 0] * tokens.shape[1] + column
+        tokens = tokens.clamp(max=self.config.vocab_size - 1).to(self.device)
+        if isinstance(self.model, Transformer):
+            return self.model(tokens, select=flat.to(self.device), **arguments).float()
+        select = torch.zeros(tokens.numel(), dtype=torch.bool)
+        select[flat] = True
+        logits = self.model(tokens, select=select.view(tokens.shape).to(self.device), **arguments)
+        return logits[((select.cumsum(0) - 1)[flat]).to(logits.device)].float()

@@ -1,0 +1,557 @@
+"""data/tokenizer.py: exact round trips, and the ids and chats of `transformers` for every kind of checkpoint."""
+
+import json
+import random
+
+import pytest
+
+from data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, render_template
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = (
+    "the quick brown fox jumps over lazy dogs; don't they'll we've naïve café Ünïcödé 中文 字符 日本語 "
+    "def f(x): return x + 1\n"
+)
+CORPUS = [WORDS * 20, "    indented\n\n\tcode = 12345 + 6789\n" * 20]
+TRICKY = [
+    *("", " ", "  ", "\n", "\n\n \n", "\t\tx", " lead", "trail ", "  two  spaces  ", "a\r\nb", "\x00\x01"),
+    *("Hello, World!", "don't we'll I'M", "3.14159 1234567890", "naïve café ÀÉÎ", "e\u0301 vs é"),
+    *("🙂👨‍👩‍👧‍👦 emoji", "ﬁ ligature ½ ² Ⅳ", "ا لعربية עברית", "a" * 300, "x\u2028y\u2029z"),
+    *("def f(x):\n    return x**2  # ok\n", "<|endoftext|>", "a<|mask|>b <mask> c[MASK]d", "<s> x </s>"),
+    *("[CLS] x [SEP]", "<|im_start|>user\nhi<|im_end|>", "\u200b\ufeff", "中文字符 日本語"),
+]
+
+
+def random_text(seed, length=40):
+    """Characters from all planes, surrogates aside, with much ASCII and whitespace in between."""
+    rng = random.Random(seed)
+    ranges = [
+        (32, 127),
+        (9, 14),
+        (0x80, 0x250),
+        (0x300, 0x370),
+        (0x4E00, 0x9FFF),
+        (0xE000, 0xFFFF),
+        (0x10000, 0x10FFFF),
+    ]
+    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(length)))
+
+
+TEXTS = TRICKY + [random_text(seed) for seed in range(200)]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return Tokenizer.train(CORPUS, vocab_size=340)
+
+
+@pytest.fixture(scope="module", params=["bpe", "bytes"])
+def ours(request, bpe):
+    return bpe if request.param == "bpe" else Tokenizer.bytes()
+
+
+# ---------------------------------------------------------------- our own
+
+
+def test_round_trip(ours):
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ours.decode(ids) == text
+        assert all(0 <= i < ours.vocab_size for i in ids)
+        assert not {ours.mask_token_id, ours.eos_token_id} & set(ids)  # text never becomes a control token
+    assert ours.encode_batch(TEXTS) == [ours.encode(text) for text in TEXTS]
+
+
+def test_special_tokens(ours):
+    ids = ours.encode("a<|mask|>b<|endoftext|>", parse_special=True)
+    assert ids == [*ours.encode("a"), ours.mask_token_id, *ours.encode("b"), ours.eos_token_id]
+    assert ours.decode(ids) == "a<|mask|>b<|endoftext|>"
+    assert ours.decode(ids, skip_special_tokens=True) == "ab"
+    assert ours.mask_token == "<|mask|>"
+    assert ours.eos_token_id == ours.pad_token_id == ours.bos_token_id == ours.vocab_size - 4
+    assert [ours.backend.token_to_id(token) for token in SPECIAL_TOKENS] == [ours.vocab_size - 4 + i for i in range(4)]
+    assert ours.add_mask_token() == ours.mask_token_id == ours.vocab_size - 3
+
+
+def test_training_counts_all_ids(bpe):
+    assert bpe.vocab_size == 340
+    assert Tokenizer.train(CORPUS, vocab_size=340).backend.to_str() == bpe.backend.to_str()  # the same every time
+    assert len(bpe.encode(WORDS)) < len(WORDS.encode()) / 2
+    tiny = Tokenizer.train(
+        ["<|endoftext|><|mask|>" * 1000], vocab_size=1000
+    )  # spelled in the corpus, never learned as a piece
+    assert tiny.vocab_size < 1000 and len(tiny.encode("<|mask|>")) > 1
+    for size in (259, 10**12):
+        with pytest.raises(ValueError, match="260"):
+            Tokenizer.train(CORPUS, vocab_size=size)
+
+
+def test_bytes():
+    tokenizer = Tokenizer.bytes()
+    assert tokenizer.vocab_size == 260
+    for text in TEXTS:
+        assert tokenizer.encode(text) == list(text.encode("utf-8"))
+        assert tokenizer.backend.encode(text.replace("<|", "<").replace("|>", ">")).ids == list(
+            text.replace("<|", "<").replace("|>", ">").encode("utf-8")
+        )  # the library agrees with the short cut
+
+
+def test_save_and_load(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    for name in (
+        "vocab_size",
+        "mask_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "bos_token_id",
+        "mask_token",
+        "roles",
+        "chat_templates",
+    ):
+        assert getattr(again, name) == getattr(ours, name), name
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (hf.mask_token_id, hf.eos_token_id, hf.pad_token_id) == (
+        ours.mask_token_id,
+        ours.eos_token_id,
+        ours.pad_token_id,
+    )
+    for text in TEXTS:
+        for parse in (False, True):
+            ids = ours.encode(text, parse_special=parse)
+            assert again.encode(text, parse_special=parse) == ids
+            assert hf.encode(text, add_special_tokens=False, split_special_tokens=not parse) == ids
+        assert hf.decode(ids) == again.decode(ids) == text
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes\n"}]
+    assert (
+        hf.apply_chat_template(chat, add_generation_prompt=True)
+        == again.apply_chat_template(chat)
+        == ours.apply_chat_template(chat)
+    )
+    again.save_pretrained(tmp_path / "twice")
+    assert (tmp_path / "twice" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_from_tiktoken_ranks(bpe):
+    """A tokenizer.json written from tiktoken's ranks gives tiktoken's ids: so does GPT-2's, which needs a download."""
+    import tiktoken
+
+    stand_in = {character: byte for byte, character in enumerate(_stand_ins())}
+    pieces = sorted(((i, piece) for piece, i in bpe.backend.get_vocab(with_added_tokens=False).items()))
+    ranks = {bytes(stand_in[c] for c in piece): i for i, piece in pieces}
+    # GPT-2's, as tiktoken has it
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    reference = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    tokenizer = Tokenizer.from_ranks(ranks)
+    assert tokenizer.vocab_size == len(ranks) + 4 == bpe.vocab_size
+    for text in [*TEXTS, *CORPUS]:
+        assert tokenizer.encode(text) == reference.encode_ordinary(text)
+
+
+def _stand_ins():
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+    return [bytes_to_unicode()[byte] for byte in range(256)]
+
+
+def test_gpt2_off_line(monkeypatch):
+    import tiktoken
+
+    def unreachable(name):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    with pytest.raises(ConnectionError, match="TIKTOKEN_CACHE_DIR"):
+        Tokenizer.gpt2()
+
+
+@pytest.mark.parametrize("bad", ["\ud800", 5, None, b"x"])
+def test_not_text(ours, bad):
+    with pytest.raises(ValueError):
+        ours.encode(bad)
+
+
+def test_decode_leaves_out_what_is_no_token(ours):
+    assert ours.decode([-1, *ours.encode("ok"), 10**6]) == "ok"
+
+
+# ---------------------------------------------------------------- checkpoints of others
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def wordpiece_folder(folder, **settings):
+    characters = sorted(set("".join(CORPUS + TRICKY)) - set(" \t\n\r\x00\x01"))
+    vocab = [
+        "[PAD]",
+        "[unused0]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *characters,
+        *("##" + c for c in characters),
+        "the",
+        "quick",
+        "cafe",
+        "café",
+        "##ing",
+        "hello",
+        "mask",
+        "mixed",
+    ]
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocab)) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "config.json", {"model_type": "bert", "pad_token_id": 0})
+    return folder
+
+
+def bpe_folder(folder, bpe, first=(), last=(), model_type="gpt2", **settings):
+    """vocab.json and merges.txt, with tokens put in front of the pieces (RoBERTa) and behind (GPT-2)."""
+    bpe.backend.model.save(str(folder))
+    pieces = sorted((i, piece) for piece, i in bpe.backend.get_vocab(with_added_tokens=False).items())
+    write_json(
+        folder / "vocab.json", {token: i for i, token in enumerate([*first, *(piece for _, piece in pieces), *last])}
+    )
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "config.json", {"model_type": model_type})
+    return folder
+
+
+def assert_same(ours, hf, roles=("mask", "eos", "pad", "bos")):
+    assert ours.vocab_size == len(hf)
+    for role in roles:
+        assert getattr(ours, f"{role}_token_id") == getattr(hf, f"{role}_token_id"), role
+    for text in TEXTS:
+        for add in (False, True):
+            assert ours.encode(text, add, parse_special=True) == hf.encode(text, add_special_tokens=add), text
+            assert ours.encode(text, add) == hf.encode(text, add_special_tokens=add, split_special_tokens=True), text
+        ids = ours.encode(text, parse_special=True)
+        assert ours.decode(ids) == hf.decode(ids, clean_up_tokenization_spaces=False)
+        assert ours.decode(ids, True) == hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True},
+        {"tokenize_chinese_chars": False},
+        {"do_lower_case": True, "mask_token": "[MASK]", "tokenizer_class": "BertTokenizer"},
+    ],
+)
+def test_bert_from_vocab_txt(tmp_path, settings):
+    folder = wordpiece_folder(tmp_path, **settings)
+    ours = Tokenizer.from_pretrained(folder)
+    assert_same(ours, transformers.BertTokenizerFast.from_pretrained(folder), roles=("mask", "pad"))
+    assert (ours.bos_token_id, ours.eos_token_id) == (3, 4)  # [CLS] and [SEP]
+
+
+def test_gpt2_from_vocab_json(tmp_path, bpe):
+    folder = bpe_folder(tmp_path, bpe, last=["<|endoftext|>"])
+    ours = Tokenizer.from_pretrained(folder)
+    assert_same(ours, transformers.GPT2TokenizerFast.from_pretrained(folder))
+    slow = transformers.GPT2Tokenizer.from_pretrained(folder)
+    assert all(ours.encode(text, parse_special=True) == slow.encode(text) for text in TRICKY)
+    size = ours.vocab_size
+    assert (ours.mask_token_id, ours.pad_token_id) == (None, None)
+    assert ours.add_mask_token() == size and ours.vocab_size == size + 1 and ours.mask_token == "<|mask|>"
+    assert ours.encode("a<|mask|>", parse_special=True)[-1] == size
+    ours.save_pretrained(tmp_path / "converted")
+    assert Tokenizer.from_pretrained(tmp_path / "converted").mask_token_id == size
+
+
+@pytest.mark.parametrize("prefix_space", [False, True])
+def test_roberta_from_vocab_json(tmp_path, bpe, prefix_space):
+    folder = bpe_folder(
+        tmp_path, bpe, ["<s>", "<pad>", "</s>", "<unk>"], ["<mask>"], "roberta", add_prefix_space=prefix_space
+    )
+    assert_same(Tokenizer.from_pretrained(folder), transformers.RobertaTokenizerFast.from_pretrained(folder))
+
+
+DREAM = {
+    "tokenizer_class": "DreamTokenizer",
+    "bos_token": "<|beginoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "mask_token": "<|mask|>",
+    "unk_token": None,
+    "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+}
+
+
+def dream_folder(folder, bpe):
+    size = len(bpe.backend.get_vocab(with_added_tokens=False))
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "<|beginoftext|>", "<|mask|>"]
+    added = {
+        str(size + i): {
+            "content": token,
+            "lstrip": False,
+            "rstrip": False,
+            "single_word": False,
+            "normalized": False,
+            "special": token != "<tool_call>",
+        }
+        for i, token in enumerate(tokens)
+    }
+    bpe_folder(folder, bpe, model_type="Dream", added_tokens_decoder=added, **DREAM)
+    write_json(
+        folder / "config.json",
+        {"model_type": "Dream", "mask_token_id": size + 5, "eos_token_id": size, "bos_token_id": size},
+    )
+    return folder
+
+
+def test_dream_from_vocab_json(tmp_path, bpe):
+    """Dream publishes no tokenizer.json: Qwen2's files, with a mask and a beginning of text added behind."""
+    folder = dream_folder(tmp_path, bpe)
+    ours = Tokenizer.from_pretrained(folder)
+    assert_same(ours, transformers.Qwen2TokenizerFast.from_pretrained(folder))
+    assert ours.mask_token == "<|mask|>" and ours.mask_token_id == ours.vocab_size - 1
+    assert len(ours.encode("<tool_call>")) == 1  # an added token that is not special is text with an id of its own
+
+
+def test_qwen2_with_added_tokens_json(tmp_path, bpe):
+    """The older layout: added_tokens.json and special_tokens_map.json."""
+    size = len(bpe.backend.get_vocab(with_added_tokens=False))
+    folder = bpe_folder(tmp_path, bpe, model_type="qwen2")
+    write_json(folder / "added_tokens.json", {"<|im_end|>": size + 2, "<|endoftext|>": size, "<think>": size + 1})
+    write_json(
+        folder / "special_tokens_map.json",
+        {"eos_token": {"content": "<|im_end|>", "lstrip": False}, "pad_token": "<|endoftext|>"},
+    )
+    assert_same(Tokenizer.from_pretrained(folder), transformers.Qwen2TokenizerFast.from_pretrained(folder))
+
+
+def llada_folder(folder, bpe):
+    """A tokenizer.json with a mask among the added tokens that no tokenizer file names: config.json does."""
+    copy = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
+    copy.add_special_tokens(["<|startoftext|>", "<|mdm_mask|>"])
+    copy.backend.enable_truncation(8)
+    copy.backend.enable_padding(length=16)
+    copy.backend.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+        },
+    )
+    write_json(folder / "config.json", {"model_type": "llada", "mask_token_id": copy.vocab_size - 1})
+    return folder
+
+
+def test_llada_mask_comes_from_config(tmp_path, bpe):
+    folder = llada_folder(tmp_path, bpe)
+    ours = Tokenizer.from_pretrained(folder)
+    assert_same(
+        ours, transformers.AutoTokenizer.from_pretrained(folder), roles=("eos", "pad", "bos")
+    )  # neither cut nor padded
+    assert (ours.mask_token, ours.mask_token_id) == ("<|mdm_mask|>", ours.vocab_size - 1)
+    assert ours.add_mask_token() == ours.vocab_size - 1
+    ours.save_pretrained(tmp_path / "saved")
+    assert Tokenizer.from_pretrained(tmp_path / "saved").mask_token == "<|mdm_mask|>"
+
+
+def test_a_list_of_end_tokens_and_ids_outside_the_vocabulary(tmp_path, bpe):
+    folder = bpe_folder(tmp_path, bpe, last=["<|endoftext|>"], model_type="gpt2", eos_token=None)
+    write_json(
+        folder / "config.json",
+        {"model_type": "gpt2", "eos_token_id": [7, 8], "pad_token_id": -1, "mask_token_id": 5000},
+    )
+    ours = Tokenizer.from_pretrained(folder)
+    assert (ours.eos_token_id, ours.pad_token_id, ours.mask_token_id, ours.mask_token) == (7, None, 5000, None)
+
+
+# ---------------------------------------------------------------- chat
+
+TEMPLATES = {
+    "qwen": "{%- if tools %}\n    {{- tools | tojson }}\n{%- else %}\n    {%- if messages[0]['role'] == 'system' %}\n"
+    "        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n    {%- else %}\n"
+    "        {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}\n    {%- endif %}\n{%- endif %}\n"
+    "{%- for message in messages %}\n"
+    "    {%- if (message.role == 'user') or (message.role == 'assistant' and not loop.first) %}\n"
+    "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n    {%- endif %}\n"
+    "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
+    "llada": "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] "
+    "+ '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
+    "llama2": "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% else %}{% set loop_messages = messages %}"
+    "{% endif %}{% for message in loop_messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
+    "message['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "helpers": "{% for m in messages %}  {% if m.role == 'system' %}{% continue %}{% endif %}\n"
+    "  {% generation %}{{ m | tojson(indent=2) }}"
+    "{% endgeneration %}\n{% endfor %}{{ strftime_now('%Y') }}{{ mask_token is defined }}{{ documents is none }}",
+    "default": CHAT_TEMPLATE,
+}
+CHATS = [
+    [{"role": "user", "content": "Hi <there> & 'you'!\n "}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " 1+1? "},
+        {"role": "assistant", "content": "2 é 中"},
+        {"role": "user", "content": "<|im_end|>sure?"},
+    ],
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
+def test_chat_templates_render_as_transformers_does(tmp_path, bpe, name, where):
+    folder = dream_folder(tmp_path, bpe)
+    if where == "chat_template.jinja":
+        (folder / where).write_text(TEMPLATES[name], encoding="utf-8")
+    else:
+        old = json.loads((folder / where).read_text()) if (folder / where).exists() else {}
+        write_json(folder / where, old | {"chat_template": TEMPLATES[name]})
+    ours = Tokenizer.from_pretrained(folder)
+    hf = transformers.Qwen2TokenizerFast.from_pretrained(folder)
+    for chat in CHATS:
+        for prompt in (False, True):
+            options = {"add_generation_prompt": prompt, "chat_template": TEMPLATES[name]}
+            assert ours.render_chat(chat, prompt) == hf.apply_chat_template(chat, tokenize=False, **options)
+            assert ours.apply_chat_template(chat, prompt) == hf.apply_chat_template(chat, **options)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert ours.render_chat(CHATS[0], tools=tools) == hf.apply_chat_template(
+        CHATS[0], tools=tools, tokenize=False, add_generation_prompt=True, chat_template=TEMPLATES[name]
+    )
+
+
+def test_named_templates(tmp_path, bpe):
+    folder = dream_folder(tmp_path, bpe)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools {{ tools|length }}"}]
+    write_json(folder / "tokenizer_config.json", settings | {"chat_template": named})
+    ours = Tokenizer.from_pretrained(folder)
+    assert ours.render_chat(CHATS[0]) == "plain"
+    assert ours.render_chat(CHATS[0], template="tool_use", tools=[1, 2]) == "tools 2"
+    ours.save_pretrained(tmp_path / "saved")
+    assert Tokenizer.from_pretrained(tmp_path / "saved").chat_templates == ours.chat_templates
+    with pytest.raises(ValueError, match="default, tool_use"):
+        ours.render_chat(CHATS[0], template="rag")
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{{ raise_exception('roles must\nalternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% for m in messages %}", "end of template"),
+        ("{{ messages[0].content + 1 }}", "str"),
+        ("{{ 9 ** 9 ** 9 }}", "not allowed"),
+        ("{{ 'x' * 10000 * 10000 * 10000 }}", "not allowed"),
+        ("{{ 'x' * 10000000000 }}", "not allowed"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% include '/etc/passwd' %}", "loader"),
+    ],
+)
+def test_templates_that_fail(template, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        render_template(template, {"messages": CHATS[0]}, seconds=0.3)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("the chat template failed: ")
+
+
+# ---------------------------------------------------------------- damaged folders
+
+
+@pytest.mark.parametrize(
+    "files, error, words",
+    [
+        ({}, FileNotFoundError, "looked for tokenizer.json, vocab.txt"),
+        ({"vocab.json": "{}"}, FileNotFoundError, "merges.txt"),
+        ({"tokenizer.model": "x"}, ValueError, "sentencepiece"),
+        ({"tokenizer.json": "{"}, ValueError, "tokenizer.json"),
+        ({"tokenizer.json": "[]"}, ValueError, "tokenizer.json"),
+        ({"vocab.txt": "a\nb\n"}, ValueError, "vocab.txt"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, ValueError, "gpt2, roberta, qwen2"),
+        (
+            {"vocab.json": '{"a": 0}', "merges.txt": "a b\n", "config.json": '{"model_type": "gpt2"}'},
+            ValueError,
+            "merges.txt",
+        ),
+        (
+            {"vocab.json": '{"a": "x"}', "merges.txt": "", "config.json": '{"model_type": "gpt2"}'},
+            ValueError,
+            "vocab.json",
+        ),
+        ({"vocab.json": "[1]", "merges.txt": "", "config.json": '{"model_type": "gpt2"}'}, ValueError, "vocab.json"),
+        ({"tokenizer_config.json": '{"a": 1'}, ValueError, "tokenizer_config.json"),
+        ({"config.json": "[" * 100_000}, ValueError, "config.json"),
+        ({"special_tokens_map.json": '{"mask_token": 7}'}, ValueError, "special_tokens_map.json"),
+    ],
+)
+def test_damaged_folders(tmp_path, files, error, words):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=words) as caught:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "chat_template"),
+        ("tokenizer_config.json", {"eos_token": ["x"]}, "tokenizer_config.json"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": "<|mask|>", "special": True}}}, "token 9"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"nine": {"content": "x"}}}, "tokenizer_config.json"),
+        ("tokenizer_config.json", {"added_tokens_decoder": 3}, "tokenizer_config.json"),
+        ("tokenizer_config.json", {"additional_special_tokens": 3}, "additional_special_tokens"),
+        ("config.json", {"mask_token_id": "many"}, "mask_token_id"),
+        ("config.json", {"mask_token_id": -5}, "mask_token_id"),
+    ],
+)
+def test_contradicting_settings(tmp_path, bpe, name, change, words):
+    bpe.save_pretrained(tmp_path)
+    old = json.loads((tmp_path / name).read_text()) if (tmp_path / name).exists() else {}
+    write_json(tmp_path / name, old | change)
+    with pytest.raises(ValueError, match=words):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Tokenizer.from_pretrained(tmp_path / "nowhere")
+
+
+def test_fuzzed_files(tmp_path, bpe):
+    """Whatever a file holds, from_pretrained works or says ValueError."""
+    bpe_folder(tmp_path, bpe, last=["<|endoftext|>"])
+    Tokenizer.train(CORPUS, vocab_size=270).save_pretrained(tmp_path)
+    rng = random.Random(0)
+    failed = 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "config.json"):
+        original = (tmp_path / name).read_bytes()
+        hidden = tmp_path / "tokenizer.json"
+        if name in ("vocab.json", "merges.txt"):
+            hidden.rename(tmp_path / "hidden")
+        for _ in range(100):
+            damaged = bytearray(original)
+            for _ in range(rng.randrange(1, 4)):
+                at = rng.randrange(len(damaged) + 1)
+                damaged[at : at + rng.randrange(3)] = rng.choice(
+                    [b"", b"\xff", b"null", b"0", b"-1", b"[]", b'"', b"}", b"99999999999", b" "]
+                )
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                Tokenizer.from_pretrained(tmp_path).encode("the quick", True, True)
+            except (ValueError, FileNotFoundError):
+                failed += 1
+        (tmp_path / name).write_bytes(original)
+        if (tmp_path / "hidden").exists():
+            (tmp_path / "hidden").rename(hidden)
+    assert failed > 100
