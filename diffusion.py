@@ -370,14 +370,19 @@ REMASKING = {"low_confidence": low_confidence, "entropy": entropy, "margin": mar
 
 
 def even(start, left, step, steps):
-    """How many of the `start` masked tokens of a block this step reveals, int64 [B]: equal shares, the remainder first (LLaDA)."""
-    return start // steps + (step < start % steps).long()
+    """How many of a block's `start` masked tokens, `left` of them now, this step reveals: equal shares, the remainder first (LLaDA)."""
+    return start // steps + (step < start % steps)
 
 
-def timesteps(start, left, step, steps, eps=1e-3):
-    """Time falls from 1 to eps evenly; a step from t to s reveals the integer part of left * (1 - s / t), the last all (Dream)."""
-    t = torch.linspace(1, eps, steps + 1)
-    return torch.where(step < steps - 1, (left * (1 - t[step + 1] / t[step])).long(), left)
+def timesteps(start, left, step, steps):
+    """Time falls evenly from 1 to 1e-3; a step from t to s reveals the integer part of left * (1 - s / t) (Dream)."""
+    return int(left * reveal_probability(step, steps))
+
+
+def reveal_probability(step, steps):
+    """(t - s) / t: the chance that the reverse process reveals a masked token in the step from t to s (MDLM, eq. 7), float32."""
+    t = torch.linspace(1, 1e-3, steps + 1)
+    return 1 - t[step + 1] / t[step]
 
 
 STEP_SCHEDULES = {"even": even, "timesteps": timesteps}
@@ -509,7 +514,7 @@ def _check_sampling(config, sequences, steps, temperature, remasking, threshold,
 def _denoise(model, sequences, mask_id, first, steps, block_length, temperature, remasking, threshold, factor, cache, cfg_scale, schedule,
              seed, on_step):
     """The one loop: predict the masked tokens of each row's current block, keep some, until no mask is left. first: list [B]."""
-    config, B = _config(model), len(sequences)
+    config, B, exact = _config(model), len(sequences), _config(model).causal or _config(model).block_length
     _check_sampling(config, sequences, steps, temperature, remasking, threshold, factor, cache, cfg_scale, schedule)
     if not B:
         return []
@@ -525,74 +530,94 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
     elif config.block_length:
         block_of = (position // config.block_length).expand(B, T)
     else:
-        block_of = (position - first[:, None]).clamp(min=0) // block_length                         # [B, T]
-    none = T + 1
-    blocks = torch.stack([(F.one_hot(block_of[b][is_masked[b]], none).any(0)).sum() if is_masked[b].any() else torch.tensor(1)
-                          for b in range(B)])
-    if not config.causal and threshold is None and factor is None and steps < blocks.max():
-        raise ValueError(f"{steps} steps are too few for {blocks.max()} blocks: each needs at least one")
-    steps_of = (steps // blocks).clamp(min=1)                       # [B] steps for each block
-    count = STEP_SCHEDULES[schedule or ("timesteps" if config.family == "Dream" or remasking == "ancestral" else "even")]
+        block_of = (position - first[:, None]) // block_length                                      # [B, T], negative left of `first`
+    to_do = [block_of[b][is_masked[b]].unique().tolist() for b in range(B)]                         # the blocks that each row will visit
+    if not (config.causal or threshold or factor) and steps < max(map(len, to_do)):
+        raise ValueError(f"{steps} steps are too few for {max(map(len, to_do))} blocks: each needs at least one")
+    schedule = schedule or ("timesteps" if config.family == "Dream" or remasking == "ancestral" else "even")
     seed = torch.seed() if seed is None else seed
     streams = [torch.Generator().manual_seed((seed * 1_000_003 + b) % 2**63) for b in range(B)]
-    look = _Passes(model, config, B, T, cache, cfg_scale, given, shown, lengths, block_of, mask_id)
-
-    stage, step, start, passes = torch.full((B,), -1), torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64), 0
-    while is_masked.any():
-        rows = is_masked.any(1).nonzero()[:, 0]                                                     # [A] unfinished rows cost, others not
-        current = torch.where(is_masked[rows], block_of[rows], none).amin(1)                        # [A] the block each is in
+    look = _Passes(model, config, T, cache, cfg_scale, given, shown, lengths, block_of, mask_id)
+    states = [_Row(b, max(1, steps // max(len(blocks), 1)), blocks) for b, blocks in enumerate(to_do)]
+    passes = 0
+    while True:
+        work = [state for state in states if state.next(is_masked, block_of, STEP_SCHEDULES[schedule], threshold is not None or factor is not None)]
+        if not work:                                                # unfinished rows only: the others cost nothing
+            return [canvas[b, :lengths[b]].tolist() for b in range(B)]
+        rows, current = torch.tensor([state.row for state in work]), torch.tensor([state.block for state in work])      # [A]
+        reveal, final = torch.tensor([state.reveal for state in work]), torch.tensor([state.final for state in work])
         eligible = is_masked[rows] & (block_of[rows] == current[:, None])                           # [A, T]
-        entered = current != stage[rows]
-        stage[rows], step[rows] = current, torch.where(entered, 0, step[rows])
-        left = eligible.sum(1)
-        start[rows] = torch.where(entered, left, start[rows])
-        reveal = torch.stack([count(start[b], left[i], step[b], int(steps_of[b])) for i, b in enumerate(rows.tolist())])
-        step[rows] += 1
         keep = None
-        if remasking == "random" or remasking == "ancestral":                                       # choose before looking
-            u = torch.zeros(eligible.shape, dtype=torch.float64)
+        if REMASKING[remasking] is None:                            # chosen blindly: look only at what will be revealed
+            u = torch.ones(eligible.shape, dtype=torch.float64)
             u[eligible] = _draw(streams, rows, eligible)
-            if remasking == "random":
-                keep = keep_best(u, eligible, reveal)
-            else:
-                chance = torch.stack([_reveal_probability(int(step[b]) - 1, int(steps_of[b])) for b in rows.tolist()])
-                keep = eligible & (u < chance[:, None])
-            reveal, eligible = keep.sum(1), keep
-        if threshold is None and factor is None and not (reveal > 0).all():
-            busy = reveal > 0                                       # a step that reveals nothing needs no pass
-            rows, eligible, reveal, current, entered = rows[busy], eligible[busy], reveal[busy], current[busy], entered[busy]
-            keep = None if keep is None else keep[busy]
-            if not busy.any():
+            chance = torch.tensor([state.chance for state in work])
+            keep = keep_best(-u, eligible, reveal) if remasking == "random" else eligible & (final | (u.T < chance)).T
+            eligible = keep
+            if not keep.any():
                 continue
         logits = look(canvas, rows, eligible, current)                                              # [N, V]
         passes += 1
+        # A prediction may be the mask token itself, and the position stays open. In a block's last step that is ruled out.
+        if mask_id < logits.shape[1]:
+            logits[:, mask_id].masked_fill_(final[eligible.nonzero()[:, 0]].to(logits.device), -torch.inf)
         chosen = sample_tokens(logits, temperature, _draw(streams, rows, eligible) if temperature else None)
         score = torch.zeros(eligible.shape, dtype=torch.float64)
-        if REMASKING[remasking]:
+        if keep is None:
             score[eligible] = REMASKING[remasking](logits, chosen).double().cpu()
-        if keep is None and threshold is not None:
-            keep = keep_confident(score, eligible, threshold)
-        elif keep is None and factor is not None:
-            keep = keep_factor(score, eligible, factor)
-        elif keep is None:
-            keep = keep_best(score, eligible, reveal)
+            if threshold is not None:
+                keep = keep_confident(score, eligible, threshold)
+            elif factor is not None:
+                keep = keep_factor(score, eligible, factor)
+            else:
+                keep = keep_best(score, eligible, reveal)
         written = torch.zeros(eligible.shape, dtype=torch.int64)
         written[eligible] = chosen.cpu()
         canvas[rows] = torch.where(keep, written, canvas[rows])
-        is_masked[rows] &= ~keep
-        if (config.causal or config.block_length) and config.eos_token_id is not None:
-            _stop_at_end(canvas, is_masked, lengths, rows, block_of, current, first, config.eos_token_id)
+        is_masked = (canvas == mask_id) & shown
+        if exact and config.eos_token_id is not None:
+            for state in work:
+                state.stop_at_end(canvas, is_masked, block_of, lengths, shown, first, config.eos_token_id)
         if on_step is not None:
             revealed, confidence = torch.zeros_like(is_masked), torch.zeros(B, T, dtype=torch.float64)
             revealed[rows], confidence[rows] = keep, score * keep
             on_step(Step(passes, canvas[:, :-1].clone(), revealed[:, :-1], confidence[:, :-1], lengths.clone()))
-    return [canvas[b, :lengths[b]].tolist() for b in range(B)]
 
 
-def _reveal_probability(step, steps, eps=1e-3):
-    """(t - s) / t of the step from t to s; the last reveals everything."""
-    t = torch.linspace(1, eps, steps + 1)
-    return 1 - t[step + 1] / t[step] if step < steps - 1 else torch.ones(())
+class _Row:
+    """Where one row of the batch stands: its block, and the step in it. Rows of a batch advance independently."""
+
+    def __init__(self, row, steps, blocks):
+        self.row, self.steps, self.blocks = row, steps, blocks      # steps: for each block; blocks: those still to visit
+        self.block = self.reveal = self.final = self.chance = None
+
+    def next(self, is_masked, block_of, count, adaptive):
+        """Advance to the next step that reveals anything; false when the row is done. Sets reveal, chance and final for it."""
+        while self.blocks or self.block is not None:
+            if self.block is None:
+                self.block, self.step, self.start = self.blocks.pop(0), 0, None
+            left = int((is_masked[self.row] & (block_of[self.row] == self.block)).sum())
+            if not left:
+                self.block = None
+                continue
+            self.start = left if self.start is None else self.start
+            last = self.start - 1 if adaptive else min(self.steps, self.start) - 1 if count is even else self.steps - 1
+            self.final = self.step >= last
+            self.reveal = left if self.final else count(self.start, left, self.step, self.steps) if not adaptive else 1
+            self.chance = 1.0 if self.final or adaptive else float(reveal_probability(self.step, self.steps))
+            self.step += 1
+            if self.reveal:
+                return True
+        return False
+
+    def stop_at_end(self, canvas, is_masked, block_of, lengths, shown, first, eos):
+        """If the block is finished and holds an end of text, the row ends there."""
+        row, position = self.row, torch.arange(canvas.shape[1])
+        done = (block_of[row] == self.block) & (position >= first[row]) & shown[row]
+        ends = done & (canvas[row] == eos)
+        if ends.any() and not (is_masked[row] & done).any():
+            lengths[row], self.blocks = int(ends.nonzero()[0, 0]) + 1, []
+            shown[row] &= position < lengths[row]
 
 
 def _draw(streams, rows, eligible):
@@ -600,19 +625,11 @@ def _draw(streams, rows, eligible):
     return torch.cat([torch.rand(int(n), generator=streams[b], dtype=torch.float64) for b, n in zip(rows.tolist(), eligible.sum(1))])
 
 
-def _stop_at_end(canvas, is_masked, lengths, rows, block_of, current, first, eos):
-    """A row whose finished block holds an end of text ends there."""
-    for i, b in enumerate(rows.tolist()):
-        done = (block_of[b] == current[i]) & (torch.arange(canvas.shape[1]) >= first[b]) & (torch.arange(canvas.shape[1]) < lengths[b])
-        if not (is_masked[b] & done).any() and (canvas[b][done] == eos).any():
-            lengths[b] = int((done & (canvas[b] == eos)).nonzero()[0, 0]) + 1
-            is_masked[b] = False
-
-
 class _Passes:
     """The forward passes of one `_denoise`: which tokens to feed, whom they see, what of it to keep for the next pass."""
 
-    def __init__(self, model, config, B, T, cache, cfg_scale, given, shown, lengths, block_of, mask_id):
+    def __init__(self, model, config, T, cache, cfg_scale, given, shown, lengths, block_of, mask_id):
+        B = len(shown)
         self.model, self.config, self.kind, self.cfg_scale, self.T = model, config, cache, cfg_scale, T
         self.given, self.shown, self.lengths, self.block_of, self.mask_id = given, shown, lengths, block_of, mask_id
         weight = model.embed.weight if isinstance(model, Transformer) else next(model.parameters())
