@@ -532,7 +532,8 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
     else:
         block_of = (position - first[:, None]) // block_length                                      # [B, T], negative left of `first`
     to_do = [block_of[b][is_masked[b]].unique().tolist() for b in range(B)]                         # the blocks that each row will visit
-    if not (config.causal or threshold or factor) and steps < max(map(len, to_do)):
+    adaptive = threshold is not None or factor is not None
+    if not (config.causal or adaptive) and steps < max(map(len, to_do)):
         raise ValueError(f"{steps} steps are too few for {max(map(len, to_do))} blocks: each needs at least one")
     schedule = schedule or ("timesteps" if config.family == "Dream" or remasking == "ancestral" else "even")
     seed = torch.seed() if seed is None else seed
@@ -541,8 +542,8 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
     states = [_Row(b, max(1, steps // max(len(blocks), 1)), blocks) for b, blocks in enumerate(to_do)]
     passes = 0
     while True:
-        work = [state for state in states if state.next(is_masked, block_of, STEP_SCHEDULES[schedule], threshold is not None or factor is not None)]
-        if not work:                                                # unfinished rows only: the others cost nothing
+        work = [state for state in states if state.next(is_masked, block_of, STEP_SCHEDULES[schedule], adaptive)]
+        if not work:                                                # finished rows cost nothing
             return [canvas[b, :lengths[b]].tolist() for b in range(B)]
         rows, current = torch.tensor([state.row for state in work]), torch.tensor([state.block for state in work])      # [A]
         reveal, final = torch.tensor([state.reveal for state in work]), torch.tensor([state.final for state in work])
@@ -552,7 +553,7 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
             u = torch.ones(eligible.shape, dtype=torch.float64)
             u[eligible] = _draw(streams, rows, eligible)
             chance = torch.tensor([state.chance for state in work])
-            keep = keep_best(-u, eligible, reveal) if remasking == "random" else eligible & (final | (u.T < chance)).T
+            keep = keep_best(u, eligible, reveal) if remasking == "random" else eligible & (u < chance[:, None])
             eligible = keep
             if not keep.any():
                 continue

@@ -361,6 +361,12 @@ class Transformer(nn.Module):
                 draw(module.weight, 0.02 if self.config.tie_embeddings else 1.0)
         return self
 
+    def compile_blocks(self):
+        """torch.compile each block in place: one graph serves all but the last, whose MLP gets another number of rows every time."""
+        for block in self.blocks[:-1]:
+            block.compile()
+        self.blocks[-1].compile(dynamic=True)
+
     def forward(self, tokens, attention_mask=None, select=None, cache=None, positions=None, targets=None, weights=None):
         """tokens int64 [B, S] -> logits [B, S, V], raw and unshifted; with `select` only those rows, [N, V].
 

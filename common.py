@@ -1,0 +1,245 @@
+"""What every script needs and no lesson lives in: settings, errors, processes, the learning-rate schedule, resume state, the log."""
+import ast
+import contextlib
+import difflib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Settings and errors
+
+
+def override(constants):
+    """Read --name=value from the command line into the caller's constants: `settings = override(globals())`.
+
+    The public int, float, bool and str constants defined above the call are the settings; a constant's type reads the text.
+    An unknown name or a wrong type ends the program with status 2 and one line; --help prints every constant and its comment.
+    Returns all settings as a dict.
+    """
+    show_errors_in_one_line()
+    defaults = {k: v for k, v in constants.items() if type(v) in (int, float, bool, str) and not k.startswith("_")}
+    for argument in sys.argv[1:]:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if argument in ("--help", "-h"):
+            print(constants.get("__doc__") or "", *_describe(constants["__file__"], defaults), sep="\n")
+            sys.exit(0)
+        if not argument.startswith("--"):
+            raise ValueError(f"expected --name=value, got {argument!r}")
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, 1, 0)
+            raise ValueError(f"no setting called {name!r}; did you mean {near[0]!r}? (--help lists all)")
+        if not equals and type(defaults[name]) is bool:
+            text = "true"                                           # --show alone switches it on
+        elif not equals:
+            raise ValueError(f"--{name} needs a value: --{name}={defaults[name]!r}")
+        constants[name] = _parse(name, text, defaults[name])
+    return {name: constants[name] for name in defaults}
+
+
+def _parse(name, text, default):
+    try:
+        if type(default) is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        return type(default)(text)
+    except (KeyError, ValueError):
+        kind = {bool: "True or False", int: "an int", float: "a float"}[type(default)]
+        raise ValueError(f"{name} takes {kind}, got {text!r} (default {default!r})") from None
+
+
+def _describe(file, defaults):
+    """One line a setting: name, default, and the comment that stands behind it in the source."""
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in defaults:
+            name, _, comment = node.targets[0].id, *lines[node.lineno - 1].partition("  # ")[1:]
+            yield f"  --{name}={defaults[name]}".ljust(34) + comment.strip()
+
+
+def show_errors_in_one_line():
+    """A user's mistake (ValueError, OSError) ends with `error: ...` and status 2, a number that is not finite with status 1.
+
+    UNMASK_TRACEBACK=1 shows the traceback instead.
+    """
+    def hook(kind, error, traceback):
+        status = 2 if issubclass(kind, (ValueError, OSError)) else 1
+        if os.environ.get("UNMASK_TRACEBACK") or not issubclass(kind, (ValueError, OSError, FloatingPointError)):
+            return sys.__excepthook__(kind, error, traceback)
+        print(f"error: {' '.join(str(error).split()) or kind.__name__}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)                                            # an exception hook cannot set the status otherwise
+
+    sys.excepthook = hook
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Processes and precision
+
+
+def init_process(device="auto", threads=0):
+    """(device, rank, world size), from torchrun's environment; a single process is the case of world size 1."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device not in ("auto", "cpu", "mps") and not device.startswith("cuda"):
+        raise ValueError(f"device must be auto, cpu, mps or cuda, got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees no GPU here")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if threads:
+        torch.set_num_threads(threads)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device), rank, world_size
+
+
+def autocast(device, dtype):
+    """The context in which the forward pass runs. dtype: "float32", "bfloat16", or "auto": bfloat16 where the device is faster with it."""
+    if dtype == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        dtype = "bfloat16" if fast else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def is_on(setting, auto):
+    """A setting that is "auto", "True" or "False", as a bool."""
+    if str(setting).lower() not in ("auto", "true", "false"):
+        raise ValueError(f"expected auto, True or False, got {setting!r}")
+    return auto if str(setting).lower() == "auto" else str(setting).lower() == "true"
+
+
+def mean_over_ranks(value, device):
+    """The mean of a number over all ranks."""
+    if not dist.is_initialized():
+        return float(value)
+    total = torch.tensor(float(value), device=device, dtype=torch.float32)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def from_rank_0(value, device):
+    """Rank 0's number, on every rank: what depends on the clock must be the same everywhere."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(float(value), device=device, dtype=torch.float32)
+    dist.broadcast(shared, 0)
+    return shared.item()
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s that the maker states for this GPU, or None; for model FLOP/s utilisation (MFU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    table = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "T4": 65e12}
+    return next((flops for key, flops in table.items() if key in name), None)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Schedule, state, log
+
+
+def learning_rate_factor(progress, warmup=0.02, decay="linear", decay_from=0.0):
+    """What the peak learning rate is multiplied by at `progress` in [0, 1]: up over `warmup`, level, down to 0 from `decay_from` on."""
+    if progress < warmup:
+        return progress / warmup
+    left = min(1.0, (1 - progress) / (1 - max(decay_from, warmup)))
+    return 0.5 - 0.5 * math.cos(math.pi * left) if decay == "cosine" else left
+
+
+def save_state(path, state):
+    """torch.save, written aside, flushed and renamed: a kill at any moment leaves the last good file."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                        # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error}): free some space or choose another out_dir; the last checkpoint is intact") from None
+
+
+def load_state(path, must_match):
+    """The state that `save_state` wrote; ValueError if its "settings" differ in any item of `must_match`."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist: there is nothing to resume; run without --resume first")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # unpickling a damaged file can raise anything
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it and start again") from None
+    for name, value in must_match.items():
+        if state["settings"].get(name) != value:
+            raise ValueError(f"cannot resume: {name} was {state['settings'].get(name)!r} in {path} and is {value!r} now")
+    return state
+
+
+def make_folder(out_dir):
+    """Create out_dir and see that it can be written to, before hours of work depend on it."""
+    folder = Path(out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").write_text("")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to out_dir {out_dir} ({error.strerror or error}): choose another with --out_dir=...") from None
+    return folder
+
+
+class Log:
+    """log.jsonl, a JSON object a line. A resumed run drops what the killed one wrote behind its checkpoint."""
+
+    def __init__(self, path, keep_up_to=None):
+        self.path, self.rows = Path(path), []
+        if keep_up_to is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):               # a line cut short by a kill
+                    self.rows.append(json.loads(line))
+            self.rows = [row for row in self.rows if row["step"] < keep_up_to]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def write(self, **row):
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def plot(self, path, ylabel="nats per token"):
+        """Draw training loss and validation bound over minutes, where matplotlib is installed."""
+        try:
+            from matplotlib.figure import Figure                    # no pyplot: no global state, no display
+        except ImportError:
+            return
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for key, label, style in (("train_loss", "training loss", dict(alpha=0.4)), ("val_nelbo", "validation NELBO", dict(marker="o", ms=3))):
+            rows = [row for row in self.rows if row.get(key) is not None and math.isfinite(row[key])]
+            axes.plot([row["elapsed_s"] / 60 for row in rows], [row[key] for row in rows], label=label, **style)
+        axes.set(xlabel="minutes", ylabel=ylabel)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+
+
+class Clock:
+    """Seconds of work, continued over a resume."""
+
+    def __init__(self, before=0.0):
+        self.start = time.perf_counter() - before
+
+    def seconds(self):
+        return time.perf_counter() - self.start

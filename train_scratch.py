@@ -1,0 +1,263 @@
+"""Recipe 1: a diffusion language model from random weights, with block-diffusion and autoregressive baselines.
+
+The model sees text in which some tokens are masked, from few to all of them, and learns to predict what stood there; the loss,
+a bound on -log p(text), weighs the noise levels so that the model can afterwards write text out of nothing but masks
+(MDLM, arXiv 2406.07524; LLaDA, 2502.09992). `--objective=bd3lm` does so block by block (BD3-LM, 2503.09573) and
+`--objective=ar` predicts each next token, on the same transformer.
+
+    python train_scratch.py                                   a few minutes on a laptop's CPU or on a GPU, no network
+    python train_scratch.py --max_minutes=1 --dim=64          a first look
+    python train_scratch.py --dataset=notes.txt               your own text: a file or a folder
+    python train_scratch.py --objective=bd3lm --block_length=8
+    torchrun --nproc_per_node=4 train_scratch.py --dataset=tinystories --max_minutes=60
+
+Then: python sample.py --checkpoint=out/scratch
+"""
+import contextlib
+import math
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import common
+from common import override
+from data.loader import TokenDataset
+from data.prepare import prepare
+from data.tokenizer import Tokenizer
+from diffusion import SCHEDULES, ar_loss, block_loss, generate, mask_tokens, mdlm_loss, nelbo, sample_t
+from model import Config, Transformer
+
+# ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
+# run
+out_dir = "out/scratch"     # receives model.safetensors, config.json, the tokenizer, train_state.pt, log.jsonl, loss.png
+resume = False              # continue the run in out_dir, bit for bit
+seed = 1337                 # weights, order of the data and masks follow from it
+device = "auto"             # auto, cpu, cuda, mps
+dtype = "auto"              # auto, float32, bfloat16: precision of the matrix products; weights stay float32
+compile = "auto"            # auto (on a GPU), True, False: torch.compile; on a CPU it takes half a minute to pay off slowly
+threads = 0                 # CPU threads; 0: torch's choice. If others use the machine, 1 can be faster than 2
+# data
+dataset = "pydocs"          # pydocs, pystdlib, shakespeare, tinystories, fineweb_edu, openwebtext, or a text file or folder
+tokenizer = "bpe"           # bpe (trained on the data), byte, gpt2
+vocab_size = 2048           # pieces of the bpe tokenizer, special tokens included
+# model: 0 takes the value for the device from `sizes` below
+n_layers = 0                # transformer blocks
+n_heads = 0                 # attention heads
+dim = 0                     # width
+seq_len = 0                 # tokens in a sequence
+# diffusion
+objective = "mdlm"          # mdlm, bd3lm, ar
+block_length = 4            # bd3lm: tokens in a block
+schedule = "linear"         # linear, cosine, polynomial: alpha_t
+max_weight = 10.0           # the loss weight is clipped here, the NELBO is not; 0: no clipping
+# optimizer
+batch_size = 0              # sequences a step and process
+grad_accum = 1              # steps of batch_size sequences before each update
+optimizer = "muon"          # muon (AdamW for embeddings, head and norms) or adamw
+learning_rate = 3e-3        # AdamW's peak
+muon_lr = 0.02              # Muon's peak
+weight_decay = 0.0          # of matrices
+beta2 = 0.99                # AdamW's second moment
+grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
+warmup = 0.02               # share of the run in which the learning rate rises
+decay = "linear"            # linear or cosine: how it falls to 0
+max_steps = 0               # updates; 0: as many as fit into max_minutes
+max_minutes = 0.0           # minutes of training; 0: from `sizes`, unless max_steps is set. Learning rate follows the clock then
+# evaluation
+eval_interval = 200         # updates between evaluations, checkpoints and samples; 0: at the end only
+eval_tokens = 2**14         # validation tokens of an evaluation on the way
+final_eval_tokens = 2**18   # and of the last one
+sample_tokens = 64          # length of the samples shown on the way; 0: none
+settings = override(globals())
+
+# ---- process, precision --------------------------------------------------------------------------------------------------------
+device, rank, world_size = common.init_process(device, threads)
+sizes = {                   # CPU, GPU
+    "n_layers": (4, 8), "n_heads": (4, 8), "dim": (192, 512), "seq_len": (128, 512), "batch_size": (32, 64), "max_minutes": (6.5, 8.0),
+}
+for _name, _values in sizes.items():
+    if not settings[_name] and not (_name == "max_minutes" and max_steps):
+        settings[_name] = globals()[_name] = _values[device.type != "cpu"]
+for _name in ("n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum", "eval_tokens", "final_eval_tokens"):
+    if settings[_name] < 1:
+        raise ValueError(f"{_name} must be at least 1, got {settings[_name]}")
+if objective not in ("mdlm", "bd3lm", "ar"):
+    raise ValueError(f"objective must be mdlm, bd3lm or ar, got {objective!r}")
+if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
+    raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")
+if schedule not in SCHEDULES or optimizer not in ("muon", "adamw") or decay not in ("linear", "cosine"):
+    raise ValueError("schedule is one of linear, cosine, polynomial; optimizer muon or adamw; decay linear or cosine")
+if max_steps < 0 or max_minutes < 0 or min(learning_rate, muon_lr) <= 0:
+    raise ValueError("max_steps and max_minutes must not be negative, learning rates must be positive")
+autocast = common.autocast(device, dtype)
+main = rank == 0                                                    # rank 0 writes and prints
+folder = common.make_folder(out_dir)
+
+# ---- data ----------------------------------------------------------------------------------------------------------------------
+if main:
+    prepare(dataset, tokenizer, vocab_size)
+if world_size > 1:
+    dist.barrier()
+data_folder = prepare(dataset, tokenizer, vocab_size)
+data, text = TokenDataset(data_folder), Tokenizer.from_pretrained(data_folder)
+val_windows = data.windows("val", seq_len, final_eval_tokens)       # [N, T]
+data.batch("train", batch_size, seq_len, seed, 0)                   # too short a corpus is better known now
+bytes_per_token = data.bytes_per_token("val")
+
+# ---- model ---------------------------------------------------------------------------------------------------------------------
+config = Config(
+    vocab_size=data.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_len=seq_len, causal=objective == "ar", shift=objective == "ar",
+    block_length=block_length if objective == "bd3lm" else 0, mask_token_id=data.mask_token_id, eos_token_id=text.eos_token_id,
+    pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id)
+raw_model = Transformer(config).init_weights(seed).to(device)       # saved and sampled; `model` may be wrapped
+if common.is_on(compile, auto=device.type == "cuda"):
+    raw_model.compile_blocks()
+model = DistributedDataParallel(raw_model) if world_size > 1 else raw_model
+
+# ---- optimizer -----------------------------------------------------------------------------------------------------------------
+# Muon (Jordan et al. 2024) makes the update of a matrix orthogonal: it suits the hidden ones. Embedding, head and norms take AdamW.
+matrices = [p for p in raw_model.blocks.parameters() if p.ndim == 2]
+others = [p for p in raw_model.parameters() if not any(p is matrix for matrix in matrices)]
+if optimizer == "muon":
+    optimizers = [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95),
+                  torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)]
+else:
+    optimizers = [torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                    lr=learning_rate, betas=(0.9, beta2), fused=True)]
+peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
+
+# ---- resume --------------------------------------------------------------------------------------------------------------------
+must_match = {name: settings[name] for name in ("objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "tokenizer", "optimizer", "seed")}
+must_match["dataset"] = data.fingerprint
+step, clock, best = 0, common.Clock(), None
+if resume:
+    state = common.load_state(folder / "train_state.pt", must_match)
+    raw_model.load_state_dict(state["model"])
+    for o, saved in zip(optimizers, state["optimizers"]):
+        o.load_state_dict(saved)
+    step, clock = state["step"], common.Clock(state["elapsed_s"])
+log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
+
+
+def save():
+    """Everything needed to go on is in train_state.pt alone, so that a kill between two files cannot tear them apart."""
+    if not main:
+        return
+    common.save_state(folder / "train_state.pt", {
+        "model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "elapsed_s": clock.seconds(),
+        "settings": {**settings, **must_match}})
+    raw_model.save_pretrained(folder)
+    text.save_pretrained(folder)
+
+
+def evaluate(max_tokens):
+    """(NELBO, standard error) on the first max_tokens of the validation split, always with the same masks."""
+    raw_model.eval()
+    windows = val_windows[:max(2, max_tokens // seq_len)]
+    with autocast:
+        value, error = nelbo(raw_model, windows.to(device), seed=seed)
+    raw_model.train()
+    return value, error
+
+
+def show_sample():
+    """One text out of nothing, as far as the model has come."""
+    with autocast:
+        n = min(sample_tokens, seq_len)
+        ids = generate(raw_model, [[]], n, n, n, temperature=1.0, remasking="random", seed=step)[0]
+    tqdm.write(f"step {step}: {text.decode(ids, skip_special_tokens=True)!r}")
+
+
+# ---- loop ----------------------------------------------------------------------------------------------------------------------
+# One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
+slices, tokens_per_step = grad_accum * world_size, batch_size * seq_len * grad_accum * world_size
+flops, peak = raw_model.flops_per_token(seq_len, head_share=1.0 if objective == "ar" else 0.5), common.peak_flops(device)
+stop = []
+signal.signal(signal.SIGINT, lambda *_: stop.append(True))          # Ctrl-C: finish the step, save, leave
+bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+if main:
+    tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {len(data.train):,} training tokens, {objective} on {device}")
+window_start, window_steps, losses = clock.seconds(), 0, []
+while True:
+    elapsed = common.from_rank_0(clock.seconds(), device)
+    progress = max(step / max_steps if max_steps else 0.0, elapsed / 60 / max_minutes if max_minutes else 0.0)
+    finished = progress >= 1 or bool(common.from_rank_0(float(bool(stop)), device))
+    if step and eval_interval and step % eval_interval == 0 and not finished:
+        val_nelbo, val_stderr = evaluate(eval_tokens)
+        if main:
+            train_loss, losses = sum(losses) / max(len(losses), 1), []
+            speed = window_steps * tokens_per_step / (clock.seconds() - window_start)
+            log.write(step=step, train_loss=train_loss, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_nelbo / math.log(2) / bytes_per_token,
+                      tokens_per_s=speed, lr_factor=factor, elapsed_s=clock.seconds())
+            if sample_tokens:
+                show_sample()
+        save()
+        window_start, window_steps = clock.seconds(), 0
+    if finished:
+        break
+    factor = common.learning_rate_factor(progress, warmup, decay)
+    for o, lrs in zip(optimizers, peaks):
+        for group, lr in zip(o.param_groups, lrs):
+            group["lr"] = lr * factor
+
+    # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
+    # does not depend on how many processes share the work.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    if objective != "ar":
+        t = sample_t((slices * batch_size, 1 if objective == "mdlm" else seq_len // block_length), generator)          # [G, 1 or blocks]
+        mask = mask_tokens((slices * batch_size, seq_len), (1 - SCHEDULES[schedule](t)[0]).repeat_interleave(seq_len // t.shape[1], 1), generator)
+    total = 0.0
+    for micro_step in range(grad_accum):
+        piece = micro_step * world_size + rank
+        rows = slice(piece * batch_size, (piece + 1) * batch_size)
+        tokens = data.batch("train", batch_size, seq_len, seed, step, piece, slices).to(device)                      # [B, T]
+        sync = contextlib.nullcontext() if world_size == 1 or micro_step == grad_accum - 1 else model.no_sync()
+        with sync:
+            with autocast:
+                if objective == "mdlm":
+                    loss = mdlm_loss(model, tokens, t[rows, 0], mask[rows], schedule=schedule, max_weight=max_weight or None)
+                elif objective == "bd3lm":
+                    loss = block_loss(model, tokens, block_length, t[rows], mask[rows], schedule=schedule, max_weight=max_weight or None)
+                else:
+                    loss = ar_loss(model, tokens)
+            (loss.loss / grad_accum).backward()
+        total += loss.nelbo.item() / grad_accum
+    total = common.mean_over_ranks(total, device)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss is {total} at step {step}: lower learning_rate or muon_lr; the last checkpoint is in {out_dir}")
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    for o in optimizers:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    step += 1
+    window_steps += 1
+    losses.append(total)
+    bar.update()
+    if main and step % 10 == 0:
+        speed = window_steps * tokens_per_step / (clock.seconds() - window_start)
+        mfu = {"mfu": f"{speed * flops / peak / world_size:.0%}"} if peak else {}
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
+bar.close()
+
+# ---- end -----------------------------------------------------------------------------------------------------------------------
+save()
+if stop:
+    if main:
+        print(f"stopped at step {step}; --resume=True goes on from here")
+else:
+    val_nelbo, val_stderr = evaluate(final_eval_tokens)
+    if main:
+        bpb = val_nelbo / math.log(2) / bytes_per_token
+        log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=bpb,
+                  tokens_per_s=window_steps * tokens_per_step / max(clock.seconds() - window_start, 1e-9), elapsed_s=clock.seconds())
+        log.plot(folder / "loss.png")
+        if sample_tokens:
+            show_sample()
+        print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {bpb:.3f} bits/byte")
+if world_size > 1:
+    dist.destroy_process_group()
