@@ -200,7 +200,11 @@ def prediction_rows(masked, T, width, shift, block_length):
 def token_nll(model, tokens, rows, targets, weights, **arguments):
     """(sum of weights * nll, nll [N]): cross-entropy in nats of `targets` [N] at the flat rows [N] of a pass over `tokens`."""
     if isinstance(_unwrap(model), Transformer):                     # never holds the logits
-        return model(tokens, select=rows, targets=targets, weights=weights, **arguments)
+        # Up to 63 rows of weight 0 make the number of rows a round one: every new size of a matrix product costs time (its kernel
+        # is made or chosen anew) and, on a CPU, a gigabyte of kernels in the end.
+        fill = (0, -len(rows) % 64)
+        total, nll = model(tokens, select=F.pad(rows, fill), targets=F.pad(targets, fill), weights=F.pad(weights, fill), **arguments)
+        return total, nll[:len(rows)]
     select = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device).flatten()
     select[rows] = True
     logits = model(tokens, select=select.view(tokens.shape), **arguments)                           # [N or fewer, V]
@@ -434,18 +438,19 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, tem
     remasking    which predictions a step keeps: a key of REMASKING.
     threshold    keep all with at least this score instead of a fixed number, `factor` likewise; `steps` counts no more then.
     cache        None; "prefix" or "dual" (Fast-dLLM: approximate, keys of other positions are as old as the block); "block"
-                 (block-diffusion models: exact). Autoregressive models always decode token by token with an exact cache.
+                 (block diffusion: exact). Autoregressive models always decode token by token with an exact cache.
     cfg_scale    > 0: logits of the prompt masked, plus (1 + cfg_scale) times the difference made by the prompt (LLaDA, eq. 16).
     schedule     "even" or "timesteps"; None: the family's own.
     seed         row r of the batch draws from its own stream (seed, r); None: a new one each time.
     on_step      called with a `Step` after each denoising step.
-    A block-diffusion model uses its own block_length and, like an autoregressive one, stops behind an end of text.
+    A block-diffusion model uses its own block_length, blocks counted from the end of the prompt. It stops behind the block that
+    holds an end of text, an autoregressive model behind the end of text itself.
     Raises ValueError for arguments that cannot be, naming them.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    config, exact = _config(model), _config(model).causal or _config(model).block_length
-    if not exact and not 1 <= block_length <= max_new_tokens:
+    config = _config(model)
+    if not config.causal and not config.block_length and not 1 <= block_length <= max_new_tokens:
         raise ValueError(f"block_length must be between 1 and max_new_tokens = {max_new_tokens}, got {block_length}")
     mask_id = config.vocab_size if config.causal else mask_token_id(model)      # an autoregressive model never reads its masks
     for i, prompt in enumerate(prompts):
@@ -460,7 +465,7 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, tem
     starts = [[] if prompt else start for prompt in prompts]
     answers = _denoise(model, [s + list(p) + [mask_id] * max_new_tokens for s, p in zip(starts, prompts)], mask_id,
                        [len(s) + len(p) for s, p in zip(starts, prompts)], steps, block_length, temperature, remasking, threshold, factor,
-                       cache, cfg_scale, schedule, seed, on_step)
+                       cache, cfg_scale, schedule, seed, on_step, end=config.eos_token_id)
     return [answer[len(s):] for s, answer in zip(starts, answers)]
 
 
@@ -468,7 +473,7 @@ def infill(model, sequences, steps=128, block_length=None, temperature=0.0, rema
            cache=None, cfg_scale=0.0, schedule=None, seed=None, on_step=None):
     """Fill every mask token of each sequence, wherever it stands; arguments as in `generate`. block_length None: one block.
 
-    Blocks are counted from a sequence's first mask token. Raises ValueError for a sequence without one.
+    Blocks are counted from a sequence's start. Raises ValueError for a sequence without a mask token.
     """
     if _config(model).causal:
         raise ValueError("an autoregressive model cannot fill in the middle: it sees nothing right of a gap")
@@ -478,13 +483,13 @@ def infill(model, sequences, steps=128, block_length=None, temperature=0.0, rema
             raise ValueError(f"sequence {i} has no mask token: there is nothing to fill")
     if block_length is not None and block_length < 1:
         raise ValueError(f"block_length must be at least 1, got {block_length}")
-    return _denoise(model, [list(s) for s in sequences], mask_id, [list(s).index(mask_id) for s in sequences], steps,
+    return _denoise(model, [list(s) for s in sequences], mask_id, [0] * len(sequences), steps,
                     block_length or max(map(len, sequences), default=1), temperature, remasking, threshold, factor, cache, cfg_scale,
                     schedule, seed, on_step)
 
 
 def _check_sampling(config, sequences, steps, temperature, remasking, threshold, factor, cache, cfg_scale, schedule):
-    exact = config.causal or config.block_length
+    exact = config.causal or config.block_length or cache == "block"
     longest = max(map(len, sequences), default=0)
     for sequence in sequences:
         for token in sequence:
@@ -500,7 +505,6 @@ def _check_sampling(config, sequences, steps, temperature, remasking, threshold,
         (factor is not None and threshold is not None, "threshold and factor exclude each other"),
         ((factor is not None or threshold is not None) and remasking != "low_confidence", "threshold and factor need low_confidence"),
         (cache not in (None, "prefix", "dual", "block"), f"cache must be None, 'prefix', 'dual' or 'block', got {cache!r}"),
-        (cache == "block" and not exact, "cache 'block' is for block-diffusion models: later blocks are visible to this one"),
         (cache in ("prefix", "dual") and exact, f"cache {cache!r} is for bidirectional models; this one takes 'block'"),
         (cfg_scale < 0, f"cfg_scale must not be negative, got {cfg_scale}"),
         (cfg_scale > 0 and (cache or exact), "cfg_scale works without a cache and for bidirectional models only"),
@@ -512,9 +516,12 @@ def _check_sampling(config, sequences, steps, temperature, remasking, threshold,
 
 @torch.no_grad()
 def _denoise(model, sequences, mask_id, first, steps, block_length, temperature, remasking, threshold, factor, cache, cfg_scale, schedule,
-             seed, on_step):
-    """The one loop: predict the masked tokens of each row's current block, keep some, until no mask is left. first: list [B]."""
-    config, B, exact = _config(model), len(sequences), _config(model).causal or _config(model).block_length
+             seed, on_step, end=None):
+    """The one loop: predict the masked tokens of each row's current block, keep some, until no mask is left.
+
+    first: int [B], where a row's first block begins; end: the token that ends a row when its order is left to right, or None.
+    """
+    config, B = _config(model), len(sequences)
     _check_sampling(config, sequences, steps, temperature, remasking, threshold, factor, cache, cfg_scale, schedule)
     if not B:
         return []
@@ -525,12 +532,9 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
     shown = position < lengths[:, None]
     is_masked = (canvas == mask_id) & shown
     given = shown & ~is_masked
-    if config.causal:
-        block_of, cache = position.expand(B, T), "block"
-    elif config.block_length:
-        block_of = (position // config.block_length).expand(B, T)
-    else:
-        block_of = (position - first[:, None]) // block_length                                      # [B, T], negative left of `first`
+    cache = "block" if config.causal else cache
+    left_to_right = cache == "block" or config.block_length > 0     # a block never sees the blocks right of it
+    block_of = (position - first[:, None]) // (1 if config.causal else config.block_length or block_length)        # [B, T], negative left of `first`
     to_do = [block_of[b][is_masked[b]].unique().tolist() for b in range(B)]                         # the blocks that each row will visit
     adaptive = threshold is not None or factor is not None
     if not (config.causal or adaptive) and steps < max(map(len, to_do)):
@@ -538,8 +542,8 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
     schedule = schedule or ("timesteps" if config.family == "Dream" or remasking == "ancestral" else "even")
     seed = torch.seed() if seed is None else seed
     streams = [torch.Generator().manual_seed((seed * 1_000_003 + b) % 2**63) for b in range(B)]
-    look = _Passes(model, config, T, cache, cfg_scale, given, shown, lengths, block_of, mask_id)
-    states = [_Row(b, max(1, steps // max(len(blocks), 1)), blocks) for b, blocks in enumerate(to_do)]
+    look = _Passes(model, T, cache, cfg_scale, given, shown, lengths, block_of, left_to_right, mask_id)
+    states = [_Row(b, -(-steps // max(len(blocks), 1)), blocks) for b, blocks in enumerate(to_do)]
     passes = 0
     while True:
         work = [state for state in states if state.next(is_masked, block_of, STEP_SCHEDULES[schedule], adaptive)]
@@ -576,9 +580,9 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
         written[eligible] = chosen.cpu()
         canvas[rows] = torch.where(keep, written, canvas[rows])
         is_masked = (canvas == mask_id) & shown
-        if exact and config.eos_token_id is not None:
+        if left_to_right and end is not None:
             for state in work:
-                state.stop_at_end(canvas, is_masked, block_of, lengths, shown, first, config.eos_token_id)
+                state.stop_at(end, canvas, is_masked, block_of, lengths, shown)
         if on_step is not None:
             revealed, confidence = torch.zeros_like(is_masked), torch.zeros(B, T, dtype=torch.float64)
             revealed[rows], confidence[rows] = keep, score * keep
@@ -611,14 +615,12 @@ class _Row:
                 return True
         return False
 
-    def stop_at_end(self, canvas, is_masked, block_of, lengths, shown, first, eos):
-        """If the block is finished and holds an end of text, the row ends there."""
-        row, position = self.row, torch.arange(canvas.shape[1])
-        done = (block_of[row] == self.block) & (position >= first[row]) & shown[row]
-        ends = done & (canvas[row] == eos)
-        if ends.any() and not (is_masked[row] & done).any():
-            lengths[row], self.blocks = int(ends.nonzero()[0, 0]) + 1, []
-            shown[row] &= position < lengths[row]
+    def stop_at(self, end, canvas, is_masked, block_of, lengths, shown):
+        """If the block is finished and holds an end of text, it is the row's last."""
+        inside = (block_of[self.row] == self.block) & shown[self.row]
+        if (canvas[self.row][inside] == end).any() and not (is_masked[self.row] & inside).any():
+            shown[self.row] &= block_of[self.row] <= self.block
+            lengths[self.row], self.blocks = int(shown[self.row].sum()), []
 
 
 def _draw(streams, rows, eligible):
@@ -629,10 +631,11 @@ def _draw(streams, rows, eligible):
 class _Passes:
     """The forward passes of one `_denoise`: which tokens to feed, whom they see, what of it to keep for the next pass."""
 
-    def __init__(self, model, config, T, cache, cfg_scale, given, shown, lengths, block_of, mask_id):
-        B = len(shown)
+    def __init__(self, model, T, cache, cfg_scale, given, shown, lengths, block_of, left_to_right, mask_id):
+        B, config = len(shown), _config(model)
         self.model, self.config, self.kind, self.cfg_scale, self.T = model, config, cache, cfg_scale, T
         self.given, self.shown, self.lengths, self.block_of, self.mask_id = given, shown, lengths, block_of, mask_id
+        self.left_to_right = left_to_right
         weight = model.embed.weight if isinstance(model, Transformer) else next(model.parameters())
         self.device = weight.device
         self.cache = Cache(config, B, T, self.device, weight.dtype) if cache else None
@@ -669,7 +672,7 @@ class _Passes:
     def _without_cache(self, canvas, rows, eligible):
         width = int(self.lengths[rows].max())
         tokens, mask = canvas[rows, :width], None
-        if self.config.block_length:
+        if self.left_to_right:
             block = self.block_of[rows, :width]
             mask = block[:, None, :] <= block[:, :, None]                                           # [A, T, T]
         elif (self.lengths[rows] != width).any():

@@ -138,12 +138,12 @@ def make_norm(config):
 
 
 def rope_table(positions, head_dim, theta, scaling=None):
-    """cos and sin of the angles position * theta^(-2j / C), each [..., S, C/2] float32 for positions [..., S].
+    """cos and (-sin, sin) of the angles position * theta^(-2j / C), j < C/2, each twice: [..., S, C] float32 for positions [..., S].
 
     `scaling` stretches the context: "linear" divides every frequency by `factor`; "llama3" only those whose wavelength is
     long against the original context, with a smooth ramp between (Llama 3.1's published rule).
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)  # [C/2]
+    frequency = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)    # [C/2]
     if scaling:
         factor = scaling["factor"]
         if scaling["rope_type"] == "linear":
@@ -154,13 +154,14 @@ def rope_table(positions, head_dim, theta, scaling=None):
             ramp = ((turns - low) / (high - low)).clamp(0, 1)                       # 0: stretch by factor, 1: keep
             frequency = frequency * (ramp + (1 - ramp) / factor)
     angle = positions[..., None].float() * frequency                                # [..., S, C/2]
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)            # [..., S, C]
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x_j, x_{j + C/2}) of x [B, H, S, C] by the angles of `rope_table`."""
+    """Rotate the pairs (a, b) = (x_j, x_{j + C/2}) of x [B, H, S, C]: a cos - b sin, b cos + a sin, by the angles of `rope_table`."""
     a, b = x.float().chunk(2, dim=-1)                                               # [B, H, S, C/2] each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.addcmul(x.float() * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
 
 
 class Cache:

@@ -1,0 +1,123 @@
+"""What pays in a training run of 2.5 minutes? One change at a time against the recipe of train_scratch.py, equal updates.
+
+    python tests/ablate.py TEXT_FILE OUT.jsonl ARM,ARM... SEED,SEED... [UPDATES]
+
+Byte level, T 128, 4 layers, D 128, on one thread (two runs side by side fill two cores and do not disturb each other). An arm is
+a name below. Each line of OUT: arm, seed, validation NELBO in nats/byte with the true weights, its standard error, tokens/s.
+"""
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import common  # noqa: E402
+import model as model_module  # noqa: E402
+from data.loader import TokenDataset  # noqa: E402
+from data.prepare import prepare  # noqa: E402
+from diffusion import ar_loss, mask_tokens, mdlm_loss, nelbo, sample_t  # noqa: E402
+from model import Config, Transformer  # noqa: E402
+
+BASE = dict(optimizer="muon", muon_lr=0.02, lr=3e-3, beta2=0.99, weight_decay=0.0, decay="linear", decay_from=0.0, warmup=0.02, batch=32, t="stratified",
+            max_weight=10.0, weight_power=1.0, init="ours", config={}, objective="mdlm", grad_clip=1.0, qkv_fused=False, momentum=0.95)
+PLAIN = dict(optimizer="adamw", lr=1e-3, decay="cosine", t="uniform", max_weight=None, init="gpt2", weight_decay=0.1, config=dict(qk_norm=False))
+ARMS = {
+    "recipe": {}, "plain": PLAIN,
+    "uniform t": dict(t="uniform"), "no clip": dict(max_weight=None), "clip 5": dict(max_weight=5.0), "clip 3": dict(max_weight=3.0),
+    "clip 2": dict(max_weight=2.0), "sqrt weight": dict(weight_power=0.5), "flat weight": dict(weight_power=0.0),
+    "complementary masks": dict(t="complementary"), "curriculum": dict(t="curriculum"), "low t": dict(t="low"),
+    "adamw": dict(optimizer="adamw"), "adamw 1e-3": dict(optimizer="adamw", lr=1e-3),
+    "cosine decay": dict(decay="cosine"), "decay from half": dict(decay_from=0.5), "init 0.02": dict(init="gpt2"), "no zero init": dict(init="fan_in"),
+    "muon 0.01": dict(muon_lr=0.01), "muon 0.04": dict(muon_lr=0.04), "lr 1.5e-3": dict(lr=1.5e-3), "lr 6e-3": dict(lr=6e-3), "lr 1e-2": dict(lr=1e-2),
+    "beta2 0.95": dict(beta2=0.95), "weight decay 0.1": dict(weight_decay=0.1), "momentum 0.9": dict(momentum=0.9),
+    "batch 16": dict(batch=16), "batch 8": dict(batch=8), "batch 64": dict(batch=64),
+    "no q/k norm": dict(config=dict(qk_norm=False)), "theta 1000": dict(config=dict(rope_theta=1000.0)), "theta 100": dict(config=dict(rope_theta=100.0)),
+    "2 heads": dict(config=dict(n_heads=2)), "8 heads": dict(config=dict(n_heads=8)), "relu^2": dict(config=dict(gated=False, activation="relu2")),
+    "gelu": dict(config=dict(gated=False, activation="gelu")), "tied": dict(config=dict(tie_embeddings=True)),
+    "autoregressive": dict(objective="ar"),
+}
+model_module.ACTIVATIONS["relu2"] = lambda x: F.relu(x).square()
+
+
+def draw_t(kind, n, progress, generator):
+    if kind == "uniform":
+        return torch.rand(n, generator=generator).clamp(min=1e-3)
+    if kind == "curriculum":                # begin with few masks: from them the short contexts are learned fastest
+        return sample_t((n,), generator) * min(1.0, 0.3 + 0.7 * progress / 0.3)
+    if kind == "low":                       # more of the small t, weighed down by as much
+        return sample_t((n,), generator) ** 1.5
+    return sample_t((n,), generator)
+
+
+def run(arm, text, seed, updates):
+    o = {**BASE, **ARMS[arm]}
+    T, torch_seed = 128, torch.manual_seed(seed)
+    data = TokenDataset(prepare(text, "byte"))
+    config = Config(vocab_size=data.vocab_size, mask_token_id=data.mask_token_id, max_len=T,
+                    **{**dict(dim=128, n_layers=4, n_heads=4, causal=o["objective"] == "ar", shift=o["objective"] == "ar"), **o["config"]})
+    model = Transformer(config).init_weights(seed)
+    if o["init"] != "ours":
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02 if o["init"] == "gpt2" else module.weight.shape[1] ** -0.5, generator=torch_seed)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    if o["optimizer"] == "muon":
+        optimizers = [torch.optim.Muon(matrices, lr=o["muon_lr"], weight_decay=o["weight_decay"], momentum=o["momentum"]),
+                      torch.optim.AdamW(others, lr=o["lr"], betas=(0.9, o["beta2"]), weight_decay=0.0, fused=True)]
+    else:
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=o["lr"], betas=(0.9, o["beta2"]), weight_decay=o["weight_decay"], fused=True)]
+    peaks = [[g["lr"] for g in opt.param_groups] for opt in optimizers]
+    B = o["batch"]
+    updates = updates * 32 // B             # equal tokens, which is about equal minutes
+    start = time.perf_counter()
+    for step in range(updates):
+        factor = common.learning_rate_factor(step / updates, o["warmup"], o["decay"], o["decay_from"])
+        for opt, lrs in zip(optimizers, peaks):
+            for group, lr in zip(opt.param_groups, lrs):
+                group["lr"] = lr * factor
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        tokens = data.batch("train", B, T, seed, step)
+        t = draw_t(o["t"], B, step / updates, generator)
+        if o["t"] == "complementary":       # two noisings of the same text: each token is masked in exactly one of them
+            tokens = tokens[:B // 2].repeat(2, 1)
+            half = mask_tokens((B // 2, T), t[:B // 2, None], generator)
+            mask, t = torch.cat((half, ~half)), torch.cat((t[:B // 2], 1 - t[:B // 2])).clamp(min=1e-3)
+        else:
+            mask = mask_tokens((B, T), t[:, None], generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            if o["objective"] == "ar":
+                loss = ar_loss(model, tokens)
+            else:
+                w = t                       # mdlm_loss weighs by 1 / (what it is given)
+                if o["weight_power"] != 1:
+                    w = 2 * t ** o["weight_power"]
+                if o["t"] == "low":         # density of u^1.5 is 2/3 t^(-1/3)
+                    w = t * (2 / 3) * t ** (-1 / 3)
+                loss = mdlm_loss(model, tokens, w.clamp(max=1e6), mask, max_weight=o["max_weight"])
+        loss.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o["grad_clip"])
+        for opt in optimizers:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - start
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
+    return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4), tokens_per_s=round(updates * B * T / seconds), updates=updates)
+
+
+if __name__ == "__main__":
+    text, out, arms, seeds, *updates = sys.argv[1:]
+    torch.set_num_threads(1)
+    for seed in seeds.split(","):
+        for arm in arms.split(","):
+            result = run(arm, text, int(seed), int(updates[0]) if updates else 1000)
+            print(json.dumps(result), flush=True)
+            with open(out, "a") as file:
+                file.write(json.dumps(result) + "\n")

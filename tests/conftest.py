@@ -1,0 +1,21 @@
+"""Shared by all tests: the repository on the path, few threads, the fixtures beside the checkout where they are."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture
+def fixture_path():
+    """fixture_path(name): the folder ../shared/fixtures/name beside the checkout; the test skips where it is absent."""
+    def path(name):
+        folder = ROOT.parent / "shared" / "fixtures" / name
+        if not folder.exists():
+            pytest.skip(f"{folder} is not here: these checkpoints stand beside the project, not in it")
+        return folder
+    return path

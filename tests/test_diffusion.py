@@ -1,0 +1,540 @@
+"""The mathematics of diffusion.py against closed forms, enumeration, naive re-implementations and the reference samplers."""
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import diffusion
+from diffusion import ar_loss, block_loss, generate, infill, log_likelihood, mask_tokens, mdlm_loss, nelbo, sample_t, sample_tokens, weight
+from model import Config, Transformer
+
+MASK = 11
+
+
+def tiny(seed=0, **options):
+    """A small random model whose predictions are far from uniform."""
+    torch.manual_seed(seed)
+    options = {**dict(vocab_size=12, dim=16, n_layers=2, n_heads=2, max_len=64, mask_token_id=MASK, eos_token_id=None), **options}
+    model = Transformer(Config(**options)).init_weights(seed)
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    return model.eval()
+
+
+def tokens_of(shape, seed=0, vocab=11):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- schedules and corruption ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", diffusion.SCHEDULES)
+def test_schedule_ends_and_derivative(name):
+    t = torch.linspace(0.01, 1, 100, dtype=torch.float64, requires_grad=True)
+    alpha, d_alpha = diffusion.SCHEDULES[name](t)
+    torch.testing.assert_close(torch.autograd.grad(alpha.sum(), t)[0], d_alpha)
+    ends = diffusion.SCHEDULES[name](torch.tensor([0.0, 1.0]))[0]
+    torch.testing.assert_close(ends, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(weight(t, name), -d_alpha / (1 - alpha))
+    if name == "linear":
+        torch.testing.assert_close(weight(t), 1 / t)
+
+
+def test_times_are_uniform_and_evenly_spread():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([sample_t((16,), generator) for _ in range(2000)])                # [2000, 16]
+    assert draws.min() > 0 and draws.max() <= 1
+    for bin in range(10):                                                                  # every sequence sees every time equally
+        share = ((draws > bin / 10) & (draws <= (bin + 1) / 10)).float().mean(0)
+        assert (share - 0.1).abs().max() < 5 * math.sqrt(0.09 / 2000)
+    cells = (draws * 16).ceil().sort(dim=1).values                                         # one time in each sixteenth, up to rounding at its edge
+    assert ((cells - torch.arange(1, 17)).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("name", diffusion.SCHEDULES)
+def test_mask_probability_by_counting(name):
+    model = tiny()
+    tokens = tokens_of((20000, 8))
+    for t in (0.1, 0.5, 0.9):
+        times = torch.full((20000,), t)
+        x_t, mask, _ = diffusion._corrupt(model, tokens, times[:, None], 8, None, None, name, torch.Generator().manual_seed(1))
+        expected = 1 - diffusion.SCHEDULES[name](torch.tensor(t))[0].item()
+        assert abs(mask.float().mean().item() - expected) < 5 * math.sqrt(expected * (1 - expected) / mask.numel())
+        assert (x_t[mask] == MASK).all() and torch.equal(x_t[~mask], tokens[~mask])
+
+
+def test_only_maskable_tokens_are_masked_or_counted():
+    model, tokens = tiny(), tokens_of((4, 10))
+    maskable = torch.zeros(4, 10, dtype=torch.bool)
+    maskable[:, 6:] = True
+    loss = mdlm_loss(model, tokens, t=torch.ones(4), maskable=maskable)
+    assert torch.equal(loss.is_masked, maskable) and loss.count == 16
+    torch.testing.assert_close(loss.loss, loss.token_nll.sum() / 16)
+
+
+# ---- the bound --------------------------------------------------------------------------------------------------------------
+
+
+class ExactPosterior(torch.nn.Module):
+    """The true p(x_i | visible tokens) of a joint distribution over V^T, as a model with logits and `select`."""
+
+    def __init__(self, T=3, V=3, seed=0):
+        super().__init__()
+        self.config = Config(vocab_size=V + 1, dim=2, n_layers=1, n_heads=1, mask_token_id=V)
+        self.anchor = torch.nn.Parameter(torch.zeros(()))
+        self.joint = torch.rand((V,) * T, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
+        self.joint /= self.joint.sum()
+
+    def forward(self, tokens, attention_mask=None, select=None):
+        V, T = self.joint.shape[0], self.joint.dim()
+        states = torch.tensor(list(itertools.product(range(V), repeat=T)))                 # [V^T, T]
+        fits = ((tokens[:, None] == states) | (tokens[:, None] == V)).all(-1)              # [B, V^T]
+        p = fits * self.joint.flatten()
+        marginal = torch.stack([(p[:, None] * (states[:, i] == torch.arange(V)[:, None])).sum(-1) for i in range(T)], dim=1)    # [B, T, V]
+        logits = F.pad(marginal.log(), (0, 1), value=-torch.inf) + self.anchor
+        return logits if select is None else logits[select]
+
+    def entropy(self):
+        return -(self.joint * self.joint.log()).sum().item()
+
+    def sample(self, n, seed):
+        flat = torch.multinomial(self.joint.flatten(), n, replacement=True, generator=torch.Generator().manual_seed(seed))
+        states = torch.tensor(list(itertools.product(range(self.joint.shape[0]), repeat=self.joint.dim())))
+        return states[flat]
+
+
+def test_nelbo_of_the_exact_posterior_is_the_entropy():
+    model = ExactPosterior()
+    value, error = nelbo(model, model.sample(20000, 1), num_samples=2, seed=2, batch_size=5000)
+    assert error < 0.01 and abs(value - model.entropy() / 3) < 4 * error
+
+
+@pytest.mark.parametrize("name", diffusion.SCHEDULES)
+def test_mdlm_loss_of_the_exact_posterior_is_the_entropy_for_every_schedule(name):
+    model = ExactPosterior()
+    estimates = torch.stack([mdlm_loss(model, model.sample(500, s), schedule=name, generator=torch.Generator().manual_seed(s)).nelbo.detach()
+                             for s in range(60)])
+    # times below 1e-3 are not drawn: a thousandth of the bound at most
+    assert abs(estimates.mean() - model.entropy() / 3) < 4 * estimates.std() / math.sqrt(60) + 1e-3
+
+
+def test_bound_by_enumeration_of_all_masks_and_all_orders():
+    """For T = 3: sum over the 7 masks with weights (k-1)! (T-k)! / T! = mean over the 6 orders of the chain rule."""
+    model, x, T = tiny(), tokens_of((1, 3)), 3
+
+    def nll(visible, i):
+        inputs = torch.where(torch.tensor([[j in visible for j in range(T)]]), x, MASK)
+        return -model(inputs).log_softmax(-1)[0, i, x[0, i]].item()
+
+    by_mask = sum(math.factorial(k - 1) * math.factorial(T - k) / math.factorial(T)
+                  * sum(nll(set(range(T)) - set(masked), i) for masked in itertools.combinations(range(T), k) for i in masked) for k in (1, 2, 3))
+    by_order = sum(nll(set(order[:n]), i) for order in itertools.permutations(range(T)) for n, i in enumerate(order)) / 6
+    assert by_mask == pytest.approx(by_order, rel=1e-5)
+    value, error = nelbo(model, x.repeat(4000, 1), seed=0, batch_size=4000)
+    assert abs(value * 3 - by_mask) < 4 * error * 3
+    values, errors = log_likelihood(model, [[]], [x[0].tolist()], num_samples=4000, batch_size=2000)
+    assert abs(-values[0] - by_mask) < 4 * errors[0]
+
+
+def test_a_uniform_model_costs_log_v():
+    model = Transformer(Config(vocab_size=12, dim=16, n_layers=1, n_heads=2, mask_token_id=MASK)).init_weights()           # the head is zero
+    value, error = nelbo(model, tokens_of((64, 16)), seed=3)
+    assert value == pytest.approx(math.log(12), abs=4 * error + 1e-6)
+
+
+def test_loss_and_gradient_equal_the_plain_formula():
+    model, tokens, t = tiny(), tokens_of((4, 16)), torch.tensor([0.2, 0.5, 0.7, 1.0])
+    mask = mask_tokens((4, 16), t[:, None], torch.Generator().manual_seed(0))
+    model.chunk = 5                                                                        # does not divide the number of masked tokens
+    ours = mdlm_loss(model, tokens, t, mask)
+    ours.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    nll = F.cross_entropy(model(torch.where(mask, MASK, tokens)).transpose(1, 2), tokens, reduction="none") * mask / t[:, None]
+    (nll.sum() / tokens.numel()).backward()
+    torch.testing.assert_close(ours.token_nll, nll.detach(), rtol=1e-4, atol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_clipped_weight_changes_the_loss_and_not_the_nelbo():
+    model, tokens, t = tiny(), tokens_of((2, 16)), torch.tensor([0.05, 0.9])
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    clipped, plain = mdlm_loss(model, tokens, t, mask, max_weight=5.0), mdlm_loss(model, tokens, t, mask)
+    torch.testing.assert_close(clipped.nelbo, plain.nelbo)
+    expected = (plain.token_nll * torch.tensor([[5 * 0.05], [1.0]])).mean()
+    torch.testing.assert_close(clipped.loss, expected)
+
+
+def test_no_masked_token_is_a_loss_of_zero_with_a_gradient():
+    model = tiny()
+    loss = mdlm_loss(model, tokens_of((2, 8)), t=torch.full((2,), 0.5), mask=torch.zeros(2, 8, dtype=torch.bool))
+    loss.loss.backward()
+    assert loss.loss.item() == 0 and all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_prompt_targets_do_not_matter():
+    """A change of a prompt token's target changes nothing but what the prompt, as context, changes: here nothing sees it."""
+    model, tokens = tiny(), tokens_of((2, 12))
+    maskable = torch.arange(12).expand(2, 12) >= 5
+    mask = maskable & mask_tokens((2, 12), torch.tensor(0.5), torch.Generator().manual_seed(0))
+    loss = mdlm_loss(model, tokens, torch.full((2,), 0.5), mask | ~maskable, maskable)      # even if the caller masks the prompt
+    assert not (loss.is_masked & ~maskable).any() and (loss.token_nll[~maskable] == 0).all()
+
+
+# ---- block diffusion and the autoregressive baseline ---------------------------------------------------------------------------
+
+
+def test_one_block_of_the_whole_sequence_is_mdlm():
+    model, tokens, t = tiny(), tokens_of((3, 12)), torch.tensor([0.3, 0.6, 0.9])
+    mask = mask_tokens((3, 12), t[:, None], torch.Generator().manual_seed(0))
+    whole, plain = block_loss(model, tokens, 12, t[:, None], mask), mdlm_loss(model, tokens, t, mask)
+    torch.testing.assert_close(whole.token_nll, plain.token_nll, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_one_agree_with_the_autoregressive_loss():
+    """E[block_loss] over t and masks is the autoregressive loss of the same model: masked tokens weigh 1 / t and are masked with t."""
+    model, tokens = tiny(causal=True, shift=True), tokens_of((4, 9))
+    exact = ar_loss(model, tokens)
+    everything = block_loss(model, tokens, 1, torch.ones(4, 9))                             # t = 1 masks all, weight 1
+    torch.testing.assert_close(everything.token_nll[:, 1:], exact.token_nll[:, 1:], rtol=1e-4, atol=1e-5)
+    draws = torch.stack([block_loss(model, tokens, 1, generator=torch.Generator().manual_seed(s)).token_nll[:, 1:].mean() for s in range(400)])
+    assert abs(draws.mean() - exact.loss.item()) < 4 * draws.std() / 20 + 2e-3 * exact.loss.item()
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_block_sees_itself_noisy_and_the_blocks_before_it_clean(shift):
+    model, tokens = tiny(shift=shift), tokens_of((1, 12))
+    mask = torch.tensor([[False, True, True, False] * 3])
+    t = torch.full((1, 3), 0.5)
+
+    def losses(tokens):
+        return block_loss(model, tokens, 4, t, mask).token_nll[0]
+
+    base = losses(tokens)
+    for position in range(12):
+        changed = tokens.clone()
+        changed[0, position] = (changed[0, position] + 1) % 11
+        differs = (losses(changed) - base).abs() > 1e-6
+        if mask[0, position]:                                       # its own target changes, and later blocks see it clean
+            differs[position] = False
+        block = position // 4
+        may = torch.tensor([bool(mask[0, i]) and (i // 4 > block or (i // 4 == block and not mask[0, position])) for i in range(12)])
+        assert not (differs & ~may).any(), (position, differs)
+        assert (differs == may).all()
+
+
+def test_nelbo_of_a_block_model_and_of_an_autoregressive_one():
+    tokens = tokens_of((200, 8))
+    model = tiny(block_length=4)
+    value, error = nelbo(model, tokens, num_samples=8, seed=1, batch_size=100)
+    draws = torch.stack([block_loss(model, tokens, 4, generator=torch.Generator().manual_seed(s)).nelbo for s in range(200)])
+    assert abs(value - draws.mean()) < 4 * math.hypot(error, draws.std() / math.sqrt(200)) + 1e-3 * value
+    causal = tiny(causal=True, shift=True)
+    value, _ = nelbo(causal, tokens)
+    logp = causal(tokens).log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    assert value == pytest.approx(-logp.mean().item(), rel=1e-5)
+
+
+def test_log_likelihood_is_exact_where_it_can_be():
+    prefixes, targets = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], [[3, 1], [2, 2, 4], [7]]
+    causal = tiny(causal=True, shift=True)
+    values, errors = log_likelihood(causal, prefixes, targets, batch_size=2)
+    for prefix, target, value in zip(prefixes, targets, values):
+        logp = causal(torch.tensor([prefix + target])).log_softmax(-1)[0]
+        assert value.item() == pytest.approx(sum(logp[len(prefix) + i - 1, token].item() for i, token in enumerate(target)), rel=1e-5)
+    assert (errors == 0).all()
+    model = tiny()
+    values, errors = log_likelihood(model, prefixes[2:], targets[2:])
+    assert errors[0] == 0 and values[0].item() == pytest.approx(model(torch.tensor([prefixes[2] + [MASK]])).log_softmax(-1)[0, -1, 7].item(), rel=1e-5)
+
+
+def test_losses_of_the_fixtures(fixture_path):
+    folder = fixture_path("llada").parent
+    stored = load_file(folder / "losses.safetensors")
+    llada = Transformer.from_pretrained(folder / "llada")
+    loss = mdlm_loss(llada, stored["mdlm.tokens"], stored["mdlm.t"], stored["mdlm.mask"])
+    torch.testing.assert_close(loss.token_nll, stored["mdlm.token_nll"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.loss.detach(), stored["mdlm.loss"], rtol=1e-4, atol=0)
+    qwen = Transformer.from_pretrained(folder / "qwen3", causal=False)
+    qwen.config.mask_token_id = qwen.config.vocab_size - 2
+    for size in (4, 8, 16):
+        loss = block_loss(qwen, stored[f"bd3lm{size}.tokens"], size, stored[f"bd3lm{size}.t"], stored[f"bd3lm{size}.mask"])
+        torch.testing.assert_close(loss.loss.detach(), stored[f"bd3lm{size}.loss"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(loss.token_nll, stored[f"bd3lm{size}.token_nll"], rtol=1e-4, atol=1e-4)
+
+
+# ---- sampling -----------------------------------------------------------------------------------------------------------------
+
+
+def reference_records():
+    return [(file, number) for file, count in (("llada", 9), ("fast_dllm", 21), ("dream", 12)) for number in range(count)]
+
+
+@pytest.mark.parametrize("file,number", reference_records())
+def test_reference_samplers(fixture_path, file, number):
+    folder = fixture_path("samplers")
+    r = json.loads((folder / f"{file}.json").read_text())[number]
+    model = Transformer.from_pretrained(folder.parent / r["checkpoint"])
+    n = r.get("gen_length") or r["max_new_tokens"]
+    rule = r.get("remasking") or {"entropy": "entropy", "maskgit_plus": "low_confidence", "topk_margin": "margin"}[r["alg"]]
+    prompts, outputs = r["prompts"], r["outputs"]
+    if "attention_mask" in r:                                       # left padding: our batches are ragged instead
+        prompts = [[token for token, shown in zip(p, a) if shown] for p, a in zip(prompts, r["attention_mask"])]
+        outputs = [o[a.count(0):] for o, a in zip(outputs, r["attention_mask"])]
+    ours = generate(model, prompts, n, r["steps"], r.get("block_length", n), 0.0, rule, r.get("threshold"), cache=r.get("cache"),
+                    cfg_scale=r.get("cfg_scale", 0.0))
+    assert ours == outputs
+
+
+def naive_llada(model, prompt, n, steps, block_length):
+    """LLaDA's published loop, every logit of the canvas each step."""
+    x = torch.tensor([prompt + [MASK] * n])
+    per_block = steps // (n // block_length)
+    for block in range(n // block_length):
+        lo, hi = len(prompt) + block * block_length, len(prompt) + (block + 1) * block_length
+        for step in range(per_block):
+            p = model(x).double().softmax(-1)
+            p[:, :, MASK] = 0
+            confidence, token = p.max(-1)
+            confidence[(x != MASK) | (torch.arange(x.shape[1]) >= hi)] = -1
+            k = block_length // per_block + (step < block_length % per_block)
+            keep = confidence[0].topk(k).indices
+            x[0, keep] = token[0, keep]
+        assert not (x[0, lo:hi] == MASK).any()
+    return x[0].tolist()
+
+
+def never_mask(model):
+    """A trained model never predicts the mask token; make a random one like that."""
+    with torch.no_grad():
+        model.head.weight[MASK] = 0
+        model.norm.weight.fill_(1)
+    forward = model.forward
+
+    def masked(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        if kwargs.get("targets") is None:
+            out[..., MASK] = -1e9
+        return out
+    model.forward = masked
+    return model
+
+
+@pytest.mark.parametrize("n,steps,block_length", [(12, 12, 12), (12, 6, 4), (12, 3, 4), (16, 8, 16), (8, 6, 4)])
+def test_low_confidence_equals_the_naive_loop(n, steps, block_length):
+    model, prompt = never_mask(tiny(vocab_size=40, seed=3)), [1, 2, 3, 4]
+    assert generate(model, [prompt], n, steps, block_length)[0] == naive_llada(model, prompt, n, steps, block_length)
+
+
+RAGGED = [[1, 2, 3, 4, 5, 6, 7], [], [8, 9], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(cache="prefix"), dict(cache="dual"), dict(cache="block"), dict(threshold=0.3), dict(threshold=0.3, cache="dual"),
+    dict(threshold=0.2, cache="prefix"), dict(factor=1.0), dict(remasking="entropy"), dict(remasking="margin", schedule="timesteps"), dict(cfg_scale=1.5)],
+    ids=str)
+@pytest.mark.parametrize("config", [dict(), dict(shift=True), dict(n_kv_heads=1), dict(positions="learned", qk_norm=False), dict(local_window=6, global_every=2)],
+                         ids=str)
+def test_a_ragged_batch_gives_what_each_prompt_gives_alone(options, config):
+    model = tiny(vocab_size=40, seed=1, **config)
+    # Nothing but masks looks the same from everywhere to RoPE: all predictions tie, and rounding decides. So no empty prompt there.
+    prompts = RAGGED if config.get("positions") == "learned" else [p for p in RAGGED if p]
+    together = generate(model, prompts, 12, 6, 4, **options)
+    assert together == [generate(model, [p], 12, 6, 4, **options)[0] for p in prompts]
+    for prompt, answer in zip(prompts, together):
+        assert answer[:len(prompt)] == prompt and len(answer) == len(prompt) + 12 and MASK not in answer
+
+
+@pytest.mark.parametrize("options", [dict(remasking="low_confidence"), dict(remasking="random"), dict(remasking="ancestral"), dict(cache="dual")], ids=str)
+def test_each_row_has_its_own_random_stream(options):
+    model = tiny(vocab_size=40)
+    call = lambda prompts, seed: generate(model, prompts, 12, 12, 4, temperature=1.0, seed=seed, **options)  # noqa: E731
+    together = call(RAGGED, 5)
+    assert together[0] == call(RAGGED[:1], 5)[0] and together[:2] == call(RAGGED[:2], 5)
+    assert together == call(RAGGED, 5) != call(RAGGED, 6)
+    assert all(MASK not in answer for answer in together)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_block_cache_is_exact(shift):
+    model = tiny(vocab_size=40, block_length=4, shift=shift)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 1, 2], [5, 5, 5, 5]]
+    for steps in (3, 6, 12):
+        assert generate(model, prompts, 12, steps, cache="block") == generate(model, prompts, 12, steps)
+
+
+def test_block_sampling_equals_the_naive_block_loop():
+    """dLLM's BD3-LM sampler: append a block of masks, denoise it given the blocks before, go on."""
+    model, prompt, size = never_mask(tiny(vocab_size=40, block_length=4)), [1, 2, 3, 4, 5, 6], 4
+    x = list(prompt)
+    for _ in range(3):
+        canvas = torch.tensor([x + [MASK] * size])
+        block = (torch.arange(canvas.shape[1]) - len(prompt)) // size
+        sees = (block[None, :] <= block[:, None])[None]
+        for _ in range(2):
+            confidence, token = model(canvas, attention_mask=sees).softmax(-1).max(-1)
+            confidence[canvas != MASK] = -1
+            keep = confidence[0].topk(2).indices
+            canvas[0, keep] = token[0, keep]
+        x = canvas[0].tolist()
+    assert generate(model, [prompt], 12, 6, cache="block")[0] == x
+
+
+def test_autoregressive_models_decode_greedily_and_stop():
+    model = tiny(vocab_size=40, causal=True, shift=True, mask_token_id=None, bos_token_id=0)
+    greedy = []
+    for prompt in ([1, 2, 3], [7]):
+        x = list(prompt)
+        for _ in range(10):
+            x.append(model(torch.tensor([x]))[0, -1].argmax().item())
+        greedy.append(x)
+    assert generate(model, [[1, 2, 3], [7]], 10) == greedy
+    model.config.eos_token_id = greedy[0][6]
+    stopped = generate(model, [[1, 2, 3], [7]], 10)
+    assert stopped[0] == greedy[0][:greedy[0].index(greedy[0][6], 3) + 1]
+    assert len(generate(model, [[]], 5)[0]) <= 5
+
+
+def test_a_block_model_stops_behind_the_block_with_an_end_of_text():
+    model = tiny(vocab_size=40, block_length=4)
+    full = generate(model, [[1, 2, 3, 4]], 16, 16)[0]
+    model.config.eos_token_id = full[9]
+    where = full.index(full[9], 4)
+    assert generate(model, [[1, 2, 3, 4]], 16, 16)[0] == full[:4 + ((where - 4) // 4 + 1) * 4]
+
+
+def test_infill_writes_masks_and_nothing_else():
+    model = tiny(vocab_size=40)
+    sequences = [[1, MASK, 3, MASK, MASK, 6], [MASK, MASK], [5, 6, 7, 8, MASK, 1, 2, 3, MASK]]
+    for options in (dict(), dict(block_length=2, steps=8), dict(remasking="random", temperature=1.0, seed=0), dict(cache="dual", block_length=3)):
+        filled = infill(model, sequences, **options)
+        for sequence, answer in zip(sequences, filled):
+            assert MASK not in answer and all(a == s for a, s in zip(answer, sequence) if s != MASK) and len(answer) == len(sequence)
+    assert infill(model, sequences) == [infill(model, [s])[0] for s in sequences]
+
+
+def test_sample_tokens_follows_the_distribution():
+    torch.manual_seed(0)
+    V = 1300                                                        # three pieces of 512, the last one short
+    logits = torch.randn(1, V) * 2
+    n, temperature = 400_000, 0.7
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n            # evenly spread numbers: counts are n * p up to 1
+    counts = torch.zeros(V)
+    for part in u.split(20_000):
+        counts += torch.bincount(sample_tokens(logits.expand(len(part), V), temperature, part), minlength=V)
+    p = (logits[0].double() / temperature).softmax(-1)
+    assert (counts.double() - n * p).abs().max() < 2.0
+    extreme = torch.full((2, V), -torch.inf)
+    extreme[0, 600], extreme[1, 1299] = 0.0, 0.0
+    for value in (0.0, 0.5, 1 - 1e-16):
+        assert sample_tokens(extreme, 1.0, torch.full((2,), value, dtype=torch.float64)).tolist() == [600, 1299]
+    assert sample_tokens(logits, 0.0, None).item() == logits.argmax().item()
+
+
+def test_ancestral_sampling_of_a_known_distribution():
+    """With the exact posterior and one token a step the samples follow the joint distribution."""
+    model = ExactPosterior()
+    model.parameters()
+    n = 4000
+    answers = generate(model, [[]] * n, 3, 3, 3, temperature=1.0, remasking="random", seed=0)
+    counts = torch.zeros(model.joint.shape, dtype=torch.float64)
+    for a in answers:
+        counts[tuple(a)] += 1
+    expected = n * model.joint
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()       # 26 degrees of freedom: mean 26, standard deviation 7.2
+    assert chi2 < 26 + 5 * 7.2
+
+
+def test_confidence_near_one_still_orders():
+    logits = torch.tensor([[30.0, 0.0, 0.0], [31.0, 0.0, 0.0], [0.0, 0.1, 0.0]])
+    score = diffusion.low_confidence(logits.clone(), torch.tensor([0, 0, 1]))
+    exact = logits.double().softmax(-1).gather(1, torch.tensor([[0], [0], [1]]))[:, 0]
+    torch.testing.assert_close(score, exact, rtol=1e-6, atol=0)
+    assert score[1] > score[0]
+
+
+def test_factor_and_threshold_rules_equal_their_loops():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        n = int(torch.randint(1, 9, (), generator=generator))
+        score = torch.rand(1, 10, generator=generator, dtype=torch.float64).pow(0.2)
+        eligible = torch.zeros(1, 10, dtype=torch.bool)
+        eligible[0, torch.randperm(10, generator=generator)[:n]] = True
+        best = score[eligible].sort(descending=True).values
+        factor = float(torch.rand((), generator=generator)) * 2
+        top = 0                                                     # Fast-dLLM's loop, written out
+        limits = [-1.0] + [1 - factor / (i + 1) for i in range(2, n + 1)]
+        for top in range(n):
+            if best[top] < limits[top]:
+                break
+        if top == 0 or top == n - 1:
+            top += 1
+        keep = diffusion.keep_factor(score, eligible, factor)
+        assert keep.sum() == top and torch.equal(score[keep].sort(descending=True).values, best[:top])
+        keep = diffusion.keep_confident(score, eligible, 0.9)
+        assert torch.equal(score[keep].sort(descending=True).values, best[:max(1, int((best >= 0.9).sum()))])
+
+
+def test_schedules_reveal_everything():
+    for start in range(1, 40):
+        for steps in range(1, 12):
+            assert sum(diffusion.even(start, None, step, steps) for step in range(steps)) == start
+            left = start
+            for step in range(steps - 1):
+                left -= diffusion.timesteps(start, left, step, steps)
+                assert left >= 0
+
+
+def test_every_step_reveals_what_it_says_and_reads_no_other_row():
+    model, rows, seen = tiny(vocab_size=40), [], []
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: (rows.append(len(kwargs["select"])), forward(*args, **kwargs))[1]
+    answer = generate(model, [[1, 2, 3]], 12, 6, 4, on_step=seen.append)[0]
+    assert rows == [4, 2] * 3                                       # the head runs on the masks of the block, nothing else
+    assert [int(s.revealed.sum()) for s in seen] == [2] * 6 and [s.number for s in seen] == list(range(1, 7))
+    assert seen[-1].tokens[0].tolist() == answer
+    rows.clear()
+    generate(model, [[1, 2, 3]], 12, 6, 4, temperature=1.0, remasking="random", seed=0)
+    assert rows == [2] * 6                                          # chosen blindly: only what is revealed is looked at
+
+
+BAD = [
+    (dict(prompts=[[1, MASK]]), "mask token at position 1"), (dict(prompts=[[1, 40]]), "outside the vocabulary"),
+    (dict(max_new_tokens=0), "max_new_tokens"), (dict(max_new_tokens=80, block_length=8), "exceed the model's context of 64"),
+    (dict(steps=0), "steps"), (dict(steps=2), "too few for 3 blocks"), (dict(block_length=0), "block_length"), (dict(block_length=13), "block_length"),
+    (dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(remasking="best"), "remasking must be one of"),
+    (dict(threshold=1.5), "threshold"), (dict(factor=0.0), "factor"), (dict(factor=1.0, threshold=0.5), "exclude"),
+    (dict(threshold=0.5, remasking="random"), "low_confidence"), (dict(cache="magic"), "cache"), (dict(cfg_scale=-1.0), "cfg_scale"),
+    (dict(cfg_scale=1.0, cache="dual"), "without a cache"), (dict(schedule="fast"), "schedule")]
+
+
+@pytest.mark.parametrize("options,message", BAD, ids=[m for _, m in BAD])
+def test_bad_arguments_are_named(options, message):
+    options = {**dict(prompts=[[1, 2]], max_new_tokens=12, steps=6, block_length=4), **options}
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(vocab_size=40), **options)
+
+
+def test_other_bad_arguments_are_named():
+    model = tiny()
+    with pytest.raises(ValueError, match="nothing to fill"):
+        infill(model, [[1, 2]])
+    with pytest.raises(ValueError, match="no mask token"):
+        mdlm_loss(tiny(mask_token_id=None), tokens_of((1, 4)))
+    with pytest.raises(ValueError, match="does not divide"):
+        block_loss(model, tokens_of((1, 10)), 4)
+    with pytest.raises(ValueError, match="t must have shape"):
+        mdlm_loss(model, tokens_of((2, 4)), t=torch.ones(3))
+    with pytest.raises(ValueError, match="mask must have the shape"):
+        mdlm_loss(model, tokens_of((2, 4)), t=torch.ones(2), mask=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="cannot fill in the middle"):
+        infill(tiny(causal=True), [[1, MASK]])
+    with pytest.raises(TypeError):
+        generate(model, [[1]], step=2)                              # a misspelled option must not pass in silence
+    assert generate(model, []) == []
