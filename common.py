@@ -14,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from model import write_atomically  # noqa: E402
+
 # ------------------------------------------------------------------------------------------------------------------------------
 # Settings and errors
 
@@ -73,6 +75,8 @@ def show_errors_in_one_line():
         status = 2 if issubclass(kind, (ValueError, OSError)) else 1
         if os.environ.get("UNMASK_TRACEBACK") or not issubclass(kind, (ValueError, OSError, FloatingPointError)):
             return sys.__excepthook__(kind, error, traceback)
+        for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []:
+            bar.close()                                             # or the message would stand behind the progress bar
         print(f"error: {' '.join(str(error).split()) or kind.__name__}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -90,8 +94,8 @@ def init_process(device="auto", threads=0):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device not in ("auto", "cpu", "mps") and not device.startswith("cuda"):
         raise ValueError(f"device must be auto, cpu, mps or cuda, got {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch sees no GPU here")
+    if device.startswith("cuda") and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device is {device}, but torch sees no such GPU here")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -155,6 +159,8 @@ def peak_flops(device):
 
 def learning_rate_factor(progress, warmup=0.02, decay="linear", decay_from=0.0):
     """What the peak learning rate is multiplied by at `progress` in [0, 1]: up over `warmup`, level, down to 0 from `decay_from` on."""
+    if progress >= 1:
+        return 0.0
     if progress < warmup:
         return progress / warmup
     left = min(1.0, (1 - progress) / (1 - max(decay_from, warmup)))
@@ -162,17 +168,8 @@ def learning_rate_factor(progress, warmup=0.02, decay="linear", decay_from=0.0):
 
 
 def save_state(path, state):
-    """torch.save, written aside, flushed and renamed: a kill at any moment leaves the last good file."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                        # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}): free some space or choose another out_dir; the last checkpoint is intact") from None
+    """torch.save: a kill or a full disk at any moment leaves the last good file."""
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_state(path, must_match):
@@ -181,11 +178,12 @@ def load_state(path, must_match):
         raise FileNotFoundError(f"{path} does not exist: there is nothing to resume; run without --resume first")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        settings = dict(state["settings"])
     except Exception as error:      # unpickling a damaged file can raise anything
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it and start again") from None
     for name, value in must_match.items():
-        if state["settings"].get(name) != value:
-            raise ValueError(f"cannot resume: {name} was {state['settings'].get(name)!r} in {path} and is {value!r} now")
+        if settings.get(name) != value:
+            raise ValueError(f"cannot resume: {name} was {settings.get(name)!r} in {path} and is {value!r} now")
     return state
 
 
@@ -195,7 +193,7 @@ def make_folder(out_dir):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").write_text("")
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)              # every rank does this at once
     except OSError as error:
         raise OSError(f"cannot write to out_dir {out_dir} ({error.strerror or error}): choose another with --out_dir=...") from None
     return folder
@@ -211,7 +209,8 @@ class Log:
                 with contextlib.suppress(ValueError):               # a line cut short by a kill
                     self.rows.append(json.loads(line))
             self.rows = [row for row in self.rows if row["step"] < keep_up_to]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomically(self.path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
     def write(self, **row):
         self.rows.append(row)

@@ -652,7 +652,7 @@ class _Passes:
         shift = int(self.config.shift or self.config.causal)
         if self.kind == "block":
             logits = self._refresh(canvas, rows, eligible, self.final[rows], begin if self.config.causal else end)
-            self.final[rows] = begin
+            self.final[rows] = begin if self.config.causal else (begin - shift).clamp(min=0)        # the row before predicts the first
             return logits
         begin = (begin - shift).clamp(min=0)
         full = self.fresh[rows] != current

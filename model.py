@@ -138,7 +138,7 @@ def make_norm(config):
 
 
 def rope_table(positions, head_dim, theta, scaling=None):
-    """cos and (-sin, sin) of the angles position * theta^(-2j / C), j < C/2, each twice: [..., S, C] float32 for positions [..., S].
+    """cos and (-sin, sin) of the angles position * theta^(-2j / C), j < C/2: [..., S, C] float32 each, for positions [..., S].
 
     `scaling` stretches the context: "linear" divides every frequency by `factor`; "llama3" only those whose wavelength is
     long against the original context, with a smooth ramp between (Llama 3.1's published rule).
@@ -159,7 +159,7 @@ def rope_table(positions, head_dim, theta, scaling=None):
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (a, b) = (x_j, x_{j + C/2}) of x [B, H, S, C]: a cos - b sin, b cos + a sin, by the angles of `rope_table`."""
+    """Rotate the pairs (a, b) = (x_j, x_{j + C/2}) of x [B, H, S, C] as `rope_table` says: a cos - b sin, b cos + a sin."""
     a, b = x.float().chunk(2, dim=-1)                                               # [B, H, S, C/2] each
     return torch.addcmul(x.float() * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
 
@@ -328,9 +328,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         D, V = config.dim, config.vocab_size
-        self.embed = nn.Embedding(V, D)
-        self.embed_positions = nn.Embedding(config.max_len + config.position_offset, D) if config.positions == "learned" else None
-        self.embed_types = nn.Embedding(config.token_types, D) if config.token_types else None
+        # Zeros, as the random numbers that nn.Embedding draws cost a second of imports on the meta device.
+        embedding = lambda rows: nn.Embedding.from_pretrained(torch.zeros(rows, D), freeze=False)  # noqa: E731
+        self.embed = embedding(V)
+        self.embed_positions = embedding(config.max_len + config.position_offset) if config.positions == "learned" else None
+        self.embed_types = embedding(config.token_types) if config.token_types else None
         self.embed_norm = make_norm(config) if config.embed_norm else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = None if config.post_norm else make_norm(config)
@@ -428,7 +430,7 @@ class Transformer(nn.Module):
             visible = attention_mask.bool()
             mask = visible[:, None, None, :] if visible.dim() == 2 else visible[:, None]            # [B, 1, 1 or S, T]
         causal = config.causal and (attention_mask is None or attention_mask.dim() == 2)    # who sees whom overrules "causal"
-        if causal and mask is None and cache is None:
+        if causal and mask is None and cache is None and not config.local_window:
             return "causal", None
         key = positions if cache is None else torch.arange(cache.length, device=positions.device)
         ahead = key[..., None, :] - positions[..., :, None]                         # [S, T] or [B, S, T]: key minus query
@@ -479,7 +481,9 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors in our layout, and the tokenizer files of the checkpoint that was loaded."""
-        state = {name: tensor for name, tensor in self.state_dict().items() if name != "head.weight" or not self.config.tie_embeddings}
+        state = self.state_dict()
+        if self.config.tie_embeddings:
+            del state["head.weight"]
         self._write(folder, {"model_type": "unmask", **dataclasses.asdict(self.config)}, state, TOKENIZER_FILES)
 
     def export_pretrained(self, folder):
@@ -502,17 +506,24 @@ class Transformer(nn.Module):
                 shutil.copyfile(file, folder / file.name)
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                   "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                   "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
 def write_atomically(path, write):
-    """write(temporary name), flush to disk, rename: a kill at any moment leaves the old file or the new one, never half of one."""
+    """write(temporary name), flush to disk, rename: a kill at any moment leaves the old file or the new one, never half of one.
+
+    Raises OSError, with the old file untouched, where there is no space.
+    """
     temporary = f"{path}.tmp"
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:       # a full disk: OSError to Python, RuntimeError to torch
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error}): free some space or choose another folder; what stood there is untouched") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -530,6 +541,7 @@ class Family:
     only: dict = dataclasses.field(default_factory=dict)            # key -> the values that this transformer can compute
     unused: str = r"$^"     # a pattern of tensors that its files may hold and its logits do not need
     prefix: str = ""        # what older files leave out in front of every name
+    copies: dict = dataclasses.field(default_factory=dict)          # tensor that some files hold besides -> ours that it must equal
     offset: bool = False    # its learned positions start behind the padding index (RoBERTa)
 
 
@@ -539,8 +551,9 @@ _LLAMA_KEYS = dict(
     n_kv_heads="num_key_value_heads", head_dim="head_dim", hidden_dim="intermediate_size", max_len="max_position_embeddings",
     norm_eps="rms_norm_eps", rope_theta="rope_theta", rope_scaling="rope_scaling", activation="hidden_act",
     tie_embeddings="tie_word_embeddings", **_IDS)
-_LLAMA_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, hidden_act="silu",
-                       max_position_embeddings=2048, tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
+_LLAMA_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
+                       hidden_act="silu", max_position_embeddings=2048, tie_word_embeddings=False, attention_bias=False,
+                       mlp_bias=False)
 _LLAMA_TENSORS = {
     "embed": "model.embed_tokens",
     "blocks.*.attn_norm": "model.layers.*.input_layernorm",
@@ -561,16 +574,18 @@ _PLAIN = dict(qk_norm=False)                                        # RMSNorm, S
 
 _QWEN3 = Family(
     "Qwen3ForCausalLM", dict(_LLAMA_KEYS, qkv_bias="attention_bias", out_bias="attention_bias"), dict(causal=True),
-    {**_LLAMA_TENSORS, "blocks.*.attn.q_norm": "model.layers.*.self_attn.q_norm", "blocks.*.attn.k_norm": "model.layers.*.self_attn.k_norm"},
+    {**_LLAMA_TENSORS,
+     "blocks.*.attn.q_norm": "model.layers.*.self_attn.q_norm",
+     "blocks.*.attn.k_norm": "model.layers.*.self_attn.k_norm"},
     dict(_LLAMA_DEFAULTS, head_dim=128), _NO_WINDOW, _LLAMA_UNUSED)
 
 _BERT_KEYS = dict(
-    vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads", hidden_dim="intermediate_size",
-    max_len="max_position_embeddings", norm_eps="layer_norm_eps", activation="hidden_act", token_types="type_vocab_size",
-    tie_embeddings="tie_word_embeddings", **_IDS)
+    vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
+    hidden_dim="intermediate_size", max_len="max_position_embeddings", norm_eps="layer_norm_eps", activation="hidden_act",
+    token_types="type_vocab_size", tie_embeddings="tie_word_embeddings", **_IDS)
 _BERT_FIXED = dict(
-    positions="learned", norm="layer", norm_bias=True, post_norm=True, embed_norm=True, qk_norm=False, qkv_bias=True, out_bias=True,
-    mlp_bias=True, gated=False, head_transform=True, head_bias=True)
+    positions="learned", norm="layer", norm_bias=True, post_norm=True, embed_norm=True, qk_norm=False, qkv_bias=True,
+    out_bias=True, mlp_bias=True, gated=False, head_transform=True, head_bias=True)
 _BERT_DEFAULTS = dict(layer_norm_eps=1e-12, hidden_act="gelu", type_vocab_size=2, tie_word_embeddings=True)
 _BERT_ONLY = dict(position_embedding_type=("absolute",), is_decoder=(False,), add_cross_attention=(False,))
 
@@ -603,12 +618,14 @@ FAMILIES = {
         "Qwen2ForCausalLM", _LLAMA_KEYS, dict(_PLAIN, causal=True, qkv_bias=True), _LLAMA_TENSORS,
         dict(_LLAMA_DEFAULTS, max_position_embeddings=32768), _NO_WINDOW, _LLAMA_UNUSED),
     "Dream": Family(
-        "DreamModel", _LLAMA_KEYS, dict(_PLAIN, qkv_bias=True, shift=True), _LLAMA_TENSORS, _LLAMA_DEFAULTS, _NO_WINDOW, _LLAMA_UNUSED),
+        "DreamModel", _LLAMA_KEYS, dict(_PLAIN, qkv_bias=True, shift=True), _LLAMA_TENSORS, _LLAMA_DEFAULTS, _NO_WINDOW,
+        _LLAMA_UNUSED),
     "llada": Family(
         "LLaDAModelLM",
-        dict(vocab_size=("embedding_size", "vocab_size"), dim="d_model", n_layers="n_layers", n_heads="n_heads", n_kv_heads="n_kv_heads",
-             hidden_dim="mlp_hidden_size", max_len="max_sequence_length", norm_eps="rms_norm_eps", rope_theta="rope_theta",
-             activation="activation_type", tie_embeddings="weight_tying", qkv_bias="include_qkv_bias", **_IDS),
+        dict(vocab_size=("embedding_size", "vocab_size"), dim="d_model", n_layers="n_layers", n_heads="n_heads",
+             n_kv_heads="n_kv_heads", hidden_dim="mlp_hidden_size", max_len="max_sequence_length", norm_eps="rms_norm_eps",
+             rope_theta="rope_theta", activation="activation_type", tie_embeddings="weight_tying", qkv_bias="include_qkv_bias",
+             **_IDS),
         _PLAIN,
         {"embed": "model.transformer.wte",
          "blocks.*.attn_norm": "model.transformer.blocks.*.attn_norm",
@@ -622,17 +639,18 @@ FAMILIES = {
          "blocks.*.mlp.down": "model.transformer.blocks.*.ff_out",
          "norm": "model.transformer.ln_f",
          "head": "model.transformer.ff_out"},
-        dict(embedding_size=None, n_kv_heads=None, mlp_hidden_size=None, rms_norm_eps=1e-5, rope_theta=10000.0, activation_type="silu",
+        dict(embedding_size=None, n_kv_heads=None, rms_norm_eps=1e-5, rope_theta=10000.0, activation_type="silu",
              weight_tying=False, include_qkv_bias=False),
-        dict(include_bias=(False,), block_type=("llama",), layer_norm_type=("rms",), rope=(True,), alibi=(False,), attention_layer_norm=(False,),
-             input_emb_norm=(False,), scale_logits=(False,), multi_query_attention=(None, False), bias_for_layer_norm=(None, False),
-             layer_norm_with_affine=(True,), block_group_size=(1,))),
+        dict(include_bias=(False,), block_type=("llama",), layer_norm_type=("rms",), rope=(True,), alibi=(False,),
+             attention_layer_norm=(False,), input_emb_norm=(False,), scale_logits=(False,), multi_query_attention=(None, False),
+             bias_for_layer_norm=(None, False), layer_norm_with_affine=(True,), block_group_size=(1,))),
     "gpt2": Family(
         "GPT2LMHeadModel",
-        dict(vocab_size="vocab_size", dim="n_embd", n_layers="n_layer", n_heads="n_head", hidden_dim="n_inner", max_len="n_positions",
-             norm_eps="layer_norm_epsilon", activation="activation_function", tie_embeddings="tie_word_embeddings", **_IDS),
-        dict(causal=True, positions="learned", norm="layer", norm_bias=True, qk_norm=False, qkv_bias=True, out_bias=True, mlp_bias=True,
-             gated=False),
+        dict(vocab_size="vocab_size", dim="n_embd", n_layers="n_layer", n_heads="n_head", hidden_dim="n_inner",
+             max_len="n_positions", norm_eps="layer_norm_epsilon", activation="activation_function",
+             tie_embeddings="tie_word_embeddings", **_IDS),
+        dict(causal=True, positions="learned", norm="layer", norm_bias=True, qk_norm=False, qkv_bias=True, out_bias=True,
+             mlp_bias=True, gated=False),
         {"embed": "transformer.wte",
          "embed_positions": "transformer.wpe",
          "blocks.*.attn_norm": "transformer.h.*.ln_1",
@@ -653,7 +671,9 @@ FAMILIES = {
          "head_norm": "cls.predictions.transform.LayerNorm",
          "head.weight": "cls.predictions.decoder.weight",
          "head.bias": "cls.predictions.bias"},
-        _BERT_DEFAULTS, _BERT_ONLY, r"bert\.pooler\..*|cls\.seq_relationship\..*|bert\.embeddings\.position_ids|cls\.predictions\.decoder\.bias"),
+        _BERT_DEFAULTS, _BERT_ONLY,
+        r"bert\.pooler\..*|cls\.seq_relationship\..*|bert\.embeddings\.position_ids",
+        copies={"cls.predictions.decoder.bias": "head.bias"}),
     "roberta": Family(
         "RobertaForMaskedLM", _BERT_KEYS, _BERT_FIXED,
         {**_bert_tensors("roberta"),
@@ -662,7 +682,7 @@ FAMILIES = {
          "head.weight": "lm_head.decoder.weight",
          "head.bias": "lm_head.bias"},
         dict(_BERT_DEFAULTS, pad_token_id=1, eos_token_id=2, bos_token_id=0), _BERT_ONLY,
-        r"roberta\.pooler\..*|roberta\.embeddings\.position_ids|lm_head\.decoder\.bias", offset=True),
+        r"roberta\.pooler\..*|roberta\.embeddings\.position_ids", copies={"lm_head.decoder.bias": "head.bias"}, offset=True),
     "modernbert": Family(
         "ModernBertForMaskedLM",
         dict(vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
@@ -688,8 +708,9 @@ FAMILIES = {
              global_attn_every_n_layers=3, global_rope_theta=160000.0, local_rope_theta=10000.0, classifier_bias=False,
              classifier_activation="gelu", decoder_bias=True, tie_word_embeddings=True)),
 }
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}    # as safetensors spells them
-_ACTIVATION_NAMES = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_python": "gelu"}
+_ACTIVATION_NAMES = {"swish": "silu", "gelu_python": "gelu",
+                     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}     # safetensors' spelling
 
 
 def read_config(folder):
@@ -706,7 +727,8 @@ def read_config(folder):
                 raise ValueError(f"unknown field {min(unknown)!r}")
             if values.get("family", "unmask") not in list(FAMILIES):
                 raise ValueError(f"unknown family {values['family']!r}; known are {', '.join(FAMILIES)}")
-            return Config(**dict(values, rope_scaling=_check_rope_scaling(values.get("rope_scaling")))), dict.fromkeys(values, "our config.json")
+            values["rope_scaling"] = _check_rope_scaling(values.get("rope_scaling"))
+            return Config(**values), dict.fromkeys(values, "our config.json")
         if name not in list(FAMILIES):
             raise ValueError(f"unknown model_type {name!r}; known are {', '.join(FAMILIES)}")
         values, origin = interpret(FAMILIES[name], raw)
@@ -757,7 +779,7 @@ def interpret(family, raw):
 
 
 def _flatten_rope(raw):
-    """transformers 5 writes `layer_types` and `rope_parameters` (for ModernBERT one per kind of layer); here as the keys of the tables."""
+    """A published config with what transformers 5 writes, `layer_types` and `rope_parameters`, as the older keys of the table."""
     flat, kinds, rope = dict(raw), raw.get("layer_types"), raw.get("rope_parameters")
     if isinstance(kinds, list) and kinds:
         every = next((layer for layer in range(1, len(kinds)) if kinds[layer] == "full_attention"), len(kinds))
@@ -791,7 +813,7 @@ def _check_rope_scaling(scaling):
 
 
 def publish_config(config, dtype):
-    """The published config.json of a model: the one it was read from, changed where the model was. Raises ValueError if none fits."""
+    """The published config.json of a model: the one it was read from, changed where the model was. ValueError if none fits."""
     family, raw = FAMILIES[config.family], dict(config.published or {})
     before = Config(**interpret(family, raw)[0]) if raw else None
     raw.setdefault("architectures", [family.architecture])
@@ -803,9 +825,10 @@ def publish_config(config, dtype):
             value = "gelu_new" if value == "gelu_tanh" else value + config.position_offset if field == "max_len" else value
             raw.update(dict.fromkeys((keys,) if isinstance(keys, str) else keys, value))
     after = Config(**interpret(family, raw)[0])                     # what a reader of it will understand
-    for field in {field.name for field in dataclasses.fields(Config)} - {"family", "published", "causal", "shift", "block_length"}:
-        if getattr(after, field) != getattr(config, field):
-            raise ValueError(f"a {family.architecture} cannot have {field} = {getattr(config, field)!r}: save_pretrained can write this model")
+    for field in (field.name for field in dataclasses.fields(Config)):
+        value = getattr(config, field)
+        if value != getattr(after, field) and field not in ("family", "published", "causal", "shift", "block_length"):
+            raise ValueError(f"a {family.architecture} cannot have {field} = {value!r}: save_pretrained can write this model")
     return raw
 
 
@@ -837,8 +860,9 @@ def find_checkpoint(path_or_hub_id):
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"],
                                       ignore_patterns=["*/*"]))     # the .py are copied on export, never run
     except Exception as error:          # the hub's errors have no common class; whatever it was, the reader needs the same advice
-        raise FileNotFoundError(f"there is no folder {path_or_hub_id}, and it could not be fetched from the hub ({type(error).__name__}): "
-                                "pass a local folder with config.json and .safetensors, or connect and check the name") from None
+        reason = type(error).__name__
+        raise FileNotFoundError(f"there is no folder {path_or_hub_id}, and it could not be fetched from the hub ({reason}): pass "
+                                "a local folder with config.json and .safetensors, or connect and check the name") from None
 
 
 def weight_files(folder):
@@ -857,8 +881,8 @@ def weight_files(folder):
                 raise FileNotFoundError(f"{index} names the shard {shard}, which is missing from {folder}")
         return [folder / shard for shard in sorted(set(shards.values()))]
     if list(folder.glob("*.bin")) + list(folder.glob("*.pt*")):
-        raise FileNotFoundError(f"{folder} holds pickled weights only, which are never opened here: convert them first, with "
-                                "transformers: AutoModel.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)")
+        raise FileNotFoundError(f"{folder} holds pickled weights only, which are never opened here: convert them with "
+                                "transformers, AutoModelForCausalLM (or ...MaskedLM).from_pretrained(folder).save_pretrained(new_folder)")
     raise FileNotFoundError(f"{folder} holds no model.safetensors")
 
 
@@ -881,9 +905,9 @@ def read_headers(files):
 
 
 def match_tensors(config, stored):
-    """(a model without memory, [(file, name, shape, dtype, our parameters, transposed)]): where its weights are, from `read_headers`.
+    """(a model without memory, where its weights are: [(file, name, shape, dtype, our parameters, transposed)]).
 
-    Every tensor is accounted for: a missing, extra or misshapen one is a ValueError that names it.
+    Every tensor of `read_headers` is accounted for: a missing, extra or misshapen one is a ValueError that names it.
     """
     family, own = FAMILIES[config.family], "embed.weight" in stored
     layers = {match[1] for match in (re.search(r"(?:^|\.)(\d+)\.", name) for name in stored) if match}
@@ -891,43 +915,48 @@ def match_tensors(config, stored):
         raise ValueError(f"config.json says {config.n_layers} layers, the weights hold {len(layers)}")
     with torch.device("meta"):
         model = Transformer(config)
-    shapes, plan = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, []
-    wanted = {row[0]: row for row in ([(name, [name], False) for name in shapes] if own else tensor_table(model))}
+    shapes, plan, plan_of_copies = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, [], []
+    copies = {name: ([our], False) for name, our in family.copies.items()}
+    wanted = {}
+    for name, ours, transposed in [(name, [name], False) for name in shapes] if own else tensor_table(model):
+        if config.tie_embeddings and ours == ["head.weight"]:
+            copies[name] = ["embed.weight"], False                  # some files hold it all the same
+        else:
+            wanted[name] = ours, transposed
     for name, (file, shape, dtype) in stored.items():
         known = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        known = known if known in wanted else family.prefix + known
+        known = known if known in wanted or known in copies else family.prefix + known
         if known not in wanted and re.fullmatch(family.unused, name):
             continue
         if dtype not in DTYPES:
-            raise ValueError(f"{file}: {name} is stored as {dtype}; quantised weights are not supported (only {', '.join(DTYPES)})")
-        if known not in wanted:
+            raise ValueError(f"{file}: {name} is stored as {dtype}; quantised weights cannot be read (only {', '.join(DTYPES)})")
+        if known not in wanted and known not in copies:
             raise ValueError(f"{file} holds the tensor {name}, which has no place in a {config.family} model of this config.json")
-        _, ours, transposed = wanted.pop(known)
-        asked = (sum(shapes[our][0] for our in ours), *shapes[ours[0]][1:])
-        if shape != (asked[::-1] if transposed else asked):
-            raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json asks for {list(asked[::-1] if transposed else asked)}")
-        plan.append((file, name, shape, DTYPES[dtype], ours, transposed))
-    missing = [name for name, ours, _ in wanted.values() if ours != ["head.weight"] or not config.tie_embeddings]
-    if missing:
-        raise ValueError(f"the weights lack the tensor {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
-    return model, sorted(plan, key=lambda row: row[4] != ["embed.weight"])      # the embedding first, a tied head is compared with it
+        ours, transposed = wanted.pop(known) if known in wanted else copies[known]
+        asked = (sum(shapes[our][0] for our in ours), *shapes[ours[0]][1:])[::-1 if transposed else 1]
+        if shape != asked:
+            raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json asks for {list(asked)}")
+        (plan_of_copies if known in copies else plan).append((file, name, shape, DTYPES[dtype], ours, transposed))
+    if wanted:
+        raise ValueError(f"the weights lack the tensor {next(iter(wanted))}" + f" and {len(wanted) - 1} more" * (len(wanted) > 1))
+    return model, plan + plan_of_copies
 
 
 def fill(model, plan, device="cpu", dtype=None):
     """Give the model of `match_tensors` its weights, 4 million numbers at a time."""
-    dtype = dtype or plan[0][3]
+    dtype = dtype or next(row[3] for row in plan if row[4] == ["embed.weight"])
     for file, name, shape, _, ours, transposed in plan:
-        tied, nan = model.config.tie_embeddings and ours == ["head.weight"], False
-        tensor = model.embed.weight.detach() if tied else torch.empty(shape, dtype=dtype)
+        known, nan = model.get_parameter(ours[0]), False
+        tensor = torch.empty(shape, dtype=dtype) if known.is_meta else known.detach()
         for rows, part in _read_rows(file, name, shape):
             nan = nan or part.isnan().any().item()
-            if not tied:
+            if known.is_meta:
                 tensor[rows] = part
-            elif not torch.equal(part.to(tensor), tensor[rows]):
-                raise ValueError(f"{file}: {name} differs from the embedding although config.json ties them")
+            elif not torch.equal(part.to(tensor), tensor[rows]):    # a copy, or a head that config.json ties
+                raise ValueError(f"{file}: {name} differs from {ours[0]}, which it should equal")
         if nan:
             warnings.warn(f"{file}: {name} contains NaN", stacklevel=3)
-        for our, part in zip([] if tied else ours, (tensor.T if transposed else tensor).chunk(len(ours))):
+        for our, part in zip(ours if known.is_meta else [], (tensor.T if transposed else tensor).chunk(len(ours))):
             module, _, leaf = our.rpartition(".")
             part = part.clone(memory_format=torch.contiguous_format) if transposed or len(ours) > 1 else part
             setattr(model.get_submodule(module), leaf, nn.Parameter(part.to(device)))
@@ -951,9 +980,9 @@ def describe(path_or_hub_id):
     n, embed = sum(p.numel() for p in model.parameters()), model.embed.weight.numel()
     lines = [f"{folder}: family {config.family}, {n:,} parameters, {embed:,} of them in the embedding"
              + (", which is the head too" if config.tie_embeddings else f" and {model.head.weight.numel():,} in the head"),
-             f"{config.n_layers} layers of width {config.dim}, {config.n_heads} heads of {config.head_dim} ({config.n_kv_heads} key/value heads), "
-             f"MLP {config.hidden_dim}, vocabulary {config.vocab_size}, context {config.max_len}",
-             "weights: " + ", ".join(f"{name} {n * size / 1e9:.3f} GB" for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2)))]
+             f"{config.n_layers} layers of width {config.dim}, {config.n_heads} heads of {config.head_dim} ({config.n_kv_heads} "
+             f"key/value heads), MLP {config.hidden_dim}, vocabulary {config.vocab_size}, context {config.max_len}",
+             f"weights: float32 {n * 4 / 1e9:.3f} GB, bfloat16 and float16 {n * 2 / 1e9:.3f} GB"]
     for field in dataclasses.fields(config):
         if field.name != "published":
             lines.append(f"  {field.name:19}  {str(getattr(config, field.name)):12}  {origin.get(field.name, 'default')}")

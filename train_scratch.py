@@ -89,10 +89,17 @@ if objective not in ("mdlm", "bd3lm", "ar"):
     raise ValueError(f"objective must be mdlm, bd3lm or ar, got {objective!r}")
 if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
     raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")
+if objective == "ar" and seq_len < 2:
+    raise ValueError("objective ar predicts each token from those before it: seq_len must be at least 2")
 if schedule not in SCHEDULES or optimizer not in ("muon", "adamw") or decay not in ("linear", "cosine"):
     raise ValueError("schedule is one of linear, cosine, polynomial; optimizer muon or adamw; decay linear or cosine")
-if max_steps < 0 or max_minutes < 0 or min(learning_rate, muon_lr) <= 0:
-    raise ValueError("max_steps and max_minutes must not be negative, learning rates must be positive")
+for _name in ("max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval", "sample_tokens", "seed"):
+    if settings[_name] < 0:
+        raise ValueError(f"{_name} must not be negative, got {settings[_name]}")
+if min(learning_rate, muon_lr) <= 0:
+    raise ValueError(f"learning_rate and muon_lr must be positive, got {learning_rate} and {muon_lr}")
+if seed >= 2**32:
+    raise ValueError(f"seed must be below 2**32, got {seed}")
 autocast = common.autocast(device, dtype)
 main = rank == 0                                                    # rank 0 writes and prints
 folder = common.make_folder(out_dir)
@@ -131,25 +138,31 @@ else:
 peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
 
 # ---- resume --------------------------------------------------------------------------------------------------------------------
-must_match = {name: settings[name] for name in ("objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "tokenizer", "optimizer", "seed")}
-must_match["dataset"] = data.fingerprint
-step, clock, best = 0, common.Clock(), None
+must_match = {name: settings[name] for name in ("objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "tokenizer", "optimizer",
+                                                "weight_decay", "beta2", "seed")}
+must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * grad_accum * world_size}
+step, clock, losses = 0, common.Clock(), []
 if resume:
     state = common.load_state(folder / "train_state.pt", must_match)
     raw_model.load_state_dict(state["model"])
     for o, saved in zip(optimizers, state["optimizers"]):
         o.load_state_dict(saved)
-    step, clock = state["step"], common.Clock(state["elapsed_s"])
+    step, clock, losses = state["step"], common.Clock(state["elapsed_s"]), state["losses"]
 log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
+
+
+advice = f"lower learning_rate or muon_lr; the last checkpoint is in {out_dir}"
 
 
 def save():
     """Everything needed to go on is in train_state.pt alone, so that a kill between two files cannot tear them apart."""
     if not main:
         return
+    if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):
+        raise FloatingPointError(f"the weights are not finite at step {step}: {advice}")
     common.save_state(folder / "train_state.pt", {
         "model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "elapsed_s": clock.seconds(),
-        "settings": {**settings, **must_match}})
+        "losses": losses, "settings": {**settings, **must_match}})
     raw_model.save_pretrained(folder)
     text.save_pretrained(folder)
 
@@ -164,10 +177,15 @@ def evaluate(max_tokens):
     return value, error
 
 
+def tokens_per_s():
+    """Speed since the last evaluation."""
+    return window_steps * tokens_per_step / max(clock.seconds() - window_start, 1e-9)
+
+
 def show_sample():
     """One text out of nothing, as far as the model has come."""
     with autocast:
-        n = min(sample_tokens, seq_len)
+        n = min(sample_tokens, seq_len - (objective == "ar"))       # an autoregressive text begins with one token of start
         ids = generate(raw_model, [[]], n, n, n, temperature=1.0, remasking="random", seed=step)[0]
     tqdm.write(f"step {step}: {text.decode(ids, skip_special_tokens=True)!r}")
 
@@ -181,25 +199,24 @@ signal.signal(signal.SIGINT, lambda *_: stop.append(True))          # Ctrl-C: fi
 bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
 if main:
     tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {len(data.train):,} training tokens, {objective} on {device}")
-window_start, window_steps, losses = clock.seconds(), 0, []
+window_start, window_steps = clock.seconds(), 0
 while True:
     elapsed = common.from_rank_0(clock.seconds(), device)
     progress = max(step / max_steps if max_steps else 0.0, elapsed / 60 / max_minutes if max_minutes else 0.0)
     finished = progress >= 1 or bool(common.from_rank_0(float(bool(stop)), device))
+    factor = common.learning_rate_factor(progress, warmup, decay)
     if step and eval_interval and step % eval_interval == 0 and not finished:
+        save()                                                      # first: a resumed run evaluates again what a kill cut short
         val_nelbo, val_stderr = evaluate(eval_tokens)
         if main:
-            train_loss, losses = sum(losses) / max(len(losses), 1), []
-            speed = window_steps * tokens_per_step / (clock.seconds() - window_start)
-            log.write(step=step, train_loss=train_loss, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_nelbo / math.log(2) / bytes_per_token,
-                      tokens_per_s=speed, lr_factor=factor, elapsed_s=clock.seconds())
+            log.write(step=step, train_loss=sum(losses) / len(losses), val_nelbo=val_nelbo, val_stderr=val_stderr,
+                      val_bpb=val_nelbo / math.log(2) / bytes_per_token,
+                      tokens_per_s=tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
             if sample_tokens:
                 show_sample()
-        save()
-        window_start, window_steps = clock.seconds(), 0
+        window_start, window_steps, losses = clock.seconds(), 0, []
     if finished:
         break
-    factor = common.learning_rate_factor(progress, warmup, decay)
     for o, lrs in zip(optimizers, peaks):
         for group, lr in zip(o.param_groups, lrs):
             group["lr"] = lr * factor
@@ -228,7 +245,7 @@ while True:
         total += loss.nelbo.item() / grad_accum
     total = common.mean_over_ranks(total, device)
     if not math.isfinite(total):
-        raise FloatingPointError(f"the loss is {total} at step {step}: lower learning_rate or muon_lr; the last checkpoint is in {out_dir}")
+        raise FloatingPointError(f"the loss is {total} at step {step}: {advice}")
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
     for o in optimizers:
@@ -239,7 +256,7 @@ while True:
     losses.append(total)
     bar.update()
     if main and step % 10 == 0:
-        speed = window_steps * tokens_per_step / (clock.seconds() - window_start)
+        speed = tokens_per_s()
         mfu = {"mfu": f"{speed * flops / peak / world_size:.0%}"} if peak else {}
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
 bar.close()
@@ -254,7 +271,7 @@ else:
     if main:
         bpb = val_nelbo / math.log(2) / bytes_per_token
         log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=bpb,
-                  tokens_per_s=window_steps * tokens_per_step / max(clock.seconds() - window_start, 1e-9), elapsed_s=clock.seconds())
+                  tokens_per_s=tokens_per_s(), elapsed_s=clock.seconds())
         log.plot(folder / "loss.png")
         if sample_tokens:
             show_sample()

@@ -204,9 +204,10 @@ class Tokenizer:
             **{role: token for role, token in (tokens | self.roles).items() if token is not None},
             "chat_template": templates[0]["template"] if list(self.chat_templates) == ["default"] else templates,
         }
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         settings = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+        for name, content in (("tokenizer.json", self.backend.to_str(pretty=True)), ("tokenizer_config.json", settings)):
+            (folder / f"{name}.tmp").write_text(content, encoding="utf-8")
+            (folder / f"{name}.tmp").replace(folder / name)        # a kill at any moment leaves a whole file
 
 
 # ---------------------------------------------------------------- byte-level BPE

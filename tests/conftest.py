@@ -19,3 +19,12 @@ def fixture_path():
             pytest.skip(f"{folder} is not here: these checkpoints stand beside the project, not in it")
         return folder
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_data(tmp_path_factory):
+    """The folder where data sets are prepared, here and in the scripts that tests start: never data/prepared."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNMASK_DATA", str(folder))
+        yield folder

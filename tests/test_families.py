@@ -19,14 +19,16 @@ CAUSAL = "gpt2", "llama", "qwen2", "qwen3"
 PUBLISHED = [family for family in FAMILIES if family != "unmask"]
 
 # Six configurations and more for each family that transformers has: overrides of BASE.
-ROPE = dict(vocab_size=150, hidden_size=48, intermediate_size=70, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=512)
+ROPE = dict(vocab_size=150, hidden_size=48, intermediate_size=70, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512)
 LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-ENCODER = dict(vocab_size=150, hidden_size=48, intermediate_size=70, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=130)
+ENCODER = dict(vocab_size=150, hidden_size=48, intermediate_size=70, num_hidden_layers=2, num_attention_heads=4,
+               max_position_embeddings=130)
 BASE = {
     "llama": ROPE, "qwen2": dict(ROPE, use_sliding_window=False), "qwen3": dict(ROPE, head_dim=16),
     "bert": ENCODER, "roberta": dict(ENCODER, pad_token_id=1),
-    "modernbert": dict(ENCODER, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=16,
+    "modernbert": dict(ENCODER, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+                       local_attention=16,
                        num_hidden_layers=5, max_position_embeddings=512, reference_compile=False),
     "gpt2": dict(vocab_size=150, n_embd=48, n_layer=2, n_head=4, n_positions=130, bos_token_id=3, eos_token_id=3),
 }
@@ -34,24 +36,32 @@ VARIANTS = {
     "llama": [dict(), dict(num_key_value_heads=1, tie_word_embeddings=True), dict(num_key_value_heads=4, attention_bias=True),
               dict(head_dim=10, mlp_bias=True, attention_bias=True), dict(rope_scaling=LLAMA3, rope_theta=500000.0),
               dict(rope_scaling=dict(rope_type="linear", factor=3.0), hidden_act="gelu_pytorch_tanh"),
-              dict(hidden_size=42, num_attention_heads=7, num_key_value_heads=7, rms_norm_eps=1e-3, hidden_act="relu"),
-              dict(num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3, hidden_act="gelu_new", eos_token_id=[5, 6])],
-    "qwen2": [dict(), dict(num_key_value_heads=4), dict(num_key_value_heads=1, tie_word_embeddings=True), dict(rope_theta=1e6, rms_norm_eps=1e-3),
-              dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=3), dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
+              dict(hidden_size=42, num_attention_heads=7, num_key_value_heads=7, rms_norm_eps=0.001, hidden_act="relu"),
+              dict(num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3, hidden_act="gelu_new",
+                   eos_token_id=[5, 6])],
+    "qwen2": [dict(), dict(num_key_value_heads=4), dict(num_key_value_heads=1, tie_word_embeddings=True),
+              dict(rope_theta=1000000.0, rms_norm_eps=0.001), dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=3),
+              dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
               dict(rope_scaling=LLAMA3, hidden_act="gelu", num_hidden_layers=3)],
-    "qwen3": [dict(), dict(head_dim=10, num_key_value_heads=4), dict(tie_word_embeddings=True, num_key_value_heads=1), dict(attention_bias=True),
-              dict(hidden_size=30, num_attention_heads=5, num_key_value_heads=5, head_dim=22), dict(rope_scaling=LLAMA3, rope_theta=1e6),
-              dict(hidden_act="gelu_fast", rms_norm_eps=1e-3, num_hidden_layers=1)],
-    "bert": [dict(), dict(hidden_size=45, num_attention_heads=3), dict(hidden_act="relu", type_vocab_size=1), dict(hidden_act="gelu_new"),
-             dict(tie_word_embeddings=False), dict(layer_norm_eps=1e-3, num_hidden_layers=3), dict(num_attention_heads=1, intermediate_size=33)],
-    "roberta": [dict(), dict(hidden_size=45, num_attention_heads=3), dict(hidden_act="relu", type_vocab_size=1), dict(pad_token_id=7),
-                dict(tie_word_embeddings=False), dict(layer_norm_eps=1e-3, num_hidden_layers=3), dict(hidden_act="gelu_pytorch_tanh")],
-    "modernbert": [dict(), dict(local_attention=6, global_attn_every_n_layers=2), dict(norm_bias=True, attention_bias=True, mlp_bias=True),
-                   dict(classifier_bias=True, decoder_bias=False), dict(hidden_size=30, num_attention_heads=5, tie_word_embeddings=False),
-                   dict(global_attn_every_n_layers=1, hidden_activation="silu"), dict(global_rope_theta=5e5, local_rope_theta=100.0, norm_eps=1e-3),
+    "qwen3": [dict(), dict(head_dim=10, num_key_value_heads=4), dict(tie_word_embeddings=True, num_key_value_heads=1),
+              dict(attention_bias=True), dict(hidden_size=30, num_attention_heads=5, num_key_value_heads=5, head_dim=22),
+              dict(rope_scaling=LLAMA3, rope_theta=1000000.0),
+              dict(hidden_act="gelu_fast", rms_norm_eps=0.001, num_hidden_layers=1)],
+    "bert": [dict(), dict(hidden_size=45, num_attention_heads=3), dict(hidden_act="relu", type_vocab_size=1),
+             dict(hidden_act="gelu_new"), dict(tie_word_embeddings=False), dict(layer_norm_eps=0.001, num_hidden_layers=3),
+             dict(num_attention_heads=1, intermediate_size=33)],
+    "roberta": [dict(), dict(hidden_size=45, num_attention_heads=3), dict(hidden_act="relu", type_vocab_size=1),
+                dict(pad_token_id=7), dict(tie_word_embeddings=False), dict(layer_norm_eps=0.001, num_hidden_layers=3),
+                dict(hidden_act="gelu_pytorch_tanh")],
+    "modernbert": [dict(), dict(local_attention=6, global_attn_every_n_layers=2),
+                   dict(norm_bias=True, attention_bias=True, mlp_bias=True), dict(classifier_bias=True, decoder_bias=False),
+                   dict(hidden_size=30, num_attention_heads=5, tie_word_embeddings=False),
+                   dict(global_attn_every_n_layers=1, hidden_activation="silu"),
+                   dict(global_rope_theta=500000.0, local_rope_theta=100.0, norm_eps=0.001),
                    dict(classifier_activation="relu", hidden_activation="gelu_new", num_hidden_layers=2)],
-    "gpt2": [dict(), dict(n_inner=70), dict(n_embd=45, n_head=3), dict(activation_function="relu"), dict(tie_word_embeddings=False),
-             dict(layer_norm_epsilon=1e-3, n_layer=3, activation_function="gelu"), dict(n_embd=35, n_head=5)],
+    "gpt2": [dict(), dict(n_inner=70), dict(n_embd=45, n_head=3), dict(activation_function="relu"),
+             dict(tie_word_embeddings=False), dict(layer_norm_epsilon=0.001, n_layer=3, activation_function="gelu"),
+             dict(n_embd=35, n_head=5)],
 }
 CASES = [(family, number) for family in VARIANTS for number in range(len(VARIANTS[family]))]
 
@@ -103,7 +113,7 @@ def assert_same_checkpoint(a, b):
         assert weights_a[name].dtype == weights_b[name].dtype and torch.equal(weights_a[name], weights_b[name]), name
 
 
-# ---------------------------------------------------------------------------------------------------------------- the fixtures
+# ------------------------------------------------------------------------------------------------------------------ the fixtures
 
 
 @pytest.fixture(params=PUBLISHED)
@@ -139,7 +149,7 @@ def test_fixture_goes_out_and_back(fixture, tmp_path):
     assert (tmp_path / "ours" / "generation_config.json").exists() == (fixture / "generation_config.json").exists()
 
 
-# --------------------------------------------------------------------------------------------------------- against transformers
+# ---------------------------------------------------------------------------------------------------------- against transformers
 
 
 @pytest.mark.parametrize(("family", "number"), CASES)
@@ -165,13 +175,16 @@ def test_logits_of_transformers(family, number, tmp_path):
 
 
 def test_modernbert_past_its_window_and_llama_past_its_context(tmp_path):
-    for family, overrides in (("modernbert", dict(local_attention=128)), ("llama", dict(rope_scaling=LLAMA3, max_position_embeddings=256))):
-        theirs, tokens = reference_model(family, **overrides), random_tokens(1, 1024 if family == "llama" else 400)
+    for family, length, overrides in (("modernbert", 400, dict(local_attention=128)),
+                                      ("llama", 1024, dict(rope_scaling=LLAMA3, max_position_embeddings=256))):
+        theirs, tokens = reference_model(family, **overrides), random_tokens(1, length)
         theirs.save_pretrained(tmp_path / family)
-        assert difference(our_logits(Transformer.from_pretrained(tmp_path / family), tokens), their_logits(theirs, tokens)) < TOLERANCE
+        ours = Transformer.from_pretrained(tmp_path / family)
+        assert difference(our_logits(ours, tokens), their_logits(theirs, tokens)) < TOLERANCE
 
 
-LLADA_NAMES = [("model.embed_tokens", "model.transformer.wte"), ("model.layers", "model.transformer.blocks"), ("model.norm", "model.transformer.ln_f"),
+LLADA_NAMES = [("model.embed_tokens", "model.transformer.wte"), ("model.layers", "model.transformer.blocks"),
+               ("model.norm", "model.transformer.ln_f"),
                ("lm_head", "model.transformer.ff_out"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ff_norm"),
                ("self_attn.o_proj", "attn_out"), ("self_attn.", ""), ("mlp.gate_proj", "ff_proj"), ("mlp.up_proj", "up_proj"),
                ("mlp.down_proj", "ff_out")]
@@ -186,11 +199,14 @@ def write_llada(theirs, folder):
         weights[name] = tensor.clone()
     if config.tie_word_embeddings:
         del weights["model.transformer.ff_out.weight"]
-    raw = dict(model_type="llada", d_model=config.hidden_size, n_layers=config.num_hidden_layers, n_heads=config.num_attention_heads,
-               n_kv_heads=config.num_key_value_heads, mlp_hidden_size=config.intermediate_size, vocab_size=config.vocab_size,
-               embedding_size=config.vocab_size, max_sequence_length=config.max_position_embeddings, rms_norm_eps=config.rms_norm_eps,
+    raw = dict(model_type="llada", d_model=config.hidden_size, n_layers=config.num_hidden_layers,
+               n_heads=config.num_attention_heads, n_kv_heads=config.num_key_value_heads,
+               mlp_hidden_size=config.intermediate_size, vocab_size=config.vocab_size,
+               embedding_size=config.vocab_size, max_sequence_length=config.max_position_embeddings,
+               rms_norm_eps=config.rms_norm_eps,
                rope_theta=config.rope_theta, weight_tying=config.tie_word_embeddings, include_qkv_bias=False, include_bias=False,
-               block_type="llama", layer_norm_type="rms", rope=True, activation_type="silu", mask_token_id=140, eos_token_id=3, torch_dtype="float32")
+               block_type="llama", layer_norm_type="rms", rope=True, activation_type="silu", mask_token_id=140, eos_token_id=3,
+               torch_dtype="float32")
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(raw))
@@ -208,7 +224,8 @@ def write_dream(theirs, folder):
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("family", ["llada", "Dream"])
 def test_llada_and_dream_are_llama_and_qwen2_opened(family, number, tmp_path):
-    overrides = [dict(), dict(num_key_value_heads=4), dict(num_key_value_heads=1, rope_theta=5e5), dict(hidden_size=60, num_attention_heads=6),
+    overrides = [dict(), dict(num_key_value_heads=4), dict(num_key_value_heads=1, rope_theta=5e5),
+                 dict(hidden_size=60, num_attention_heads=6),
                  dict(tie_word_embeddings=True, rms_norm_eps=1e-3)][number]
     theirs = reference_model("llama" if family == "llada" else "qwen2", **overrides)
     (write_llada if family == "llada" else write_dream)(theirs, tmp_path / "published")
@@ -237,7 +254,8 @@ def test_bfloat16_on_the_cpu(family, tmp_path):
 
 
 def test_our_own_models_export_as_qwen3(tmp_path):
-    model = Transformer(Config(vocab_size=150, dim=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, causal=True, eos_token_id=3,
+    model = Transformer(Config(vocab_size=150, dim=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, causal=True,
+                               eos_token_id=3,
                                mask_token_id=149)).init_weights()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -250,7 +268,8 @@ def test_our_own_models_export_as_qwen3(tmp_path):
     assert back.config.family == "qwen3" and torch.equal(our_logits(back, tokens), our_logits(model, tokens))
 
 
-@pytest.mark.parametrize("change", [dict(qk_norm=False), dict(norm="layer"), dict(mlp_bias=True), dict(qkv_bias=True), dict(gated=False),
+@pytest.mark.parametrize("change", [dict(qk_norm=False), dict(norm="layer"), dict(mlp_bias=True), dict(qkv_bias=True),
+                                    dict(gated=False),
                                     dict(positions="learned"), dict(embed_norm=True), dict(head_bias=True)])
 def test_what_a_family_cannot_express_is_not_exported(change, tmp_path):
     model = Transformer(Config(vocab_size=20, dim=16, n_layers=1, n_heads=2, **change))
@@ -274,7 +293,7 @@ def test_a_resized_vocabulary_is_exported(tmp_path):
     assert difference(our_logits(model, tokens), their_logits(back, tokens)) < TOLERANCE
 
 
-# ------------------------------------------------------------------------------------------- checkpoints as they are published
+# --------------------------------------------------------------------------------------------- checkpoints as they are published
 
 
 def rewrite(folder, weights=None, config=None):
@@ -287,11 +306,14 @@ def rewrite(folder, weights=None, config=None):
 
 
 def old_bert(tensors):
-    """bert-base-uncased: TensorFlow's names of the norms, a pooler, the next-sentence head, the position numbers, the tied head."""
-    tensors = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in tensors.items()}
-    return tensors | {"bert.pooler.dense.weight": torch.ones(48, 48), "bert.pooler.dense.bias": torch.ones(48),
+    """bert-base-uncased: TensorFlow's names of the norms, a pooler, the next-sentence head, position numbers, a tied head."""
+    older = {}
+    for name, tensor in tensors.items():
+        older[name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")] = tensor
+    return older | {"bert.pooler.dense.weight": torch.ones(48, 48), "bert.pooler.dense.bias": torch.ones(48),
                       "cls.seq_relationship.weight": torch.ones(2, 48), "cls.seq_relationship.bias": torch.ones(2),
-                      "bert.embeddings.position_ids": torch.arange(130)[None], "cls.predictions.decoder.bias": tensors["cls.predictions.bias"],
+                      "bert.embeddings.position_ids": torch.arange(130)[None],
+                      "cls.predictions.decoder.bias": tensors["cls.predictions.bias"],
                       "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"]}
 
 
@@ -304,7 +326,8 @@ def old_roberta(tensors):
 def old_gpt2(tensors):
     """openai-community/gpt2: no `transformer.` in front, and the causal masks among the weights."""
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    return tensors | {f"h.{layer}.attn.{name}": torch.ones(1, 1, 130, 130).tril() for layer in range(2) for name in ("bias", "masked_bias")}
+    mask = torch.ones(1, 1, 130, 130).tril()
+    return tensors | {f"h.{layer}.attn.{name}": mask for layer in range(2) for name in ("bias", "masked_bias")}
 
 
 def old_llama(tensors):
@@ -336,7 +359,8 @@ def version_5(raw):
         every = raw.pop("global_attn_every_n_layers")
         raw["rope_parameters"] = {"full_attention": dict(rope, rope_theta=raw.pop("global_rope_theta")),
                                   "sliding_attention": dict(rope, rope_theta=raw.pop("local_rope_theta"))}
-        raw["layer_types"] = ["sliding_attention" if layer % every else "full_attention" for layer in range(raw["num_hidden_layers"])]
+        layers = range(raw["num_hidden_layers"])
+        raw["layer_types"] = ["sliding_attention" if layer % every else "full_attention" for layer in layers]
     elif "rope_theta" in raw:
         raw["rope_parameters"] = dict(rope, rope_theta=raw.pop("rope_theta"))
         raw["layer_types"] = ["full_attention"] * raw["num_hidden_layers"]
@@ -351,7 +375,7 @@ def test_configs_of_transformers_5(family, overrides, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     before, _ = read_config(tmp_path / "theirs")
     rewrite(tmp_path / "theirs", config=version_5)
-    after, origin = read_config(tmp_path / "theirs")
+    after, _ = read_config(tmp_path / "theirs")
     before.published = after.published
     assert before == after
     model, tokens = Transformer.from_pretrained(tmp_path / "theirs"), random_tokens(2, 60)
@@ -363,7 +387,8 @@ def test_configs_of_transformers_5(family, overrides, tmp_path):
 def test_other_spellings(tmp_path):
     """`type` for rope_type, an activation's old name, several ends of text, -1 for no padding, an explicit null."""
     reference_model("llama").save_pretrained(tmp_path)
-    rewrite(tmp_path, config=lambda raw: dict(raw, rope_scaling={"type": "linear", "factor": 2}, hidden_act="swish", eos_token_id=[7, 8, 9],
+    rewrite(tmp_path, config=lambda raw: dict(raw, rope_scaling={"type": "linear", "factor": 2}, hidden_act="swish",
+                                              eos_token_id=[7, 8, 9],
                                               pad_token_id=-1, head_dim=None, num_key_value_heads=2))
     config, origin = read_config(tmp_path)
     assert config.rope_scaling == {"rope_type": "linear", "factor": 2} and config.activation == "silu"
@@ -371,7 +396,7 @@ def test_other_spellings(tmp_path):
     assert origin["dim"] == "hidden_size = 48" and origin["qk_norm"] == "every LlamaForCausalLM"
 
 
-# ----------------------------------------------------------------------------------------------------- files, types and memory
+# ------------------------------------------------------------------------------------------------------- files, types and memory
 
 
 def shard(folder, count=3):
@@ -417,8 +442,8 @@ def test_a_hub_id_is_found_in_the_cache_off_line(tmp_path):
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("0123abc")
     environment = dict(os.environ, HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-    run = lambda name: subprocess.run([sys.executable, "model.py", name], cwd=ROOT, env=environment, capture_output=True, text=True)    # noqa: E731
-    found, lost = run("someone/tiny"), run("someone/else")
+    found, lost = (subprocess.run([sys.executable, "model.py", name], cwd=ROOT, env=environment, capture_output=True, text=True)
+                   for name in ("someone/tiny", "someone/else"))
     assert found.returncode == 0 and "family qwen3" in found.stdout, found.stderr
     assert lost.returncode == 2 and lost.stdout == "" and lost.stderr.count("\n") == 1
     assert lost.stderr.startswith("error: there is no folder someone/else") and "pass a local folder" in lost.stderr

@@ -7,13 +7,16 @@ from model import Cache, Config, LinearCrossEntropy, Transformer
 
 KINDS = {
     "ours": {}, "llama": dict(qk_norm=False, n_kv_heads=1, rope_scaling=dict(rope_type="linear", factor=2.0)),
-    "gpt2": dict(positions="learned", norm="layer", norm_bias=True, qk_norm=False, qkv_bias=True, gated=False, activation="gelu_tanh"),
-    "modernbert": dict(norm="layer", embed_norm=True, first_norm=False, qk_norm=False, local_window=6, global_every=2, head_transform=True),
+    "gpt2": dict(positions="learned", norm="layer", norm_bias=True, qk_norm=False, qkv_bias=True, gated=False,
+                 activation="gelu_tanh"),
+    "modernbert": dict(norm="layer", embed_norm=True, first_norm=False, qk_norm=False, local_window=6, global_every=2,
+                       head_transform=True),
 }
 
 
 def random_model(seed=0, **options):
-    model = Transformer(Config(**dict(dict(vocab_size=60, dim=32, n_layers=3, n_heads=4, n_kv_heads=2, max_len=64), **options)))
+    model = Transformer(Config(**dict(dict(vocab_size=60, dim=32, n_layers=3, n_heads=4, n_kv_heads=2, max_len=64),
+                                      **options))).init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -29,7 +32,7 @@ def close(a, b, tolerance=1e-5):
     return (a - b).abs().max() < tolerance * b.abs().max()
 
 
-# ----------------------------------------------------------------------------------------------------------------------- the cache
+# --------------------------------------------------------------------------------------------------------------------- the cache
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +51,9 @@ def test_decoding_rows_of_different_lengths(kind):
     """Row 0 has 9 tokens before the first step, row 1 has 4: each position [B, S] is the row's own."""
     model, tokens, lengths = random_model(**KINDS[kind], causal=True), random_tokens(2, 16), torch.tensor([9, 4])
     full, cache = model(tokens), Cache(model.config, 2, 16)
-    model(tokens[:, :9], cache=cache, positions=torch.arange(9))        # row 1's last five are overwritten below before anyone sees them
+    model(tokens[:,
+                 :9], cache=cache,
+                 positions=torch.arange(9))        # row 1's last five are overwritten below before anyone sees them
     for step in range(7):
         positions = (lengths + step)[:, None]                                                # [2, 1]
         logits = model(tokens.gather(1, positions), cache=cache, positions=positions)
@@ -78,8 +83,9 @@ def test_refreshing_a_slice_keeps_the_rest():
     keys = cache.keys[0].clone()
     model(tokens[:, 8:12], cache=cache, positions=torch.arange(8, 12))
     assert torch.equal(cache.keys[0][:, :, :8], keys[:, :, :8]) and not torch.equal(cache.keys[0][:, :, 8:12], keys[:, :, 8:12])
-    cache.keep(torch.tensor([1]))
+    keys, cache.rows = cache.keys.clone(), torch.tensor([1])                                 # a pass for one row of the batch
     assert close(model(tokens[1:, 3:4], cache=cache, positions=torch.tensor([3])), model(tokens[1:])[:, 3:4])
+    assert torch.equal(cache.keys[:, 0], keys[:, 0])
 
 
 @torch.no_grad()
@@ -89,12 +95,13 @@ def test_hidden_cache_positions_do_not_count():
     assert close(model(tokens, attention_mask=visible, cache=cache, positions=torch.arange(12)), model(tokens))
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the loss
+# ---------------------------------------------------------------------------------------------------------------------- the loss
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 256])
-@pytest.mark.parametrize("options", [dict(), dict(tie_embeddings=True), dict(head_bias=True), dict(tie_embeddings=True, head_bias=True, head_transform=True)])
+@pytest.mark.parametrize("options", [dict(), dict(tie_embeddings=True), dict(head_bias=True),
+                                     dict(tie_embeddings=True, head_bias=True, head_transform=True)])
 def test_loss_and_gradients_are_those_of_cross_entropy(options, chunk, autocast):
     model, tokens = random_model(**options), random_tokens(3, 10)
     select = torch.rand(3, 10, generator=torch.Generator().manual_seed(2)) < 0.6
@@ -116,13 +123,16 @@ def test_loss_and_gradients_are_those_of_cross_entropy(options, chunk, autocast)
     assert nll.dtype == torch.float32 and not nll.requires_grad
     assert close(loss, expected_loss, tolerance) and close(nll, expected_nll, tolerance)
     for name, grad in grads.items():
-        assert grad is not None and grad.dtype == torch.float32 and close(grad, expected_grads[name], tolerance), name
+        assert grad.dtype == torch.float32
+        assert (grad - expected_grads[name]).norm() < (5e-2 if autocast else 1e-5) * expected_grads[name].norm(), name
 
 
-def test_loss_is_the_gradient_of_its_value():
-    """gradcheck, in float64."""
+def test_loss_in_float64():
+    """In float64, against autograd."""
     draw = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in ((5, 4), (7, 4), (7,)))
+    hidden, weight, bias = (torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in ((5, 4),
+                                                                                                                      (7, 4),
+                                                                                                                      (7,)))
     targets, weights = torch.randint(0, 7, (5,), generator=draw), torch.rand(5, generator=draw)
     loss, _ = LinearCrossEntropy.apply(hidden, weight, bias, targets, weights, 2)
     loss.backward()
@@ -162,7 +172,7 @@ def test_the_loss_can_be_differentiated_once():
         loss.backward()
 
 
-# ----------------------------------------------------------------------------------------------------------------- masks and sizes
+# --------------------------------------------------------------------------------------------------------------- masks and sizes
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -221,13 +231,16 @@ def test_first_loss_is_that_of_a_uniform_guess():
 
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(dim=30, n_heads=4), "dim 30 does not divide into 4 heads"), (dict(n_heads=4, n_kv_heads=3), "4 heads cannot share 3"),
-    (dict(positions="alibi"), "positions must be one of rope, learned, got 'alibi'"), (dict(mask_token_id=60, vocab_size=60), "outside the vocabulary"),
-    (dict(vocab_size=0), "vocab_size must be"), (dict(n_layers="3"), "n_layers must be"), (dict(norm_eps=0), "norm_eps must be a positive")])
+    (dict(positions="alibi"), "positions must be one of rope, learned, got 'alibi'"), (dict(mask_token_id=60, vocab_size=60),
+                                                                                       "outside the vocabulary"),
+    (dict(vocab_size=0), "vocab_size must be"), (dict(n_layers="3"), "n_layers must be"),
+    (dict(norm_eps=0), "norm_eps must be a positive")])
 def test_config_says_what_is_wrong(changes, words):
     with pytest.raises(ValueError, match=words):
         Config(**changes)
 
 
 def test_config_derives_sizes():
-    assert Config(dim=256).hidden_dim == 704 and Config(dim=768, gated=False).hidden_dim == 3072 and Config(dim=20, n_heads=1, gated=False).hidden_dim == 80
+    assert Config(dim=256).hidden_dim == 704 and Config(dim=768, gated=False).hidden_dim == 3072
+    assert Config(dim=20, n_heads=1, gated=False).hidden_dim == 80
     assert Config(dim=256, n_heads=4).head_dim == 64 and Config(n_heads=6, dim=96).n_kv_heads == 6
