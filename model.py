@@ -291,13 +291,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_h = torch.empty_like(hidden) if need_grad else None
             grad_w = torch.zeros(weight.shape, device=weight.device) if need_grad else None      # float32: a sum over chunks
             grad_b = torch.zeros(len(weight), device=weight.device) if need_grad and bias is not None else None
+            buffers = torch.empty(2, min(chunk, len(targets)), len(weight), dtype=dtype, device=hidden.device)
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
                 target, row_weight = targets[rows, None], row_weights[rows, None]                 # [chunk, 1]
-                logits = hidden[rows] @ weight.T                                                  # [chunk, V]
+                logits, p = buffers[:, :len(target)]                                              # [chunk, V] each
+                torch.mm(hidden[rows], weight.T, out=logits)
                 if bias is not None:
                     logits += bias
-                p = logits.softmax(dim=-1)
+                torch.softmax(logits, dim=-1, out=p)
                 # logsumexp = max z - log max p: two reads where a float32 copy and a second exp would be needed
                 lse = logits.amax(-1, keepdim=True).float() - p.amax(-1, keepdim=True).float().log()
                 nll[rows] = (lse - logits.gather(1, target))[:, 0]

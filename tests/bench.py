@@ -197,6 +197,168 @@ def parity():
               flush=True)
 
 
+# ---- the training step ------------------------------------------------------------------------------------------------------
+
+
+def training_candidates(vocab_size, compiled):
+    """{name: a forward and backward pass}: 6 layers, D 384, T 256, B 8. The optimizer is the same for all and left out."""
+    import transformers
+
+    from diffusion import ar_loss, mdlm_loss
+    B, T, dim, mask_id = 8, 256, 384, vocab_size - 1
+    tokens = torch.randint(0, mask_id, (B, T), generator=torch.Generator().manual_seed(0))
+    options = dict(vocab_size=vocab_size, dim=dim, n_layers=6, n_heads=6, mask_token_id=mask_id)
+
+    def build(causal=False):
+        model = Transformer(Config(**options, causal=causal, shift=causal)).init_weights()
+        if compiled:
+            model.compile_blocks()
+        return model
+
+    ours, causal = build(), build(causal=True)
+    config = transformers.LlamaConfig(vocab_size=vocab_size, hidden_size=dim, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024,
+                                      attn_implementation="sdpa")
+    llama = transformers.LlamaForCausalLM(config)
+    open_attention(llama)
+    visible, generator = torch.ones_like(tokens), torch.Generator().manual_seed(1)
+
+    def step(model, loss, bf16=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss()
+        value.backward()
+        model.zero_grad(set_to_none=True)
+
+    def full(forward):          # all logits, cross-entropy on all positions, times the mask
+        t = torch.rand(B, 1, generator=generator).clamp(min=1e-3)
+        mask = torch.rand(B, T, generator=generator) < t
+        logits = forward(torch.where(mask, mask_id, tokens))
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(B, T)
+        return (nll * mask / t).sum() / (B * T)
+
+    mdlm = lambda: mdlm_loss(ours, tokens, generator=generator).loss
+    candidates = {}
+    for bf16, precision in ((False, "float32"), (True, "bf16")):
+        candidates[f"ours {precision}"] = lambda bf16=bf16: step(ours, mdlm, bf16)
+        candidates[f"full logits {precision}"] = lambda bf16=bf16: step(ours, lambda: full(ours), bf16)
+        candidates[f"ours, autoregressive, {precision}"] = lambda bf16=bf16: step(causal, lambda: ar_loss(causal, tokens).loss, bf16)
+        candidates[f"plain autoregressive {precision}"] = lambda bf16=bf16: step(causal, lambda: torch.nn.functional.cross_entropy(
+            causal(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()), bf16)
+    candidates["transformers, dLLM's loss, float32"] = lambda: step(llama, lambda: full(lambda x: llama(
+        x, attention_mask=visible, use_cache=False).logits))
+    candidates["trunk bf16"] = lambda: step(ours, lambda: ours.hidden(tokens).sum(), True)
+    candidates["trunk float32"] = lambda: step(ours, lambda: ours.hidden(tokens).sum())
+    return ours, candidates
+
+
+@command
+def step():
+    """A training step on a CPU, tokens/s of every arrangement and their ratios; `step 260 eager` for bytes, without compiling."""
+    vocab_size = int(sys.argv[2]) if len(sys.argv) > 2 else 50304
+    compiled = "eager" not in sys.argv
+    ours, candidates = training_candidates(vocab_size, compiled)
+    _, eager = training_candidates(vocab_size, False) if compiled else (None, {})
+    candidates = {**{f"{name}{' compiled' if compiled and 'transformers' not in name else ''}": f for name, f in candidates.items()}, **eager}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(2048, 2048).to(dtype)
+        candidates[f"mm {dtype}"] = lambda a=a: a @ a
+    times = interleaved(candidates, rounds=5)
+    base, flops = times["full logits float32"].median, ours.flops_per_token(256, head_share=0.5) * 2048
+    print(f"V {vocab_size}, 6 layers, D 384, T 256, B 8, forward and backward".ljust(58) + "ms    tokens/s   x full logits float32")
+    for name, (median, _) in times.items():
+        if name.startswith("mm "):
+            print(f"{name:44} {median * 1e3:10.1f}   {2 * 2048**3 / median / 1e9:6.0f} GFLOP/s")
+        else:
+            print(f"{name:44} {median * 1e3:10.1f} {2048 / median:10,.0f}   {base / median:5.2f}")
+    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        for suffix in (" compiled", "") if compiled else ("",):
+            speed = flops / times[f"ours {precision}{suffix}"].median
+            print(f"model FLOP/s of ours {precision}{suffix} over torch.mm: {speed / (2 * 2048**3 / times[f'mm {dtype}'].median):.2f}")
+
+
+@command
+def loss():
+    """Time and peak memory of the loss, forward and backward, V 126464, D 256, T 1024: ours against all logits at once."""
+    script = """
+import sys, time, torch
+torch.set_num_threads({threads})
+from model import LinearCrossEntropy
+import torch.nn.functional as F
+def peak():
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+V, D, T = 126464, 256, 1024
+hidden, weight = torch.randn(T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+targets, weights = torch.randint(0, V, (T,)), torch.rand(T)
+before, start = peak(), time.perf_counter()
+for _ in range(3):
+    if {ours}:
+        loss, _ = LinearCrossEntropy.apply(hidden, weight, None, targets, weights, max(64, 2**24 // V))
+    else:
+        loss = (F.cross_entropy(hidden @ weight.T, targets, reduction="none") * weights).sum()
+    loss.backward()
+    del loss
+    hidden.grad = weight.grad = None
+print(peak() - before, (time.perf_counter() - start) / 3)
+"""
+    figures = {}
+    for name, ours in (("all logits", False), ("ours", True), ("all logits again", False), ("ours again", True)):
+        out = subprocess.run([sys.executable, "-c", script.format(threads=THREADS, ours=ours)], cwd=ROOT, capture_output=True, text=True, check=True)
+        figures[name] = [float(x) for x in out.stdout.split()]
+        print(f"{name:18} {figures[name][0]:7.0f} MB {figures[name][1]:7.2f} s", flush=True)
+    print(f"memory {figures['all logits'][0] / figures['ours'][0]:.1f} times less, {figures['all logits'][1] / figures['ours'][1]:.1f} times faster")
+
+
+# ---- sampling -----------------------------------------------------------------------------------------------------------------
+
+
+def published_llada_loop(model, prompt, new_tokens, steps, block_length, temperature, mask_id):
+    """LLaDA's loop done plainly: every logit of the canvas each step, float64 Gumbel noise and softmax over all of them."""
+    x = torch.tensor([prompt + [mask_id] * new_tokens])
+    blocks = new_tokens // block_length
+    for block in range(blocks):
+        end = len(prompt) + (block + 1) * block_length
+        for step in range(steps // blocks):
+            is_masked = x == mask_id
+            logits = model(x)
+            noisy = logits
+            if temperature:
+                noise = torch.rand(logits.shape, dtype=torch.float64)
+                noisy = logits.double().exp() / (-torch.log(noise)) ** temperature
+            token = noisy.argmax(-1)
+            confidence = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
+            confidence[:, end:] = -torch.inf
+            confidence = torch.where(is_masked, confidence, -torch.inf)
+            share, rest = divmod(block_length, steps // blocks)
+            keep = confidence[0].topk(share + (step < rest)).indices
+            x[0, keep] = token[0, keep]
+    return x[0].tolist()
+
+
+@command
+@torch.inference_mode()
+def sample():
+    """LLaDA's sampler, ours against its published loop: V 126464, D 256, 4 layers, prompt 64, 128 tokens in 128 steps, blocks of 32."""
+    from diffusion import generate
+    V, mask_id = 126464, 126336
+    model = Transformer(Config(vocab_size=V, dim=256, n_layers=4, n_heads=4, qk_norm=False, mask_token_id=mask_id, max_len=512)).init_weights()
+    torch.nn.init.normal_(model.head.weight, std=0.05)
+    prompt = torch.randint(0, 126000, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    ours = lambda temperature=0.0, cache=None: generate(model, [prompt], 128, 128, 32, temperature, cache=cache, seed=0)[0]
+    theirs = lambda temperature=0.0: published_llada_loop(model, prompt, 128, 128, 32, temperature, mask_id)
+    assert ours() == theirs(), "the tokens differ"
+    print("identical tokens at temperature 0")
+    times = interleaved({"published loop": theirs, "ours": ours, "ours, prefix cache": lambda: ours(cache="prefix"), "ours, dual cache": lambda: ours(
+        cache="dual")}, rounds=3, warmup=0) | interleaved({"published loop, temperature 0.7": lambda: theirs(0.7), "ours, temperature 0.7": lambda: ours(
+            0.7)}, rounds=2, warmup=0)
+    for name, (median, _) in times.items():
+        base = times["published loop, temperature 0.7" if "0.7" in name else "published loop"].median
+        print(f"{name:34} {128 / median:7.1f} tokens/s   {base / median:5.1f} x", flush=True)
+    byte = Transformer(Config(vocab_size=260, dim=256, n_layers=4, n_heads=4, mask_token_id=257)).init_weights()
+    torch.nn.init.normal_(byte.head.weight, std=0.05)
+    batch = lambda n: generate(byte, [[1] * 32] * n, 128, 128, 32, seed=0)
+    times = interleaved({"batch 1": lambda: batch(1), "batch 8": lambda: batch(8)}, rounds=3, warmup=1)
+    print(f"batch 8 gives {8 * times['batch 1'].median / times['batch 8'].median:.2f} times the tokens/s of batch 1 (D 256, bytes)")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

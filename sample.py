@@ -1,0 +1,256 @@
+"""Text out of noise: generate, fill gaps, chat, watch it happen, or serve it.
+
+Everything starts as mask tokens; each step the model predicts all of them and a few predictions are kept, until none is left.
+
+    python sample.py --num_samples=3                                    out of nothing but masks, from out/scratch
+    python sample.py --prompt='Return the' --show                       a continuation, and how it comes about
+    python sample.py --infill='Return the [MASK:4] of the list.'        gaps, [MASK] for one token
+    python sample.py --prompt=FILE:prompt.txt --html=trace.html         a page with a slider over the steps
+    python sample.py --checkpoint=GSAI-ML/LLaDA-8B-Instruct --chat --block_length=32
+    python sample.py --serve=8000                                       a web page and OpenAI's API on 127.0.0.1
+"""
+import json
+import shutil
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import torch
+
+import common
+from common import override
+from model import write_atomically
+from sampler import Sampler, Trace
+
+# ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
+checkpoint = "out/scratch"  # a folder that a recipe wrote, a published checkpoint's folder or its hub id
+# what to write
+prompt = ""                 # text to continue; FILE:path reads it from a file; nothing: text out of nothing
+infill = ""                 # a text with [MASK] or [MASK:12] where one or twelve tokens are missing; FILE:path as well
+num_samples = 1             # different ones, made together
+max_new_tokens = 0          # tokens to generate; 0: 128, or what fits into the model's context
+chat = False                # a conversation in the terminal, in the checkpoint's own chat format
+serve = 0                   # port on 127.0.0.1 for the web page and /v1/completions, /v1/chat/completions; 0: do not serve
+# how: the sampler
+steps = 0                   # denoising steps in total; 0: one a token
+block_length = 0            # tokens denoised together, block after block from the left; 0: all (block diffusion: the model's own)
+temperature = "auto"        # 0: the most probable token; auto: 0.7 for models of train_scratch.py, else and in chats 0
+remasking = "auto"          # what is kept: low_confidence, random, entropy, margin, ancestral; auto: random where temperature's auto is 0.7
+threshold = 0.0             # keep every prediction with at least this probability instead of a fixed number a step; 0: off
+factor = 0.0                # Fast-dLLM's factor rule instead; 0: off
+cache = "auto"              # none, prefix, dual (approximate), block (exact); auto: block for block diffusion, else none
+cfg_scale = 0.0             # classifier-free guidance; 0: none
+schedule = ""               # tokens a step: even or timesteps; empty: the family's own
+seed = 1337                 # the same seed gives the same text
+# how it looks
+show = False                # the terminal view: masks turn into text, step by step, coloured by confidence
+pause = 0.03                # seconds that --show waits after each step in a terminal
+html = ""                   # write the run to this file: a page with a slider over the steps
+# machine
+device = "auto"             # auto, cpu, cuda, mps
+dtype = "auto"              # of the weights: float32, bfloat16; auto: as stored
+threads = 0                 # CPU threads; 0: torch's choice
+settings = override(globals())
+
+# ---- set-up --------------------------------------------------------------------------------------------------------------------
+for _stream in (sys.stdin, sys.stdout):
+    _stream.reconfigure(errors="replace")                           # a terminal that cannot show a character shows "?"
+if bool(prompt) + bool(infill) + chat + bool(serve) > 1:
+    raise ValueError("choose one of --prompt, --infill, --chat and --serve")
+if (chat or serve) and (html or num_samples != 1):
+    raise ValueError("--html and --num_samples are for single runs: not with --chat or --serve")
+if num_samples < 1 or max_new_tokens < 0 or pause < 0:
+    raise ValueError(f"num_samples must be at least 1, max_new_tokens and pause not negative, got {num_samples}, {max_new_tokens}, {pause}")
+if dtype not in ("auto", "float32", "bfloat16"):
+    raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
+if html and not Path(html).parent.is_dir():
+    raise FileNotFoundError(f"there is no folder {Path(html).parent} to write {html} to")
+if checkpoint.startswith("out/") and not Path(checkpoint).is_dir():
+    raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
+settings["cache"] = "" if cache == "none" else cache
+device = common.init_process(device, threads)[0]
+sampler = Sampler.load(checkpoint, device, None if dtype == "auto" else getattr(torch, dtype))
+
+
+# ---- the terminal view ---------------------------------------------------------------------------------------------------------
+class Terminal:
+    """Draws a Trace as it grows: in place in a terminal, elsewhere a line a step."""
+
+    palette = (203, 209, 215, 221, 185, 149, 113, 77)               # of 256 colours: from unsure, red, to sure, green
+
+    def __init__(self, stream=None, begin=0):
+        """begin: the first position to show."""
+        self.stream, self.begin, self.height = stream or sys.stdout, begin, 0
+        self.in_place = self.stream.isatty()
+
+    def draw(self, trace, message):
+        """Called with each message of a Trace."""
+        if "changes" not in message:
+            return
+        if not self.in_place:
+            for row in trace.rows:
+                text = "".join("░" if cell[0] is None else cell[0] for cell in row[self.begin:])
+                print(f"step {message['step']:3}  {printable(text, newline='⏎')}", file=self.stream, flush=True)
+            return
+        size = shutil.get_terminal_size()
+        lines = [line for row in trace.rows for line in self.wrap(row[self.begin:], message["step"], size.columns - 1)]
+        lines = lines[-(size.lines - 2):] + [f"\033[2mstep {message['step']}\033[0m"]
+        self.clear()
+        self.stream.write("\n".join(lines) + "\n")
+        self.stream.flush()
+        self.height = len(lines)
+        time.sleep(pause)
+        trace.start += pause                                        # a pause is no work
+
+    def clear(self):
+        """Take back what stands there."""
+        if self.height:
+            self.stream.write(f"\033[{self.height}A\033[J")
+            self.height = 0
+
+    def wrap(self, row, step, width):
+        """The lines of a row of tokens, coloured."""
+        lines, column = [""], 0
+        for text, confidence, written in row:
+            if text is None:
+                text, style = "░", "2"                              # dim
+            elif not written:
+                style = "1"                                         # bold: given
+            else:
+                style = "38;5;117" if confidence is None else f"38;5;{self.palette[min(int(confidence * 8), 7)]}"
+                style += ";4" * (written == step)                   # underlined: new
+            lines[-1] += f"\033[{style}m"
+            for character in printable(text):
+                cells = 2 if unicodedata.east_asian_width(character) in "WF" else int(not unicodedata.combining(character))
+                if character == "\n" or column + cells > width:
+                    lines[-1] += "\033[0m"
+                    lines.append(f"\033[{style}m")
+                    column = 0
+                if character != "\n":
+                    lines[-1] += character
+                    column += cells
+            lines[-1] += "\033[0m"
+        return lines
+
+
+def printable(text, newline="\n"):
+    """The text without control characters, which a terminal would obey."""
+    return "".join(newline if c == "\n" else "    " if c == "\t" else "�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
+def watched(begin=0):
+    """(terminal view, Trace of a new run)"""
+    terminal = Terminal(begin=begin)
+    view = terminal.draw if show or chat and terminal.in_place else None
+    return terminal, Trace(sampler, arguments["remasking"], view)
+
+
+def write_html(path, trace):
+    """The run as one self-contained page."""
+    data = json.dumps({"title": checkpoint, "settings": {k: v for k, v in arguments.items() if v is not None}, "messages": trace.messages})
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = page.replace("/*TRACE*/ null", data.replace("<", "\\u003c"))     # no text can end the script element
+    write_atomically(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
+
+
+# ---- chat ----------------------------------------------------------------------------------------------------------------------
+def answer(messages):
+    """Print the answer and append it. The oldest turns are dropped where the context is too short for all."""
+    global arguments
+    room = sampler.config.max_len - (max_new_tokens or min(128, sampler.config.max_len // 2))
+    tokens, dropped = sampler.encode_chat(messages), 0
+    while len(tokens) > room and len(messages) > 2:
+        del messages[:2]
+        tokens, dropped = sampler.encode_chat(messages), dropped + 2
+    if dropped:
+        print(f"(the oldest {dropped} messages no longer fit into the context of {sampler.config.max_len} tokens and are forgotten)")
+    count = sampler.fit(tokens, max_new_tokens)
+    arguments = sampler.arguments(count, {**settings, "seed": seed + len(messages)}, chat=True)
+    terminal, trace = watched(begin=len(tokens))
+    try:
+        completion = sampler.run([tokens], arguments, on_step=trace)[0][len(tokens):]
+    finally:
+        terminal.clear()
+    text, used, _ = sampler.decode(completion, chat=True)
+    print(printable(text.strip()))
+    print(f"({trace.report(len(completion))})")
+    messages.append({"role": "assistant", "content": text.strip()})
+
+
+if chat:
+    messages, typed = [], sys.stdin.isatty()
+    if typed:
+        import readline  # noqa: F401  arrow keys and history for input()
+        print("Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("\n> " if typed else "").strip()
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D leaves)")
+            continue
+        except EOFError:
+            break
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = []
+            print("(forgotten)")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            try:
+                answer(messages)
+            except KeyboardInterrupt:
+                messages.pop()
+                print("\n(stopped; the question is forgotten)")
+            except ValueError as error:
+                messages.pop()
+                print(f"error: {error}")
+    sys.exit()
+
+# ---- serve ---------------------------------------------------------------------------------------------------------------------
+if serve:
+    from serve import serve_forever
+    serve_forever(sampler, settings)
+    sys.exit()
+
+
+# ---- generate or fill gaps -----------------------------------------------------------------------------------------------------
+def read(text):
+    """The text, or the contents of FILE:path."""
+    if not text.startswith("FILE:"):
+        return text
+    try:
+        return Path(text[5:]).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text[5:]} is not UTF-8 at byte {error.start}") from None
+
+
+if infill:
+    tokens = sampler.encode_gaps(read(infill))
+    count = tokens.count(sampler.mask_id)
+else:
+    tokens = sampler.encode_prompt(read(prompt))
+    count = sampler.fit(tokens, max_new_tokens)
+arguments = sampler.arguments(count, settings, gaps=bool(infill))
+terminal, trace = watched()
+try:
+    samples = sampler.run([tokens] * num_samples, arguments, gaps=bool(infill), on_step=trace)
+except KeyboardInterrupt:
+    print("\nstopped")
+    sys.exit(130)
+terminal.clear()
+for number, sample in enumerate(samples, 1):
+    if infill:
+        text = sampler.tokenizer.decode(sample, skip_special_tokens=True)
+    elif prompt:
+        used = sampler.decode(sample[len(tokens):])[1]
+        text = sampler.tokenizer.decode(sample[:len(tokens) + used], skip_special_tokens=True)
+    else:                                                           # what is written out of nothing may hold several texts
+        text = "\n\n".join(text.strip("\n") for text in sampler.split(sample) if text.strip())
+    print(f"--- {number} of {num_samples}\n" * (num_samples > 1) + printable(text))
+new_tokens = count * num_samples if infill else sum(map(len, samples)) - len(tokens) * num_samples
+print(f"\n{trace.report(new_tokens)}")
+if html:
+    write_html(html, trace.finish())
+    print(f"wrote {html}: open it in a browser")
