@@ -54,7 +54,7 @@ threads = 0                 # CPU threads; 0: torch's choice
 settings = override(globals())
 
 # ---- set-up --------------------------------------------------------------------------------------------------------------------
-for _stream in (sys.stdin, sys.stdout):
+for _stream in filter(None, (sys.stdin, sys.stdout)):
     _stream.reconfigure(errors="replace")                           # a terminal that cannot show a character shows "?"
 if bool(prompt) + bool(infill) + chat + bool(serve) > 1:
     raise ValueError("choose one of --prompt, --infill, --chat and --serve")
@@ -166,7 +166,8 @@ def answer(messages):
     if dropped:
         print(f"(the oldest {dropped} messages no longer fit into the context of {sampler.config.max_len} tokens and are forgotten)")
     count = sampler.fit(tokens, max_new_tokens)
-    arguments = sampler.arguments(count, {**settings, "seed": seed + len(messages)}, chat=True)
+    turn = {**settings, "seed": seed + len(messages), "block_length": min(block_length, count)}
+    arguments = sampler.arguments(count, turn, chat=True)
     terminal, trace = watched(begin=len(tokens))
     try:
         completion = sampler.run([tokens], arguments, on_step=trace)[0][len(tokens):]

@@ -32,6 +32,8 @@ class Sampler:
         frame = tokenizer.encode("", add_special_tokens=True)       # what the checkpoint puts around a text: [CLS] ... [SEP], or nothing
         self.tail = [frame.pop()] if frame and frame[-1] == self.config.eos_token_id else []
         self.head = frame
+        # An autoregressive model needs a first token to continue.
+        self.start = [token for token in (self.config.bos_token_id, self.config.eos_token_id) if token is not None and self.config.causal][:1]
         # Most tokenizers glue a space to the word behind it: a gap takes the space before it along.
         self.glues_space = tokenizer.encode(" the")[:1] != tokenizer.encode(" ")
         self.ends = {self.config.eos_token_id, tokenizer.eos_token_id} - {None}
@@ -49,7 +51,7 @@ class Sampler:
         gap = GAP.search(text)
         if gap:
             raise ValueError(f"the prompt contains {gap[0]} at character {gap.start()}: use infill to fill it")
-        return self.head + self.tokenizer.encode(text)
+        return self.head + self.tokenizer.encode(text) or list(self.start)
 
     def encode_gaps(self, text):
         """The tokens of a text in which [MASK] stands for a token to fill in and [MASK:12] for twelve."""
@@ -145,7 +147,7 @@ class Sampler:
 
     def fit(self, prompt, max_new_tokens, most=128):
         """How many tokens to generate behind a prompt: what was asked for, or if that is 0 what fits, `most` at most."""
-        room = self.config.max_len - max(len(prompt), int(self.config.causal))          # causal: an empty prompt becomes a start token
+        room = self.config.max_len - len(prompt)
         if room < max(max_new_tokens, 1):
             raise ValueError(f"{len(prompt)} tokens of prompt and {max(max_new_tokens, 1)} new ones exceed the context of {self.config.max_len}")
         return max_new_tokens or min(most, room)

@@ -13,6 +13,7 @@ import json
 import queue
 import select
 import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -150,7 +151,8 @@ class Worker(threading.Thread):
         def watch(trace, message):
             if message.get("changes") != []:
                 # What is finished from the left on is what a stream of text can send; the canvas changes, so it is read here.
-                done = [[t for t in row[:row.index(self.sampler.mask_id) if self.sampler.mask_id in row else None]] for row in trace.canvas]
+                mask = self.sampler.mask_id
+                done = [row[:row.index(mask)] if mask in row else row for row in trace.canvas]
                 job.events.put((message, done))
             trace.messages.clear()                                  # nobody plays it again
         return watch
@@ -234,7 +236,7 @@ def make_job(sampler, settings, body, prompts, chat=False, suffix="", watched=Fa
             raise Refusal(400, f"{longest} tokens exceed the context of {sampler.config.max_len}", code="context_length_exceeded")
         count, spans = max(row.count(sampler.mask_id) for row in rows), [(0, len(row)) for row in rows]
     else:
-        rows = [prompt if isinstance(prompt, list) else sampler.encode_prompt(prompt) for prompt in prompts]
+        rows = [prompt or list(sampler.start) if isinstance(prompt, list) else sampler.encode_prompt(prompt) for prompt in prompts]
         after = sampler.tokenizer.encode(suffix) + sampler.tail if suffix else []
         try:
             count = min(sampler.fit(row + after, asked) for row in rows)
@@ -242,6 +244,8 @@ def make_job(sampler, settings, body, prompts, chat=False, suffix="", watched=Fa
             raise Refusal(400, str(error), "max_tokens", "context_length_exceeded") from None
         spans = [(len(row), len(row) + count) for row in rows]
         rows = [row + [sampler.mask_id] * count + after for row in rows] if suffix else rows
+    if not body.get("block_length"):
+        own["block_length"] = min(own["block_length"], count)       # the server's own setting must not forbid short answers
     arguments = sampler.arguments(count, own, gaps, chat)
     job = Job([row for row in rows for _ in range(n)], arguments, gaps, watched, chat)
     return job, [span for span in spans for _ in range(n)]
@@ -437,8 +441,8 @@ class Handler(BaseHTTPRequestHandler):
                     self.event({**head, "choices": [choice(i, text[len(sent[i]):], None)]})
                     sent[i] = text
         answers = [answer_text(sampler, row[first:end], stops, job) for row, (first, end) in zip(job.result, spans)]
-        used = sum(count for _, count, _ in answers)
-        usage = {"prompt_tokens": sum(first for first, _ in spans), "completion_tokens": used, "total_tokens": sum(first for first, _ in spans) + used}
+        given, used = sum(first for first, _ in spans[::len(spans) // len(prompts)]), sum(count for _, count, _ in answers)
+        usage = {"prompt_tokens": given, "completion_tokens": used, "total_tokens": given + used}
         if stream:
             for i, (text, _, reason) in enumerate(answers):
                 self.event({**head, "choices": [choice(i, text.removeprefix(sent[i]) if text.startswith(sent[i]) else "", reason)]})
@@ -523,7 +527,6 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """A connection that breaks is the client's affair; anything else is a fault of ours that must be seen."""
-        import sys
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
