@@ -220,7 +220,7 @@ class Log:
     def plot(self, path, ylabel="nats per token"):
         """Draw training loss and validation bound over minutes, where matplotlib is installed."""
         try:
-            from matplotlib.figure import Figure                    # no pyplot: no global state, no display
+            from matplotlib.figure import Figure  # no pyplot: no global state, no display
         except ImportError:
             return
         figure = Figure(figsize=(7, 4), layout="constrained")

@@ -10,6 +10,7 @@ Everything starts as mask tokens; each step the model predicts all of them and a
     python sample.py --serve=8000                                       a web page and OpenAI's API on 127.0.0.1
 """
 import json
+import os
 import shutil
 import sys
 import time
@@ -64,13 +65,12 @@ if num_samples < 1 or max_new_tokens < 0 or pause < 0:
     raise ValueError(f"num_samples must be at least 1, max_new_tokens and pause not negative, got {num_samples}, {max_new_tokens}, {pause}")
 if dtype not in ("auto", "float32", "bfloat16"):
     raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
-if html and not Path(html).parent.is_dir():
-    raise FileNotFoundError(f"there is no folder {Path(html).parent} to write {html} to")
+if html and (Path(html).is_dir() or not os.access(Path(html).parent, os.W_OK)):
+    raise OSError(f"cannot write a page to {html}: --html takes the name of a file in a folder that exists and can be written to")
 if checkpoint.startswith("out/") and not Path(checkpoint).is_dir():
     raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
 settings["cache"] = "" if cache == "none" else cache
-device = common.init_process(device, threads)[0]
-sampler = Sampler.load(checkpoint, device, None if dtype == "auto" else getattr(torch, dtype))
+sampler = Sampler.load(checkpoint, common.init_process(device, threads)[0], None if dtype == "auto" else getattr(torch, dtype))
 
 
 # ---- the terminal view ---------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Terminal:
             elif not written:
                 style = "1"                                         # bold: given
             else:
-                style = "38;5;117" if confidence is None else f"38;5;{self.palette[min(int(confidence * 8), 7)]}"
+                style = "38;5;117" if confidence is None else f"38;5;{self.palette[min(int(8 * confidence**0.5), 7)]}"
                 style += ";4" * (written == step)                   # underlined: new
             lines[-1] += f"\033[{style}m"
             for character in printable(text):
@@ -219,12 +219,11 @@ if serve:
 # ---- generate or fill gaps -----------------------------------------------------------------------------------------------------
 def read(text):
     """The text, or the contents of FILE:path."""
-    if not text.startswith("FILE:"):
-        return text
+    name, data = ("the prompt", os.fsencode(text)) if not text.startswith("FILE:") else (text[5:], Path(text[5:]).read_bytes())
     try:
-        return Path(text[5:]).read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{text[5:]} is not UTF-8 at byte {error.start}") from None
+        raise ValueError(f"{name} is not UTF-8 at byte {error.start}") from None
 
 
 if infill:

@@ -73,7 +73,7 @@ class Worker(threading.Thread):
     def __init__(self, sampler, max_queue=MAX_QUEUE):
         super().__init__(daemon=True)
         self.sampler, self.max_queue, self.jobs, self.change = sampler, max_queue, collections.deque(), threading.Condition()
-        self.passes = self.batches = self.stopping = 0
+        self.passes, self.batches, self.stopping = 0, 0, False
 
     def submit(self, job):
         """Raises Refusal, 429, when too many wait."""
@@ -84,9 +84,12 @@ class Worker(threading.Thread):
             self.change.notify()
 
     def stop(self):
+        """End after the current step: a thread inside torch must not outlive the interpreter."""
         with self.change:
-            self.stopping = 1
+            self.stopping = True
             self.change.notify()
+        if self.is_alive():
+            self.join(10)
 
     def run(self):
         while batch := self.next_batch():
@@ -119,7 +122,7 @@ class Worker(threading.Thread):
             job.trace = Trace(self.sampler, job.arguments["remasking"], self.tell(job) if job.watched else None)
 
         def on_step(step):
-            if all(job.cancelled for job in batch):
+            if self.stopping or all(job.cancelled for job in batch):
                 raise Cancelled
             self.passes += 1
             for job, part in zip(batch, rows):
@@ -135,7 +138,8 @@ class Worker(threading.Thread):
             for job, part in zip(batch, rows):
                 job.result = results[part]
         except Cancelled:
-            pass
+            for job in batch:
+                job.error = Refusal(503, "the server is shutting down")
         except Exception as error:  # noqa: BLE001  whatever it was, the next request must be answered
             if len(batch) > 1:
                 for job in batch:
@@ -503,12 +507,11 @@ class Server(ThreadingHTTPServer):
         """settings: sample.py's. Raises OSError, one line, when the port cannot be had."""
         self.sampler, self.settings, self.created = sampler, settings, int(time.time())
         self.page = Path(__file__).with_name("page.html").read_bytes()
-        self.slots = threading.Semaphore(MAX_CONNECTIONS)
+        self.slots, self.worker = threading.Semaphore(MAX_CONNECTIONS), Worker(sampler, max_queue)
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
             raise OSError(f"port {port} cannot be used ({error.strerror}): choose another with --serve=...") from None
-        self.worker = Worker(sampler, max_queue)
         self.worker.start()
 
     def process_request(self, request, client_address):
@@ -540,9 +543,9 @@ def serve_forever(sampler, settings):
     port = settings["serve"]
     if not 1 <= port <= 65535:
         raise ValueError(f"serve must be a port between 1 and 65535, got {port}")
-    with Server(sampler, settings, port) as server:
-        print(f"http://127.0.0.1:{port} for the page, http://127.0.0.1:{port}/v1 for OpenAI's clients; Ctrl-C stops", flush=True)
-        try:
+    try:
+        with Server(sampler, settings, port) as server:
+            print(f"http://127.0.0.1:{port} for the page, http://127.0.0.1:{port}/v1 for OpenAI's clients; Ctrl-C stops", flush=True)
             server.serve_forever()
-        except KeyboardInterrupt:
-            print("\nstopped")
+    except KeyboardInterrupt:
+        print("\nstopped")

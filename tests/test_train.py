@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from scripts import ROOT, Script, run, run_parallel
 
 from data.loader import TokenDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import generate, nelbo
 from model import Transformer
-from scripts import ROOT, Script, run, run_parallel
 
 SCRIPT = "train_scratch.py"
 FILES = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "train_state.pt", "log.jsonl"}
@@ -142,7 +142,8 @@ def test_a_run(tiny, text, tmp_path, objective):
 
     samples = dict(re.findall(r"^step (\d+): (.*)$", result.out, re.MULTILINE))
     assert list(samples) == ["20", "40", "60", "80"]
-    ids = generate(model, [[]], 16, 16, 16, temperature=1.0, remasking="random", seed=80)[0]
+    n = 15 if objective == "ar" else 16                             # with the token that an autoregressive text begins with, 16
+    ids = generate(model, [[]], n, n, n, temperature=1.0, remasking="random", seed=80)[0]
     assert repr(tokenizer.decode(ids, skip_special_tokens=True)) == samples["80"]
 
 
@@ -290,7 +291,7 @@ def test_the_clock_goes_on(tiny, tmp_path):
     train(*tiny(tmp_path, *clock, "--resume=True"))
     after = torch.load(tmp_path / "train_state.pt", weights_only=True)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert 0 < before["elapsed_s"] < 2.4 <= after["elapsed_s"] < 3.4 and before["step"] < after["step"] == log[-1]["step"]
+    assert 0 < before["elapsed_s"] < 2.4 <= after["elapsed_s"] < 4.4 and before["step"] < after["step"] == log[-1]["step"]
     factors = [row["lr_factor"] for row in log if "lr_factor" in row]
     assert all(a > b for a, b in zip(factors[1:], factors[2:])) and factors[-1] < 0.2
     seconds = [row["elapsed_s"] for row in log]

@@ -1,0 +1,342 @@
+"""sample.py and sampler.py: what a user types and sees, in pipes and terminals; the recorded run; mistakes."""
+import functools
+import json
+import os
+import pty
+import re
+import signal
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from scripts import ROOT, Script, run
+from tiny import tiny_checkpoint, tiny_model, tiny_sampler
+from tokenizers import Tokenizer as Backend
+
+from data.tokenizer import Tokenizer
+from sampler import Sampler, Trace
+
+REPORT = re.compile(r"(\d+) tokens in (\d+) forward passes \((\d+\.\d\d) tokens a pass\), \d+\.\d\d s, \d+\.\d tokens/s")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def sample(checkpoint, *arguments, **options):
+    """What a run that succeeded printed."""
+    result = run("sample.py", f"--checkpoint={checkpoint}", "--device=cpu", *arguments, **options)
+    assert (result.status, result.err) == (0, ""), result
+    return result.out
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------------------
+def test_a_prompt_is_continued_and_the_seed_decides(checkpoint):
+    arguments = ("--prompt=Once upon", "--max_new_tokens=12", "--steps=6")
+    first, second, other = (sample(checkpoint, *arguments, f"--seed={seed}") for seed in (1, 1, 2))
+    text = lambda out: out.rpartition("\n\n")[0]
+    assert text(first) == text(second) != text(other)
+    assert first.startswith("Once upon")
+    assert REPORT.search(first).groups() == ("12", "6", "2.00")
+
+
+def test_several_samples_out_of_nothing(checkpoint):
+    out = sample(checkpoint, "--num_samples=2", "--max_new_tokens=10")
+    assert re.match(r"--- 1 of 2\n.*--- 2 of 2\n.*20 tokens in 10 forward passes", out, re.DOTALL)
+    assert "128 tokens" in sample(checkpoint, "--steps=2"), "the default fits into the context"
+
+
+def test_gaps_are_filled_and_the_rest_is_kept(checkpoint):
+    out = sample(checkpoint, "--infill=A [MASK] and [MASK:3] B, ünïcode", "--temperature=0")
+    assert re.match(r"A .+ and .+ B, ünïcode\n\n4 tokens in 4", out, re.DOTALL)
+
+
+def test_a_prompt_from_a_file(checkpoint, tmp_path):
+    (tmp_path / "prompt.txt").write_text("From a file,\ntwo lines")
+    assert sample(checkpoint, f"--prompt=FILE:{tmp_path}/prompt.txt", "--max_new_tokens=4").startswith("From a file,\ntwo lines")
+
+
+@pytest.mark.parametrize("options", [
+    "--temperature=1 --remasking=entropy", "--remasking=margin --temperature=0.5 --block_length=4", "--remasking=ancestral --steps=30",
+    "--threshold=0.9 --cache=prefix --block_length=4", "--factor=1 --cache=dual --block_length=4", "--cfg_scale=1.5 --cache=none",
+    "--schedule=timesteps --dtype=bfloat16"])
+def test_every_option_of_the_sampler(checkpoint, options):
+    out = sample(checkpoint, "--prompt=ab", "--max_new_tokens=8", *options.split())
+    assert out.startswith("ab") and REPORT.search(out)
+
+
+def test_autoregressive_and_block_diffusion_models(tmp_path):
+    tiny_checkpoint(tmp_path / "ar", causal=True, shift=True, bos_token_id=256)
+    tiny_checkpoint(tmp_path / "block", block_length=4)
+    for name in ("ar", "block"):
+        assert sample(tmp_path / name, "--prompt=ab", "--max_new_tokens=8").startswith("ab")
+        assert REPORT.search(sample(tmp_path / name, "--max_new_tokens=8", "--show"))
+    assert "autoregressive" in run("sample.py", f"--checkpoint={tmp_path}/ar", "--infill=a[MASK]").err
+
+
+# ---- watching ------------------------------------------------------------------------------------------------------------------
+def test_show_prints_a_line_a_step_where_there_is_no_terminal(checkpoint):
+    out = sample(checkpoint, "--prompt=a\nb", "--max_new_tokens=6", "--show")
+    steps = [line for line in out.split("\n") if line.startswith("step")]
+    assert [line.count("░") for line in steps] == [5, 4, 3, 2, 1, 0]
+    assert all("a⏎b" in line for line in steps) and "\033" not in out
+
+
+def open_terminal(path):
+    """In the script's process: make the pseudoterminal its standard streams and its controlling terminal."""
+    os.setsid()
+    terminal = os.open(path, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(terminal, stream)
+    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+
+
+class Typist:
+    """A script in a terminal: `type` keys, `read` the screen."""
+
+    def __init__(self, *arguments):
+        self.keys, end = pty.openpty()
+        self.script = Script(*arguments, before=functools.partial(open_terminal, os.ttyname(end)))
+        self.end, self.screen = end, ""
+
+    def type(self, text):
+        os.write(self.keys, text.encode())
+
+    def read_until(self, words, seconds=30):
+        os.set_blocking(self.keys, False)
+        stop, start = time.monotonic() + seconds, len(self.screen)
+        while words not in self.screen[start:]:
+            assert time.monotonic() < stop, self.screen
+            try:
+                self.screen += os.read(self.keys, 65536).decode(errors="replace")
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        return self.screen[start:]
+
+    def wait(self):
+        result = self.script.wait(30)
+        os.close(self.end)
+        os.close(self.keys)
+        return result.status
+
+
+def test_show_redraws_in_a_terminal(checkpoint):
+    typist = Typist("sample.py", f"--checkpoint={checkpoint}", "--prompt=ab", "--max_new_tokens=6", "--show", "--remasking=low_confidence", "--pause=0.001")
+    screen = typist.read_until("tokens/s")
+    assert typist.wait() == 0
+    assert screen.count("\033[J") == 6, "each step takes back the last"
+    assert screen.count("░") == 5 + 4 + 3 + 2 + 1 and "\033[38;5;" in screen and "\033[2m" in screen
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.script, self.inside = [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag == "script"
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        self.script += data * self.inside
+
+
+def test_the_trace_is_one_page_that_replays_the_run(checkpoint, tmp_path):
+    prompt = "</script><img src=x onerror=alert(1)> & <!-- é\n"
+    out = sample(checkpoint, f"--prompt={prompt}", "--max_new_tokens=12", "--steps=6", "--remasking=low_confidence", f"--html={tmp_path}/trace.html")
+    text = (tmp_path / "trace.html").read_text(encoding="utf-8")
+    assert "trace.html" in out and out.startswith(prompt)
+    assert not re.search(r"(?i)https?:|//\w+\.|@import|url\(", text), "nothing is fetched from elsewhere"
+    page = Page(text)
+    assert [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href", "action")] == ["data:,"]
+    assert "img" not in [tag for tag, _ in page.tags] and [tag for tag, _ in page.tags].count("script") == 1
+    trace = json.loads(re.search(r"const TRACE = (.*);\n", page.script)[1])
+    first, *steps, last = trace["messages"]
+    [row] = first["rows"]
+    assert "".join(row[:len(prompt.encode())]) == prompt and row[len(prompt.encode()):] == [None] * 12
+    assert [len(step["changes"]) for step in steps] == [2] * 6 and [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    for step in steps:
+        for b, i, piece, confidence in step["changes"]:
+            assert b == 0 and row[i] is None and 0 < confidence <= 1
+            row[i] = piece
+    assert None not in row and len(last["pieces"][0]) == len(row)
+
+
+def test_the_trace_of_a_block_model_ends_where_its_text_ends():
+    sampler = tiny_sampler(block_length=4)
+    with torch.no_grad():
+        sampler.model.head.weight.zero_()
+        sampler.model.head.weight[256] = 1                          # end of text or not, as the sign of a sum decides
+        sampler.model.head.weight[65] = -1
+    trace = Trace(sampler)
+    settings = {"steps": 0, "block_length": 0, "temperature": "1", "remasking": "auto", "threshold": 0.0, "factor": 0.0, "cache": "auto",
+                "cfg_scale": 0.0, "schedule": "", "seed": 0}
+    answers = sampler.run([[65, 65], [66] * 5], sampler.arguments(40, settings), on_step=trace)
+    assert [len(row) for row in trace.rows] == [len(answer) for answer in answers] == trace.messages[-1]["lengths"]
+    assert min(map(len, answers)) < 42
+    assert trace.canvas == answers and trace.finish().messages[-1]["pieces"] == [sampler.pieces(answer) for answer in answers]
+
+
+# ---- chat ----------------------------------------------------------------------------------------------------------------------
+def read_from(path):
+    """In the script's process: the file is its standard input."""
+    os.dup2(os.open(path, os.O_RDONLY), 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+
+
+def talk(checkpoint, text, tmp_path, *arguments):
+    (tmp_path / "said").write_bytes(text)
+    return sample(checkpoint, "--chat", *arguments, before=functools.partial(read_from, str(tmp_path / "said")))
+
+
+def test_a_chat_in_a_pipe(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "chat", max_len=400)
+    out = talk(checkpoint, b"one\n\n/reset\ntwo\nthree\n" + b"long " * 100 + b"\nnot \xff UTF-8\n/exit\nnever read\n", tmp_path, "--max_new_tokens=20")
+    assert len(REPORT.findall(out)) == 4 and "(forgotten)" in out
+    assert "error: " in out and "context of 400" in out, "too long a question is refused, and the chat goes on"
+    assert "forgotten)" in out and out.count("error: ") == 1
+
+
+def test_a_chat_forgets_its_oldest_turns(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "chat", max_len=100)
+    out = talk(checkpoint, b"one\ntwo\nthree\nfour", tmp_path, "--max_new_tokens=20")
+    assert len(REPORT.findall(out)) == 4 and "the oldest 2 messages no longer fit" in out and "error" not in out
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
+    typist = Typist("sample.py", f"--checkpoint={tiny_checkpoint(tmp_path / 'chat', max_len=400)}", "--chat", "--max_new_tokens=200", "--pause=0.05")
+    typist.read_until("> ")
+    typist.type("hello\n")
+    typist.read_until("step 3")
+    typist.script.signal(signal.SIGINT)
+    assert "stopped" in typist.read_until("\n> ")
+    typist.script.signal(signal.SIGINT)
+    typist.read_until("/exit or Ctrl-D leaves")
+    typist.type("/exit\n")
+    assert typist.wait() == 0
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arguments, words", [
+    ("--steps=1 --block_length=4 --max_new_tokens=8", "too few for 2 blocks"),
+    ("--steps=-1", "steps must be at least 1"),
+    ("--block_length=-1", "block_length must be"),
+    ("--block_length=9 --max_new_tokens=8", "block_length must be between 1 and"),
+    ("--temperature=-1", "temperature must not be negative"),
+    ("--temperature=warm", "temperature takes a number or auto"),
+    ("--temperature=nan", "temperature"),
+    ("--threshold=1.5", "threshold must be between 0 and 1"),
+    ("--threshold=0.5 --remasking=random", "low_confidence"),
+    ("--threshold=0.5 --factor=1", "exclude each other"),
+    ("--cfg_scale=1 --cache=prefix", "cfg_scale works without a cache"),
+    ("--cache=big", "cache must be"),
+    ("--remasking=best", "remasking must be one of"),
+    ("--schedule=fast", "schedule must be one of"),
+    ("--prompt=a[MASK:3]b", "contains [MASK:3] at character 1"),
+    ("--infill=nothing", "nothing to fill"),
+    ("--infill=[MASK:0]", "between 1 and the context"),
+    ("--infill=[MASK:99999999999999999999]", "between 1 and the context"),
+    ("--infill=[MASK:100]and[MASK:100]", "exceed"),
+    ("--max_new_tokens=-1", "max_new_tokens"),
+    ("--max_new_tokens=129", "exceed the context of 128"),
+    ("--num_samples=0", "num_samples must be at least 1"),
+    ("--prompt=a --infill=[MASK]", "choose one of"),
+    ("--chat --html=x.html", "--html"),
+    ("--dtype=int8", "dtype must be"),
+    ("--device=tpu", "device must be"),
+    ("--html=/nowhere/t.html", "cannot write a page to /nowhere/t.html"),
+    ("--html=/tmp", "cannot write a page to /tmp"),
+    ("--prompt=caf\udce9", "the prompt is not UTF-8 at byte 3"),
+    ("--prompt=FILE:/nowhere", "/nowhere"),
+    ("--serve=99999", "port between 1 and 65535"),
+    ("--promt=x", "did you mean 'prompt'"),
+])
+def test_a_mistake_is_one_line_and_status_2(checkpoint, arguments, words):
+    result = run("sample.py", f"--checkpoint={checkpoint}", *arguments.split())
+    assert result.status == 2 and re.fullmatch(r"error: [^\n]+\n", result.err) and words in result.err, result
+
+
+def test_mistakes_about_files(checkpoint, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert "not UTF-8 at byte 3" in run("sample.py", f"--checkpoint={checkpoint}", f"--prompt=FILE:{tmp_path}/latin.txt").err
+    result = run("sample.py", "--checkpoint=out/never_trained")
+    assert result.status == 2 and "run python train_scratch.py first" in result.err
+    (checkpoint / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    result = run("sample.py", f"--checkpoint={checkpoint}")
+    (tmp_path / "tokenizer.json").rename(checkpoint / "tokenizer.json")
+    assert result.status == 2 and "no tokenizer" in result.err
+
+
+def test_help_names_every_setting():
+    result = run("sample.py", "--help")
+    for name in ("prompt", "infill", "num_samples", "max_new_tokens", "steps", "block_length", "temperature", "remasking", "threshold", "cache",
+                 "cfg_scale", "show", "html", "chat", "serve", "seed", "checkpoint"):
+        assert re.search(rf"^  --{name}=.* \w.*$", result.out, re.MULTILINE), name
+        assert result.out.count(f"\n  --{name}=") == 1
+    assert result.status == 0
+
+
+# ---- sampler.py ----------------------------------------------------------------------------------------------------------------
+def test_pieces_stand_where_their_tokens_do():
+    sampler = tiny_sampler()
+    tokens = list("aé€😀".encode())
+    assert sampler.pieces(tokens) == ["a", "", "é", "", "", "€", "", "", "", "😀"]
+    assert sampler.pieces([97, 257, 98]) == ["a", None, "b"]
+    assert sampler.pieces([0xC3, 257, 98])[1:] == [None, "b"], "half a character beside a mask"
+    broken = [0xFF] * 9 + [97]
+    assert len(sampler.pieces(broken)) == 10 and sampler.pieces(broken)[-1].endswith("a")
+
+
+def make_wordpiece(folder):
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "play", "##ing", ".", ","]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    return Tokenizer.from_pretrained(folder)
+
+
+def test_a_wordpiece_model_finds_its_mask_and_its_frame(tmp_path):
+    sampler = Sampler(tiny_model(vocab_size=11, mask_token_id=None, eos_token_id=None), make_wordpiece(tmp_path / "bert"))
+    assert sampler.mask_id == sampler.config.mask_token_id == 4
+    assert sampler.encode_prompt("the cat") == [2, 5, 6]
+    assert sampler.encode_gaps("the [MASK] [MASK:2].") == [2, 5, 4, 4, 4, 9, 3]
+    assert sampler.pieces([5, 6, 7, 8, 9]) == ["the", " cat", " play", "ing", "."]
+    assert sampler.pieces([5, 4, 8])[:2] == ["the", None]
+
+
+def test_a_gap_takes_the_space_before_it_where_words_carry_theirs():
+    bpe = Sampler(tiny_model(vocab_size=400, mask_token_id=398, eos_token_id=399), Tokenizer.train(["the cat and the dog and the cow " * 50], 300))
+    assert bpe.encode_gaps("the [MASK] and")[-3:] == [*bpe.tokenizer.encode("the")[-1:], 398, *bpe.tokenizer.encode(" and")]
+    assert tiny_sampler().encode_gaps("a [MASK] b") == [97, 32, 257, 32, 98], "a byte is a byte"
+
+
+def test_an_answer_ends_where_the_template_says():
+    sampler = tiny_sampler()
+    assert sampler.end_of_turn == {259}                             # <|im_end|>
+    assert sampler.decode([65, 66, 259, 67], chat=True) == ("AB", 2, True)
+    assert sampler.decode([65, 66, 259, 67])[0] == "ABC"
+    assert sampler.decode([65, 256, 67]) == ("A", 1, True)
+    assert sampler.decode([65, 66]) == ("AB", 2, False)
+    assert sampler.split([65, 256, 66, 256]) == ["A", "B", ""]
+    odd = Tokenizer(Backend.from_str(sampler.tokenizer.backend.to_str()), chat_templates={"default": "{{ messages[-1].content }}."})
+    assert Sampler(tiny_model(), odd).end_of_turn == set()
+
+
+def test_no_mask_token_anywhere():
+    tokenizer = Tokenizer.bytes()
+    tokenizer.mask_token_id = None
+    with pytest.raises(ValueError, match="mask token"):
+        Sampler(tiny_model(mask_token_id=None), tokenizer)
+
+
+def test_the_page_has_its_placeholder():
+    assert (ROOT / "page.html").read_text(encoding="utf-8").count("/*TRACE*/ null") == 1
