@@ -501,6 +501,8 @@ class Transformer(nn.Module):
         folder, source = Path(folder), getattr(self, "source", None)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        for leftover in folder.glob(".tmp??????"):                  # safetensors writes aside as well: a kill leaves such a file
+            leftover.unlink(missing_ok=True)
         write_atomically(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
         write_atomically(folder / "config.json", lambda path: Path(path).write_text(json.dumps(raw_config, indent=2) + "\n"))
         if source is not None and source.resolve() != folder.resolve():
@@ -519,7 +521,10 @@ def write_atomically(path, write):
     """
     temporary = f"{path}.tmp"
     try:
+        open(temporary, "wb").close()
+        mode = os.stat(temporary).st_mode
         write(temporary)
+        os.chmod(temporary, mode)                                   # safetensors makes files that nobody else can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

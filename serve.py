@@ -8,6 +8,7 @@ sampler settings share a batch. Besides OpenAI's fields a request may set the sa
 cache, cfg_scale, schedule. A `suffix`, or [MASK] in a prompt, asks for infilling.
 """
 import collections
+import contextlib
 import dataclasses
 import json
 import queue
@@ -42,7 +43,7 @@ class Refusal(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self):
-        kind = {429: "rate_limit_error", 500: "server_error"}.get(self.status, "invalid_request_error")
+        kind = "rate_limit_error" if self.status == 429 else "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -464,15 +465,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.worker.submit(job)
         try:
             while True:
-                try:
+                with contextlib.suppress(queue.Empty):
                     event = job.events.get(timeout=0.5)
-                except queue.Empty:
-                    if self.client_has_gone():
-                        raise ConnectionError from None
-                    continue
-                if event is None:
-                    break
-                yield event
+                    if event is None:
+                        break
+                    yield event
+                if self.client_has_gone():
+                    raise ConnectionError
             if job.error:
                 raise job.error
         finally:

@@ -111,7 +111,7 @@ if world_size > 1:
     dist.barrier()
 data_folder = prepare(dataset, tokenizer, vocab_size)
 data, text = TokenDataset(data_folder), Tokenizer.from_pretrained(data_folder)
-val_windows = data.windows("val", seq_len, final_eval_tokens)       # [N, T]
+val_windows = data.windows("val", seq_len, max(eval_tokens, final_eval_tokens, 2 * seq_len))       # [N, T]
 data.batch("train", batch_size, seq_len, seed, 0)                   # too short a corpus is better known now
 bytes_per_token = data.bytes_per_token("val")
 

@@ -352,7 +352,7 @@ class Browser:
             ["bash", "-c", command, program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
              "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}", "--window-size=1000,760",
              "--remote-debugging-pipe", "about:blank"],
-            pass_fds=(inner_read, inner_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            pass_fds=(inner_read, inner_write), env={**os.environ, "TMPDIR": str(folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(inner_read)
         os.close(inner_write)
         self.received, self.number, self.session = b"", 0, None

@@ -121,6 +121,7 @@ def unbroken(tiny, tmp_path_factory):
 def test_a_run(tiny, text, tmp_path, objective):
     result = train(*tiny(tmp_path, f"--objective={objective}", "--max_steps=80", "--eval_interval=20", "--sample_tokens=16"))
     assert FILES <= {file.name for file in tmp_path.iterdir()} <= FILES | {"loss.png"}
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1      # safetensors alone would make its file private
     value, error, bpb = map(float, LAST_LINE.fullmatch(result.out.splitlines()[-1]).groups())
 
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -155,10 +156,11 @@ def test_a_run(tiny, text, tmp_path, objective):
     ("--tokenizer=bpe", "--vocab_size=300", "--eval_interval=0", "--sample_tokens=64"),
     ("--seq_len=1", "--batch_size=1", "--sample_tokens=8"),                    # many steps without a masked token
     ("--warmup=1", "--grad_accum=3"),
+    ("--eval_tokens=1", "--final_eval_tokens=1"),                              # two sequences, or there is no standard error
 ])
 def test_other_settings(tiny, tmp_path, settings):
     result = train(*tiny(tmp_path, "--max_steps=8", *settings))
-    assert LAST_LINE.fullmatch(result.out.splitlines()[-1]) and all(math.isfinite(row["val_nelbo"]) for row in rows(tmp_path))
+    assert LAST_LINE.fullmatch(result.out.splitlines()[-1]) and all(math.isfinite(row["val_nelbo"] + row["val_stderr"]) for row in rows(tmp_path))
 
 
 def test_equal_seeds_make_equal_runs(tiny, unbroken, tmp_path):
