@@ -73,6 +73,8 @@ def show_errors_in_one_line():
     """
     def hook(kind, error, traceback):
         status = 2 if issubclass(kind, (ValueError, OSError)) else 1
+        if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):  # Ctrl-C, or a reader like `head` that has seen enough
+            os._exit(130 if kind is KeyboardInterrupt else 0)
         if os.environ.get("UNMASK_TRACEBACK") or not issubclass(kind, (ValueError, OSError, FloatingPointError)):
             return sys.__excepthook__(kind, error, traceback)
         for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []:

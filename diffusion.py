@@ -423,7 +423,7 @@ class Step:
     number: int                 # forward passes so far
     tokens: torch.Tensor        # int64 [B, T], mask tokens where still open
     revealed: torch.Tensor      # bool [B, T]: written by this step
-    confidence: torch.Tensor    # float64 [B, T]: the score of what was revealed, 0 elsewhere
+    confidence: torch.Tensor    # float64 [B, T]: the score (for blind rules the probability) of what was revealed, 0 elsewhere
     lengths: torch.Tensor       # int64 [B]: the rest of a row is padding
 
 
@@ -497,7 +497,7 @@ def _check_sampling(config, sequences, steps, temperature, remasking, threshold,
                 raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
     for wrong, message in (
         (longest > config.max_len, f"{longest} tokens, prompt and completion, exceed the model's context of {config.max_len}"),
-        (steps < 1, f"steps must be at least 1, got {steps}"),
+        (not 1 <= steps <= 10**6, f"steps must be between 1 and a million, got {steps}"),
         (temperature < 0 or temperature != temperature, f"temperature must not be negative, got {temperature}"),
         (remasking not in REMASKING, f"remasking must be one of {', '.join(REMASKING)}, got {remasking!r}"),
         (threshold is not None and not 0 <= threshold <= 1, f"threshold must be between 0 and 1, got {threshold}"),
@@ -568,7 +568,9 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
             logits[:, mask_id].masked_fill_(final[eligible.nonzero()[:, 0]].to(logits.device), -torch.inf)
         chosen = sample_tokens(logits, temperature, _draw(streams, rows, eligible) if temperature else None)
         score = torch.zeros(eligible.shape, dtype=torch.float64)
-        if keep is None:
+        if keep is not None and on_step is not None:                # nobody asked the score, but whoever watches wants a colour
+            score[eligible] = low_confidence(logits, chosen).cpu()
+        elif keep is None:
             score[eligible] = REMASKING[remasking](logits, chosen).double().cpu()
             if threshold is not None:
                 keep = keep_confident(score, eligible, threshold)
