@@ -548,7 +548,7 @@ class Family:
     only: dict = dataclasses.field(default_factory=dict)            # key -> the values that this transformer can compute
     unused: str = r"$^"     # a pattern of tensors that its files may hold and its logits do not need
     prefix: str = ""        # what older files leave out in front of every name
-    copies: dict = dataclasses.field(default_factory=dict)          # tensor that some files hold besides -> ours that it must equal
+    copies: dict = dataclasses.field(default_factory=dict)          # tensor that some files hold too -> ours that it must equal
     offset: bool = False    # its learned positions start behind the padding index (RoBERTa)
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-import common
 from common import override
 from model import write_atomically
 from sampler import Sampler, Trace

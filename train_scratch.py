@@ -13,6 +13,7 @@ a bound on -log p(text), weighs the noise levels so that the model can afterward
 
 Then: python sample.py --checkpoint=out/scratch
 """
+import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
 import math
 import signal
@@ -23,7 +24,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import common
 from common import override
 from data.loader import TokenDataset
 from data.prepare import prepare
@@ -195,7 +195,8 @@ def show_sample():
 slices, tokens_per_step = grad_accum * world_size, batch_size * seq_len * grad_accum * world_size
 flops, peak = raw_model.flops_per_token(seq_len, head_share=1.0 if objective == "ar" else 0.5), common.peak_flops(device)
 stop = []
-signal.signal(signal.SIGINT, lambda *_: stop.append(True))          # Ctrl-C: finish the step, save, leave
+for _signal in (signal.SIGINT, signal.SIGTERM):                     # Ctrl-C, or a machine about to be taken: finish the step, save, leave
+    signal.signal(_signal, lambda *_: stop.append(True))
 bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
 if main:
     tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {len(data.train):,} training tokens, {objective} on {device}")

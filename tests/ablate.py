@@ -62,7 +62,7 @@ def run(arm, text, seed, updates):
                     **{**dict(dim=128, n_layers=4, n_heads=4, causal=o["objective"] == "ar", shift=o["objective"] == "ar"), **o["config"]})
     model = Transformer(config).init_weights(seed)
     if o["init"] != "ours":
-        for name, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02 if o["init"] == "gpt2" else module.weight.shape[1] ** -0.5, generator=torch_seed)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
