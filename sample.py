@@ -9,6 +9,7 @@ Everything starts as mask tokens; each step the model predicts all of them and a
     python sample.py --checkpoint=GSAI-ML/LLaDA-8B-Instruct --chat --block_length=32
     python sample.py --serve=8000                                       a web page and OpenAI's API on 127.0.0.1
 """
+import common  # noqa: I001 (before torch: it sets how threads wait)
 import json
 import os
 import shutil

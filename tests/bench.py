@@ -262,7 +262,7 @@ def step():
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048).to(dtype)
         candidates[f"mm {dtype}"] = lambda a=a: a @ a
-    times = interleaved(candidates, rounds=5)
+    times = interleaved(candidates, rounds=3, warmup=1)
     base, flops = times["full logits float32"].median, ours.flops_per_token(256, head_share=0.5) * 2048
     print(f"V {vocab_size}, 6 layers, D 384, T 256, B 8, forward and backward".ljust(58) + "ms    tokens/s   x full logits float32")
     for name, (median, _) in times.items():

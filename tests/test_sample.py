@@ -228,7 +228,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
 # ---- mistakes ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments, words", [
     ("--steps=1 --block_length=4 --max_new_tokens=8", "too few for 2 blocks"),
-    ("--steps=-1", "steps must be at least 1"),
+    ("--steps=-1", "steps must be between 1"),
     ("--block_length=-1", "block_length must be"),
     ("--block_length=9 --max_new_tokens=8", "block_length must be between 1 and"),
     ("--temperature=-1", "temperature must not be negative"),
