@@ -411,7 +411,7 @@ def test_a_block_model_stops_behind_the_block_with_an_end_of_text():
 
 def test_infill_writes_masks_and_nothing_else():
     model = tiny(vocab_size=40)
-    sequences = [[1, MASK, 3, MASK, MASK, 6], [MASK, MASK], [5, 6, 7, 8, MASK, 1, 2, 3, MASK]]
+    sequences = [[1, MASK, 3, MASK, MASK, 6], [MASK, 4, MASK], [5, 6, 7, 8, MASK, 1, 2, 3, MASK]]
     for options in (dict(), dict(block_length=2, steps=8), dict(remasking="random", temperature=1.0, seed=0), dict(cache="dual", block_length=3)):
         filled = infill(model, sequences, **options)
         for sequence, answer in zip(sequences, filled):
