@@ -17,7 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from model import write_atomically  # noqa: E402
+from data.checkpoints import write_atomically  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Settings and errors
