@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from common import override
-from model import write_atomically
+from data.checkpoints import write_atomically
 from sampler import Sampler, Trace
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------

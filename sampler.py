@@ -9,9 +9,10 @@ import time
 
 import torch
 
+from data.checkpoints import find_checkpoint
 from data.tokenizer import Tokenizer
 from diffusion import REMASKING, generate, infill
-from model import Transformer, find_checkpoint
+from model import Transformer
 
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")                            # [MASK], or [MASK:12] for twelve tokens
 

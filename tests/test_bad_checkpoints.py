@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import FAMILIES, Config, Transformer, describe, fill, match_tensors, read_config, read_headers, weight_files
+from data.checkpoints import FAMILIES, describe, fill, match_tensors, read_config, read_headers, weight_files
+from model import Config, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 

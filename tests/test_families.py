@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import FAMILIES, Config, Transformer, describe, read_config
+from data.checkpoints import FAMILIES, describe, read_config
+from model import Config, Transformer
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parent.parent

@@ -203,8 +203,8 @@ class Killer:
         self.n, self.half = n, half
 
     def __call__(self):
-        import model
-        for module, name in ((os, "fsync"), (os, "replace")) if not self.half else ((torch, "save"),) if self.half == "state" else ((model, "save_file"),):
+        from data import checkpoints
+        for module, name in ((os, "fsync"), (os, "replace")) if not self.half else ((torch, "save"),) if self.half == "state" else ((checkpoints, "save_file"),):
             setattr(module, name, self.watch(getattr(module, name)))
 
     def watch(self, function):
