@@ -294,9 +294,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if bias is not None:
                     logits += bias
                 torch.softmax(logits, dim=-1, out=p)
-                # logsumexp = max z - log max p: two reads where a float32 copy and a second exp would be needed
-                lse = logits.amax(-1, keepdim=True).float() - p.amax(-1, keepdim=True).float().log()
-                nll[rows] = (lse - logits.gather(1, target))[:, 0]
+                nll[rows] = -p.gather(1, target)[:, 0].float().log()
                 if need_grad:
                     p.scatter_add_(1, target, p.new_full(target.shape, -1))                       # d nll / d logits
                 if need_h:
@@ -306,6 +304,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_w = grad_w.addmm_(p.T, weighted) if dtype == torch.float32 else grad_w.add_(p.T @ weighted)
                 if need_b:
                     grad_b += (p.float() * row_weight).sum(0)
+            for rows in (nll > 80).nonzero()[:, 0].split(chunk):        # exp underflows there: the long way
+                logits = F.linear(hidden[rows], weight, bias if bias is None else bias.to(dtype)).float()
+                nll[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
         ctx.grads = grad_h, grad_w, grad_b
         ctx.mark_non_differentiable(nll)
         return (nll * row_weights).sum(), nll

@@ -68,7 +68,7 @@ decay = "linear"            # linear or cosine: how it falls to 0
 max_steps = 0               # updates; 0: as many as fit into max_minutes
 max_minutes = 0.0           # minutes of training; 0: from `sizes`, unless max_steps is set. Learning rate follows the clock then
 # evaluation
-eval_interval = 200         # updates between evaluations, checkpoints and samples; 0: at the end only
+eval_interval = 400         # updates between evaluations, checkpoints and samples; 0: at the end only
 eval_tokens = 2**14         # validation tokens of an evaluation on the way
 final_eval_tokens = 2**18   # and of the last one
 sample_tokens = 64          # length of the samples shown on the way; 0: none
@@ -77,7 +77,7 @@ settings = override(globals())
 # ---- process, precision --------------------------------------------------------------------------------------------------------
 device, rank, world_size = common.init_process(device, threads)
 sizes = {                   # CPU, GPU
-    "n_layers": (4, 8), "n_heads": (4, 8), "dim": (192, 512), "seq_len": (128, 512), "batch_size": (32, 64), "max_minutes": (6.5, 8.0),
+    "n_layers": (4, 8), "n_heads": (4, 8), "dim": (192, 512), "seq_len": (128, 512), "batch_size": (16, 64), "max_minutes": (6.5, 8.0),
 }
 for _name, _values in sizes.items():
     if not settings[_name] and not (_name == "max_minutes" and max_steps):
@@ -130,7 +130,7 @@ model = DistributedDataParallel(raw_model) if world_size > 1 else raw_model
 matrices = [p for p in raw_model.blocks.parameters() if p.ndim == 2]
 others = [p for p in raw_model.parameters() if not any(p is matrix for matrix in matrices)]
 if optimizer == "muon":
-    optimizers = [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95),
+    optimizers = [common.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
                   torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)]
 else:
     optimizers = [torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
@@ -148,6 +148,8 @@ if resume:
     for o, saved in zip(optimizers, state["optimizers"]):
         o.load_state_dict(saved)
     step, clock, losses = state["step"], common.Clock(state["elapsed_s"]), state["losses"]
+elif main and (folder / "train_state.pt").exists():
+    tqdm.write(f"replacing the run in {out_dir} (--resume=True would continue it)")
 log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
 
 
