@@ -17,6 +17,18 @@ from lora import add_lora
 from model import Transformer
 
 
+_LLADA = dict(family="llada", vocab_size=126464, dim=4096, n_layers=32, n_heads=32, hidden_dim=12288, max_len=4096, qk_norm=False)
+_DREAM = dict(family="Dream", vocab_size=152064, dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, max_len=131072, qk_norm=False,
+              qkv_bias=True, shift=True)
+SHAPES = {                  # what can be planned without a network
+    "GSAI-ML/LLaDA-8B-Base": _LLADA, "GSAI-ML/LLaDA-8B-Instruct": _LLADA, "GSAI-ML/LLaDA-1.5": _LLADA,
+    "Dream-org/Dream-v0-Base-7B": _DREAM, "Dream-org/Dream-v0-Instruct-7B": _DREAM,
+}
+
+
+MARGIN = 1e9                # what CUDA's context and the gaps between allocations take
+
+
 @dataclass
 class Plan:
     """Bytes on each of `ranks` processes, but for the first two, which count parameters. Not all of it is alive at once: see `peak`."""
@@ -106,3 +118,17 @@ def plan_memory(config, seq_len, batch_size, lora_rank, lora_targets="q,k,v,o,ga
     together = int(counter.most_together)
     return Plan(sum(p.numel() for p in model.parameters()), size(trained, 1), weights, gradients, optimizer, counter.most["activations"],
                 counter.most["logits"], gathered, weights + optimizer + gathered + max(together, gradients))
+
+
+def tell(plan, memory_gb):
+    """The Plan as a table, and whether it fits a GPU of memory_gb (10^9 bytes)."""
+    rows = [("parameters", f"{plan.parameters:,}"), ("of them learn", f"{plan.trained:,}"), ("", "on each process:")]
+    rows += [(name, f"{getattr(plan, name) / 1e9:9.3f} GB   {note}") for name, note in (
+        ("weights", ""), ("gradients", "float32"), ("optimizer", "AdamW's two moments, float32"), ("activations", "inputs of the blocks, one block at work"),
+        ("logits", "of one chunk of rows"), ("gathered", "weights and gradients of the block at work, of embedding and head"))
+        if name != "gathered" or plan.gathered]
+    rows += [("peak", f"{plan.peak / 1e9:9.3f} GB   not all of it is alive at once")]
+    spare = memory_gb * 1e9 - plan.peak - MARGIN
+    verdict = (f"fits into {memory_gb:.0f} GB with {spare / 1e9:.1f} GB to spare" if spare >= 0 else
+               f"does not fit into {memory_gb:.0f} GB: {-spare / 1e9:.1f} GB are missing; more processes, a smaller batch, shorter sequences or LoRA help")
+    return "\n".join(f"  {name:14}{value}" for name, value in rows) + f"\n{verdict} (1 GB kept for CUDA itself)"

@@ -450,8 +450,9 @@ def tensor_table(model):
     return table
 
 
-def find_checkpoint(path_or_hub_id):
-    """The local folder of a checkpoint; a hub id is downloaded, or found in the cache. Raises FileNotFoundError."""
+def find_checkpoint(path_or_hub_id, weights=True):
+    """The local folder of a checkpoint; a hub id is downloaded (without weights: all but them), or found in the cache. Raises
+    FileNotFoundError."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -461,7 +462,7 @@ def find_checkpoint(path_or_hub_id):
         raise FileNotFoundError(f"there is no folder {path_or_hub_id}")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"],
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", *["*.safetensors"] * weights, "*.txt", "*.jinja", "*.py"],
                                       ignore_patterns=["*/*"]))     # the .py are copied on export, never run
     except Exception as error:          # the hub's errors have no common class; whatever it was, the reader needs the same advice
         reason = type(error).__name__
