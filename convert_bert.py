@@ -25,9 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import override
-from data.chat import ChatBatch, ChatDataset, is_chat
+from data.chat import is_chat, open_dataset
 from data.checkpoints import find_checkpoint, read_config, tiny_config
-from data.loader import TokenDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import generate, mask_tokens, mdlm_loss, nelbo, sample_t
@@ -111,8 +110,8 @@ folder = common.make_folder(out_dir)
 # ---- data ----------------------------------------------------------------------------------------------------------------------
 # A checkpoint keeps its own tokenizer, with a mask token and those of the chat template where it has none.
 text = "bpe" if tiny else Tokenizer.from_pretrained(find_checkpoint(init_from))
-old_size = 0 if tiny else text.vocab_size
 if not tiny:
+    old_size = text.vocab_size
     text.add_mask_token()
     text.add_chat_tokens()
 if main:
@@ -121,29 +120,13 @@ if world_size > 1:
     dist.barrier()
 data_folder = prepare(dataset, text, vocab_size)
 text = Tokenizer.from_pretrained(data_folder) if tiny else text
-chat = is_chat(dataset)
-if chat:
-    data = ChatDataset(data_folder, seq_len, padding)
-    val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
-    answers = [text.decode(row[given], skip_special_tokens=True) for row, given in zip(val.tokens, val.maskable)]
-    bytes_per_token = sum(len(answer.encode()) for answer in answers) / val.maskable.sum().item()
-else:
-    data = TokenDataset(data_folder)
-    val = ChatBatch(data.windows("val", seq_len, max(eval_sequences, final_eval_sequences, 2) * seq_len))
-    bytes_per_token = data.bytes_per_token("val")
-
-
-def get_batch(step, piece=0, pieces=1):
-    """The ChatBatch of a slice of a step; of text, windows."""
-    if chat:
-        return data.batch("train", batch_size, seed, step, piece, pieces)
-    return ChatBatch(data.batch("train", batch_size, seq_len, seed, step, piece, pieces))
-
-
-get_batch(0)                                                        # too short a corpus is better known now
+data, chat = open_dataset(dataset, data_folder, seq_len, padding), is_chat(dataset)
+val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
+bytes_per_token = data.val_bytes_per_token(val, text)
+data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
 slices = grad_accum * world_size
 if not (max_steps or max_minutes):
-    max_steps = max(1, round(epochs * (data.examples["train"] if chat else len(data.train) // seq_len) / (batch_size * slices)))
+    max_steps = max(1, round(epochs * data.examples["train"] / (batch_size * slices)))
 
 # ---- model ---------------------------------------------------------------------------------------------------------------------
 # Encoders see in both directions and predict a token where it stands: that is all that masked diffusion asks for.
@@ -236,10 +219,7 @@ for _signal in (signal.SIGINT, signal.SIGTERM):                     # Ctrl-C, or
     signal.signal(_signal, lambda *_: stop.append(True))
 bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
 if main:
-    tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {len(data.train):,} training tokens, {raw_model.config.family} on {device}")
-    if chat:
-        tqdm.write(f"{data.examples['train']:,} conversations, {data.truncated['train']:,} of them cut at {seq_len} tokens, "
-                   f"{data.dropped['train']:,} dropped whose prompt alone is that long; {sum(data.meta['left_out'].values()):,} without an answer")
+    tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {raw_model.config.family} on {device}; {data.summary()}")
 window_start, window_tokens = clock.seconds(), 0
 while True:
     elapsed = common.from_rank_0(clock.seconds(), device)
@@ -268,7 +248,7 @@ while True:
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
-        batch = get_batch(step, piece, slices).to(device)                                                            # tokens [B, T]
+        batch = data.batch("train", batch_size, seed, step, piece, slices).to(device)                                # tokens [B, T]
         if t is None:
             t = sample_t((slices * batch_size, 1), generator)                                                        # [G, 1]
             mask = mask_tokens((slices * batch_size, batch.tokens.shape[1]), t, generator)                           # [G, T]
