@@ -17,7 +17,6 @@ import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
 import itertools
 import math
-import os
 import signal
 import sys
 from pathlib import Path
@@ -34,9 +33,9 @@ from data.loader import TokenDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import generate, mask_tokens, nelbo, sample_t, sft_loss
-from lora import add_lora, init_lora, published_modules, save_adapter
-from memory import SHAPES, plan_memory, tell
-from model import Config, Transformer
+from lora import add_lora, check_merge, init_lora, published_modules, save_adapter, write_merged
+from memory import report
+from model import Transformer
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
 # run
@@ -103,17 +102,7 @@ if decay not in ("linear", "cosine") or not 0 <= cart <= 1:
 if learning_rate <= 0 or epochs <= 0:
     raise ValueError(f"learning_rate and epochs must be positive, got {learning_rate} and {epochs}")
 if plan:
-    if tiny:
-        known = checkpoints.tiny_config(tiny_family or "llada", Tokenizer.bytes(), seq_len)
-        known.vocab_size = vocab_size
-    else:
-        local = Path(init_from).expanduser().is_dir() or init_from not in SHAPES
-        known = checkpoints.read_config(checkpoints.find_checkpoint(init_from, weights=False))[0] if local else Config(**SHAPES[init_from])
-    ranks = ranks if fsdp and ranks else int(os.environ.get("WORLD_SIZE", 1)) if fsdp else 1
-    gpu_gb = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 24.0
-    step_plan = plan_memory(known, seq_len, batch_size, lora_rank, lora_targets, torch.float32 if dtype == "float32" else torch.bfloat16, checkpointing, ranks)
-    print(f"{init_from}: {f'LoRA of rank {lora_rank}' if lora_rank else 'full fine-tuning'}, {batch_size} x {seq_len} tokens a process, "
-          f"{ranks} process{'es' * (ranks > 1)}, checkpointing {'on' if checkpointing else 'off'}", tell(step_plan, memory_gb or gpu_gb), sep="\n")
+    print(report(settings))
     sys.exit()
 device, rank, world_size = common.init_process(device, threads)
 compute = common.matrix_dtype(device, dtype)
@@ -122,23 +111,12 @@ sharded = fsdp and world_size > 1
 autocast = contextlib.nullcontext() if lora_rank or sharded or compute == torch.float32 else torch.autocast(device.type, compute, cache_enabled=False)
 main = rank == 0                                                    # rank 0 writes and prints
 folder = common.make_folder(out_dir)
-if merge and Path(merge).resolve() in [Path(path).expanduser().resolve() for path in (init_from, out_dir, checkpoints.adapter_base(out_dir) or out_dir)]:
-    raise ValueError(f"merge={merge} is where the weights come from: they would be overwritten; choose another folder")
-
-
-def write_merged():
-    """The model in out_dir, adapter and base together, in its family's published layout: what the family's own code loads."""
-    merged, tokenizer = Transformer.from_pretrained(out_dir), Tokenizer.from_pretrained(out_dir)
-    merged.export_pretrained(merge)
-    if not list(Path(merge).glob("tokenizer*")) or tokenizer.vocab_size != Tokenizer.from_pretrained(merge).vocab_size:
-        tokenizer.save_pretrained(merge)
-    print(f"wrote {merge}: {merged.config.family}, {sum(p.numel() for p in merged.parameters()):,} parameters, {merged.embed.weight.dtype}")
-
-
-if merge and not resume and (folder / "adapter_model.safetensors").exists():
-    if main:
-        write_merged()
-    sys.exit()
+if merge:
+    check_merge(merge, init_from, out_dir)
+    if not resume and (folder / "adapter_model.safetensors").exists():
+        if main:
+            print(write_merged(out_dir, merge))
+        sys.exit()
 
 # ---- data ----------------------------------------------------------------------------------------------------------------------
 base = "tiny" if tiny else checkpoints.find_checkpoint(init_from)   # the checkpoint that is fine-tuned
@@ -189,15 +167,9 @@ if not (max_steps or max_minutes):
 if tiny or text.vocab_size > source.vocab_size:
     base = folder / "base"
     if main and not resume:
-        if tiny:
-            made = Transformer(checkpoints.tiny_config(tiny_family or "llada", text, seq_len)).init_weights(seed)
-            for _name, _weight in made.named_parameters():          # what starts at zero would teach an adapter nothing
-                if _name.endswith((".o.weight", ".down.weight", "head.weight")):
-                    torch.nn.init.normal_(_weight, std=_weight.shape[1] ** -0.5, generator=torch.Generator().manual_seed(seed))
-        else:
-            made = Transformer.from_pretrained(init_from).resize_vocabulary(text.vocab_size, new=range(source.vocab_size, text.vocab_size))
-            made.source = None
-        made.config.mask_token_id, made.config.eos_token_id = text.mask_token_id, text.eos_token_id
+        made = checkpoints.tiny_model(tiny_family or "llada", text, seq_len, seed) if tiny else Transformer.from_pretrained(init_from)
+        made.resize_vocabulary(text.vocab_size, new=range(made.config.vocab_size, text.vocab_size))
+        made.config.mask_token_id, made.config.eos_token_id, made.source = text.mask_token_id, text.eos_token_id, None
         made.export_pretrained(base)
         text.save_pretrained(base)
     common.barrier()
@@ -386,7 +358,7 @@ else:
                   tokens_per_s=tokens_per_s(), elapsed_s=clock.seconds())
         log.plot(folder / "loss.png")
         if merge:
-            write_merged()
+            print(write_merged(out_dir, merge))
         print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {bpb:.3f} bits/byte")
 if world_size > 1:
     common.barrier()

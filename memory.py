@@ -4,18 +4,20 @@ The forward and backward pass runs on tensors that have shapes but no memory (to
 allocation from its birth to its end. So the figures are those of the code itself; what several processes share is then divided.
 """
 import contextlib
+import os
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data.checkpoints import put_rows
+from data.checkpoints import find_checkpoint, put_rows, read_config, tiny_config
+from data.tokenizer import Tokenizer
 from lora import add_lora
-from model import Transformer
-
+from model import Config, Transformer
 
 _LLADA = dict(family="llada", vocab_size=126464, dim=4096, n_layers=32, n_heads=32, hidden_dim=12288, max_len=4096, qk_norm=False)
 _DREAM = dict(family="Dream", vocab_size=152064, dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, max_len=131072, qk_norm=False,
@@ -120,15 +122,34 @@ def plan_memory(config, seq_len, batch_size, lora_rank, lora_targets="q,k,v,o,ga
                 counter.most["logits"], gathered, weights + optimizer + gathered + max(together, gradients))
 
 
-def tell(plan, memory_gb):
-    """The Plan as a table, and whether it fits a GPU of memory_gb (10^9 bytes)."""
-    rows = [("parameters", f"{plan.parameters:,}"), ("of them learn", f"{plan.trained:,}"), ("", "on each process:")]
-    rows += [(name, f"{getattr(plan, name) / 1e9:9.3f} GB   {note}") for name, note in (
-        ("weights", ""), ("gradients", "float32"), ("optimizer", "AdamW's two moments, float32"), ("activations", "inputs of the blocks, one block at work"),
-        ("logits", "of one chunk of rows"), ("gathered", "weights and gradients of the block at work, of embedding and head"))
-        if name != "gathered" or plan.gathered]
-    rows += [("peak", f"{plan.peak / 1e9:9.3f} GB   not all of it is alive at once")]
-    spare = memory_gb * 1e9 - plan.peak - MARGIN
-    verdict = (f"fits into {memory_gb:.0f} GB with {spare / 1e9:.1f} GB to spare" if spare >= 0 else
-               f"does not fit into {memory_gb:.0f} GB: {-spare / 1e9:.1f} GB are missing; more processes, a smaller batch, shorter sequences or LoRA help")
-    return "\n".join(f"  {name:14}{value}" for name, value in rows) + f"\n{verdict} (1 GB kept for CUDA itself)"
+def report(settings):
+    """finetune_llada.py's settings -> the Plan as a table, and whether it fits the GPU."""
+    start, dtype, lora_rank = settings["init_from"], torch.float32 if settings["dtype"] == "float32" else torch.bfloat16, settings["lora_rank"]
+    ranks = (settings["ranks"] or int(os.environ.get("WORLD_SIZE", 1))) if settings["fsdp"] else 1
+    memory_gb = settings["memory_gb"] or (torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 24.0)
+    plan = plan_memory(find_config(start, settings), settings["seq_len"], settings["batch_size"], lora_rank, settings["lora_targets"], dtype,
+                       settings["checkpointing"], ranks)
+    lines = [f"{start}: {f'LoRA of rank {lora_rank}' if lora_rank else 'full fine-tuning'}, {settings['batch_size']} x {settings['seq_len']} tokens a "
+             f"process, {ranks} process{'es' * (ranks > 1)}, checkpointing {'on' if settings['checkpointing'] else 'off'}",
+             f"  parameters    {plan.parameters:,}", f"  of them learn {plan.trained:,}", "  on each process, in GB (10^9 bytes):"]
+    for name, note in (("weights", "frozen ones as they are, what learns in float32"), ("gradients", "float32"), ("optimizer", "AdamW's two moments, float32"),
+                       ("activations", "inputs of the blocks, one block at work, the loss"), ("logits", "of one chunk of rows"),
+                       ("gathered", "weights and gradients of the block at work, of embedding and head"), ("peak", "not all of it is alive at once")):
+        if name != "gathered" or ranks > 1:
+            lines.append(f"  {name:12}{getattr(plan, name) / 1e9:9.3f}   {note}")
+    spare = memory_gb - (plan.peak + MARGIN) / 1e9
+    return "\n".join([*lines, f"fits into {memory_gb:.0f} GB: " + (
+        f"yes, {spare:.1f} GB to spare" if spare >= 0 else
+        f"no, {-spare:.1f} GB are missing: take more processes, a smaller batch, shorter sequences, checkpointing or LoRA") + " (1 GB left to CUDA itself)"])
+
+
+def find_config(start, settings):
+    """The Config of init_from, without its weights."""
+    name, _, family = start.partition(":")
+    if name == "tiny":
+        config = tiny_config(family or "llada", Tokenizer.bytes(), settings["seq_len"])
+        config.vocab_size = settings["vocab_size"]
+        return config
+    if start in SHAPES and not Path(start).is_dir():
+        return Config(**SHAPES[start])
+    return read_config(find_checkpoint(start, weights=False))[0]

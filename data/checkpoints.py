@@ -216,9 +216,7 @@ def load(path_or_hub_id, causal=None, device="cpu", dtype=None):
     folder = find_checkpoint(path_or_hub_id)
     if base := adapter_base(folder):
         from lora import load_adapter, merge_lora  # it builds on this file
-        model = merge_lora(load_adapter(load(base, causal, device, dtype), folder))
-        model.source = folder if (folder / "tokenizer.json").exists() else model.source
-        return model
+        return merge_lora(load_adapter(load(base, causal, device, dtype), folder))
     model, plan = open_checkpoint(folder, causal)
     fill(model, plan, device, dtype)
     return model.eval()
@@ -380,6 +378,15 @@ def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
     keys = {field: (keys,) if isinstance(keys, str) else keys for field, keys in FAMILIES[family].keys.items()}
     raw = {key: size[field] for field in size for key in keys.get(field, ())}
     return Config(family=family, published=None if family == "unmask" else raw, **interpret(FAMILIES[family], raw)[0])
+
+
+def tiny_model(family, tokenizer, max_len, seed=0):
+    """A small random model of a family in which nothing is zero, as it is in new ones: a frozen zero would teach an adapter nothing."""
+    model, generator = Transformer(tiny_config(family, tokenizer, max_len)).init_weights(seed), torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if name.endswith((".o.weight", ".down.weight", "head.weight")):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
+    return model
 
 
 def _flatten_rope(raw):
