@@ -127,12 +127,12 @@ def block_loss(model, tokens, block_length, t=None, mask=None, maskable=None, sc
                  attention_mask=visible, positions=positions)
 
 
-def sft_loss(model, tokens, maskable, t=None, mask=None, attention_mask=None, cart=0.0, generator=None):
+def sft_loss(model, tokens, maskable=None, t=None, mask=None, attention_mask=None, cart=0.0, generator=None):
     """LLaDA's loss of supervised fine-tuning (2502.09992, eq. 5 and algorithm 2): a mean over responses, however long each of them is.
 
         loss = 1/B sum_b 1/L_b sum over masked i of 1/t_b * -log p(x_0^i | x_t)
 
-    for tokens int64 [B, T]; L_b is the number of tokens of row b where `maskable` [B, T] is true, end-of-text padding included. As times
+    for tokens int64 [B, T]; L_b is the number of tokens of row b where `maskable` [B, T] is true (None: all), end-of-text padding included. As times
     are uniform in (1e-3, 1], t is what LLaDA's code calls p_mask = (1 - eps) t + eps with eps 1e-3. `.nelbo` is the bound per token.
     cart > 0 takes Dream's weights (`cart_weights`) for 1/t_b and, as its code at one sequence a GPU, the number of masked tokens for L_b.
     """
@@ -141,7 +141,7 @@ def sft_loss(model, tokens, maskable, t=None, mask=None, attention_mask=None, ca
     if t.shape != (B,):
         raise ValueError(f"t must have shape [{B}], one time a sequence, got {list(t.shape)}")
     x_t, mask, t = _corrupt(model, tokens, t.view(B, 1), T, mask, maskable, "linear", generator)
-    maskable = maskable.to(tokens.device)
+    maskable = torch.ones_like(mask) if maskable is None else maskable.to(tokens.device)
     weights, counted = (cart_weights(mask, cart), mask) if cart else ((1 / t).expand(B, T), maskable)
     weights = weights / (B * counted.sum(1, keepdim=True).clamp(min=1))                             # [B, T]
     return _loss(model, tokens, x_t, mask, t, T, maskable, "linear", None, weights=weights, attention_mask=attention_mask)

@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 from common import override
 from data import checkpoints
-from data.chat import ChatBatch, ChatDataset, is_chat
-from data.loader import TokenDataset
+from data.chat import is_chat, open_dataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import generate, mask_tokens, nelbo, sample_t, sft_loss
@@ -136,31 +135,15 @@ if main:
 common.barrier()
 data_folder = prepare(dataset, text, vocab_size)
 text = Tokenizer.from_pretrained(data_folder) if tiny else text
-chat = is_chat(dataset)
-if chat:
-    data = ChatDataset(data_folder, seq_len, padding)
-    val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
-    answers = [text.decode(row[given], skip_special_tokens=True) for row, given in zip(val.tokens, val.maskable)]
-    bytes_per_token = sum(len(answer.encode()) for answer in answers) / val.maskable.sum().item()
-else:
-    data = TokenDataset(data_folder)
-    val = ChatBatch(data.windows("val", seq_len, max(eval_sequences, final_eval_sequences, 2) * seq_len))
-    bytes_per_token = data.bytes_per_token("val")
+data, chat = open_dataset(dataset, data_folder, seq_len, padding), is_chat(dataset)
+val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
+bytes_per_token = data.val_bytes_per_token(val, text)
+data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
 slices = grad_accum * world_size
 common.check_ranks_agree(device, **{f"the data of {dataset}": data.fingerprint, **{name: settings[name] for name in settings if name != "device"}})
 
-
-def get_batch(step, piece=0, pieces=1):
-    """The ChatBatch of a slice of a step; of text, windows."""
-    if chat:
-        return data.batch("train", batch_size, seed, step, piece, pieces)
-    tokens = data.batch("train", batch_size, seq_len, seed, step, piece, pieces)
-    return ChatBatch(tokens, torch.ones(tokens.shape, dtype=torch.bool))
-
-
-get_batch(0)                                                        # too short a corpus is better known now
 if not (max_steps or max_minutes):
-    max_steps = max(1, round(epochs * (data.examples["train"] if chat else len(data.train) // seq_len) / (batch_size * slices)))
+    max_steps = max(1, round(epochs * data.examples["train"] / (batch_size * slices)))
 
 # ---- model ---------------------------------------------------------------------------------------------------------------------
 # A tiny base is made here, and one of ours may lack the tokens of a chat: then the base is written beside the run.
@@ -273,11 +256,8 @@ for _signal in (signal.SIGINT, signal.SIGTERM):                     # Ctrl-C, or
     signal.signal(_signal, lambda *_: stop.append(True))
 bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
 if main:
-    count = sum(p.numel() for p in raw_model.parameters())
-    tqdm.write(f"{count:,} parameters, {sum(p.numel() for p in trained):,} of them learn, {len(data.train):,} training tokens, {config.family} on {device}")
-    if chat:
-        tqdm.write(f"{data.examples['train']:,} conversations, {data.truncated['train']:,} of them cut at {seq_len} tokens, "
-                   f"{data.dropped['train']:,} dropped whose prompt alone is that long; {sum(data.meta['left_out'].values()):,} without an answer")
+    sizes = [sum(p.numel() for p in parameters) for parameters in (raw_model.parameters(), trained)]
+    tqdm.write(f"{sizes[0]:,} parameters, {sizes[1]:,} of them learn, {config.family} on {device}; {data.summary()}")
 window_start, window_tokens = clock.seconds(), 0
 while True:
     elapsed = common.from_rank_0(clock.seconds(), device)
@@ -307,7 +287,7 @@ while True:
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
-        batch = get_batch(step, piece, slices)                                                                       # tokens [B, T]
+        batch = data.batch("train", batch_size, seed, step, piece, slices)                                           # tokens [B, T]
         if t is None:
             G, T = slices * batch_size, batch.tokens.shape[1]
             t = sample_t((G, 1), generator)
@@ -315,8 +295,7 @@ while True:
             # Pretraining cuts 1 % of the sequences to a random length, so that the model knows short contexts (LLaDA, section 2.2).
             length = torch.where((torch.rand(G, generator=generator) < 0.01) & (not chat), torch.randint(1, T + 1, (G,), generator=generator), T)
         if (length[rows] < T).any():
-            shown = torch.arange(T) < length[rows, None]
-            batch.maskable, batch.attention_mask = batch.maskable & shown, shown
+            batch.maskable = batch.attention_mask = torch.arange(T) < length[rows, None]
         batch = batch.to(device)
         # A sharded model adds up gradients where they belong, so it must exchange them each time; DDP does so in the last micro-step.
         sync = contextlib.nullcontext() if world_size == 1 or sharded or micro_step == grad_accum - 1 else model.no_sync()
