@@ -64,7 +64,9 @@ max_weight = 0.0            # the loss weight is clipped here, the NELBO is not;
 # optimizer
 batch_size = 0              # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
+optimizer = "adamw"         # adamw or, for small models, muon (AdamW for embeddings, head and norms)
 learning_rate = 0.0         # AdamW's peak
+muon_lr = 0.02              # Muon's peak
 weight_decay = 0.0          # of matrices
 beta2 = 0.999               # AdamW's second moment
 grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
@@ -83,9 +85,15 @@ settings = override(globals())
 # ---- process, precision --------------------------------------------------------------------------------------------------------
 device, rank, world_size = common.init_process(device, threads)
 start, _, tiny_family = init_from.partition(":")
-tiny = start == "tiny"
+tiny, longest = start == "tiny", 160
+if not tiny:
+    source, _ = read_config(find_checkpoint(init_from))             # before a data set is prepared for nothing
+    longest = source.max_len
+    if not source.causal:
+        raise ValueError(f"{init_from} sees in both directions already ({source.family}): convert_bert.py is for encoders, finetune_llada.py for LLaDA "
+                         "and Dream")
 sizes = {                   # tiny, published
-    "dataset": ("pydocs_chat", "tulu3+smoltalk+opc"), "seq_len": (160, 1024 if objective == "mdlm" else 512), "batch_size": (16, 16),
+    "dataset": ("pydocs_chat", "tulu3+smoltalk+opc"), "seq_len": (160, min(1024 if objective == "mdlm" else 512, longest)), "batch_size": (16, 16),
     "learning_rate": (3e-3, 1e-4), "block_length": (8, 32), "max_minutes": (1.2, 0.0),
 }
 for _name, _values in sizes.items():
@@ -94,8 +102,8 @@ for _name, _values in sizes.items():
 for _name in ("n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum", "eval_sequences", "final_eval_sequences"):
     if settings[_name] < 1:
         raise ValueError(f"{_name} must be at least 1, got {settings[_name]}")
-if objective not in ("mdlm", "bd3lm") or decay not in ("linear", "cosine"):
-    raise ValueError(f"objective is mdlm or bd3lm, got {objective!r}; decay is linear or cosine, got {decay!r}")
+if objective not in ("mdlm", "bd3lm") or optimizer not in ("muon", "adamw") or decay not in ("linear", "cosine"):
+    raise ValueError("objective is mdlm or bd3lm; optimizer muon or adamw; decay linear or cosine")
 if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
     raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")
 if objective == "bd3lm" and (anneal_steps or padding != "eos"):
@@ -104,15 +112,10 @@ for _name in ("max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", 
               "seed"):
     if settings[_name] < 0:
         raise ValueError(f"{_name} must not be negative, got {settings[_name]}")
-if learning_rate <= 0 or epochs <= 0:
-    raise ValueError(f"learning_rate and epochs must be positive, got {learning_rate} and {epochs}")
-if not tiny:
-    source, _ = read_config(find_checkpoint(init_from))             # before a data set is prepared for nothing
-    if not source.causal:
-        raise ValueError(f"{init_from} sees in both directions already ({source.family}): convert_bert.py is for encoders, finetune_llada.py for LLaDA "
-                         "and Dream")
-    if seq_len > source.max_len:
-        raise ValueError(f"{init_from} has positions for {source.max_len} tokens, seq_len is {seq_len}: take --seq_len={source.max_len}")
+if min(learning_rate, muon_lr, epochs) <= 0:
+    raise ValueError(f"learning_rate, muon_lr and epochs must be positive, got {learning_rate}, {muon_lr} and {epochs}")
+if not tiny and seq_len > longest:
+    raise ValueError(f"{init_from} has positions for {longest} tokens, seq_len is {seq_len}: take --seq_len={longest}")
 autocast = common.autocast(device, dtype)
 main = rank == 0                                                    # rank 0 writes and prints
 folder = common.make_folder(out_dir)
@@ -161,12 +164,16 @@ model = DistributedDataParallel(raw_model) if world_size > 1 else raw_model
 # ---- optimizer -----------------------------------------------------------------------------------------------------------------
 matrices = [p for p in raw_model.blocks.parameters() if p.ndim == 2]
 others = [p for p in raw_model.parameters() if not any(p is matrix for matrix in matrices)]
-optimizers = [torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                lr=learning_rate, betas=(0.9, beta2), fused=True)]
+if optimizer == "muon":
+    optimizers = [common.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
+                  torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)]
+else:
+    optimizers = [torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                    lr=learning_rate, betas=(0.9, beta2), fused=True)]
 peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
 
 # ---- resume --------------------------------------------------------------------------------------------------------------------
-must_match = {name: settings[name] for name in ("init_from", "objective", "block_length", "shift", "anneal_steps", "seq_len", "padding", "weight_decay",
+must_match = {name: settings[name] for name in ("init_from", "objective", "block_length", "shift", "anneal_steps", "seq_len", "padding", "optimizer", "weight_decay",
                                                 "beta2", "seed")}
 must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
 step, clock, losses = 0, common.Clock(), []
@@ -181,7 +188,7 @@ elif main and (folder / "train_state.pt").exists():
 log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
 
 
-advice = f"lower learning_rate; the last checkpoint is in {out_dir}"
+advice = f"lower learning_rate or muon_lr; the last checkpoint is in {out_dir}"
 
 
 def save():
