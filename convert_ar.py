@@ -12,7 +12,7 @@ of 2048, AdamW at 1e-4; with bd3lm those of -bd3lm: 512 tokens, blocks of 32.
     python convert_ar.py --init_from=out/scratch --dataset=pydocs       after python train_scratch.py --objective=ar
     torchrun --nproc_per_node=8 convert_ar.py --grad_accum=16  the published run
 
-Then: python sample.py --checkpoint=out/ar --chat
+Then: python sample.py --checkpoint=out/ar --chat          and --temperature=0.7 --remasking=random for a small model
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
@@ -47,7 +47,7 @@ compile = "auto"            # auto (on a GPU), True, False: torch.compile
 fsdp = False                # with torchrun: spread weights and optimizer over the processes (FSDP2); False: each has all of them (DDP)
 checkpointing = False       # keep only the blocks' inputs for the backward pass: a third slower, a fraction of the memory
 threads = 0                 # CPU threads; 0: torch's choice
-# data: 0 and nothing take the value from `sizes` below, of a tiny start or of a published one
+# data: here and below, 0 and nothing take the value from `sizes`, of a tiny start or of a published one
 dataset = ""                # chat: pydocs_chat, alpaca, tulu3, smoltalk, opc, FILE.jsonl, mixed by +; text: as in train_scratch.py
 seq_len = 0                 # tokens in a sequence at most
 padding = "eos"             # eos: end-of-text tokens, part of the answer, so that its length is learned (LLaDA, appendix B.1); hidden: nobody sees it
@@ -61,11 +61,11 @@ objective = "mdlm"          # mdlm, bd3lm
 block_length = 0            # bd3lm: tokens in a block
 shift = False               # True: token i is predicted at position i - 1, as before; False: where it stands
 anneal_steps = 0            # mdlm: updates over which attention to the right opens, pair by pair at random; 0: at once
-max_weight = 0.0            # the loss weight is clipped here, the NELBO is not; 0: no clipping
+max_weight = 0.0            # the loss weight is clipped here, the NELBO is not; 0: no clipping, of a tiny start 10
 # optimizer
 batch_size = 0              # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
-optimizer = "adamw"         # adamw or, for small models, muon (AdamW for embeddings, head and norms)
+optimizer = ""              # adamw or, for small models, muon (AdamW for embeddings, head and norms)
 learning_rate = 0.0         # AdamW's peak
 muon_lr = 0.02              # Muon's peak
 weight_decay = 0.0          # of matrices
@@ -96,6 +96,7 @@ if not tiny:
 sizes = {                   # tiny, published
     "dataset": ("pydocs_chat", "tulu3+smoltalk+opc"), "seq_len": (160, min(1024 if objective == "mdlm" else 512, longest)), "batch_size": (16, 16),
     "learning_rate": (3e-3, 1e-4), "block_length": (8, 32), "max_minutes": (1.2, 0.0),
+    "optimizer": ("muon", "adamw"), "max_weight": (10.0, 0.0),
 }
 for _name, _values in sizes.items():
     if not settings[_name] and not (_name == "max_minutes" and max_steps):
@@ -249,8 +250,9 @@ def show_sample():
     special = {token for token, added in text.backend.get_added_tokens_decoder().items() if added.special}
     prompt = data.prompt("val", step)[0] if chat else []
     n = min(sample_tokens, seq_len - len(prompt))
+    greedy = chat and not tiny                                      # a small model repeats itself then
     with autocast:
-        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if chat else 1.0, remasking="low_confidence" if chat else "random", seed=step)[0]
+        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if greedy else 0.7, remasking="low_confidence" if greedy else "random", seed=step)[0]
     answer = text.decode(itertools.takewhile(lambda token: token not in special, ids[len(prompt):]))
     if main:
         tqdm.write(f"step {step}: " + (f"{text.decode(prompt, skip_special_tokens=True)!r} -> {answer!r}" if chat else repr(answer)))

@@ -10,7 +10,7 @@ ModernBERT-base-chat: tulu3 and smoltalk, 1024 tokens, 10 epochs of batches of 3
     python convert_bert.py --dataset=fineweb_edu               continual pretraining on text, or --dataset=notes.txt
     torchrun --nproc_per_node=8 convert_bert.py                the published run
 
-Then: python sample.py --checkpoint=out/bert --chat
+Then: python sample.py --checkpoint=out/bert --chat        and --temperature=0.7 --remasking=random for a small model
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
@@ -45,7 +45,7 @@ compile = "auto"            # auto (on a GPU), True, False: torch.compile
 fsdp = False                # with torchrun: spread weights and optimizer over the processes (FSDP2); False: each has all of them (DDP)
 checkpointing = False       # keep only the blocks' inputs for the backward pass: a third slower, a fraction of the memory
 threads = 0                 # CPU threads; 0: torch's choice
-# data: 0 and nothing take the value from `sizes` below, of a tiny start or of a published one
+# data: here and below, 0 and nothing take the value from `sizes`, of a tiny start or of a published one
 dataset = ""                # chat: pydocs_chat, alpaca, tulu3, smoltalk, opc, FILE.jsonl, mixed by +; text: as in train_scratch.py
 seq_len = 0                 # tokens in a sequence at most
 padding = "eos"             # eos: end-of-text tokens, part of the answer, so that its length is learned (LLaDA, appendix B.1); hidden: nobody sees it
@@ -55,11 +55,11 @@ n_layers = 4                # transformer blocks
 n_heads = 4                 # attention heads
 dim = 128                   # width
 # diffusion
-max_weight = 0.0            # the loss weight is clipped here, the NELBO is not; 0: no clipping
+max_weight = 0.0            # the loss weight is clipped here, the NELBO is not; 0: no clipping, of a tiny start 10
 # optimizer
 batch_size = 0              # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
-optimizer = "adamw"         # adamw or, for small models, muon (AdamW for embeddings, head and norms)
+optimizer = ""              # adamw or, for small models, muon (AdamW for embeddings, head and norms)
 learning_rate = 0.0         # AdamW's peak
 muon_lr = 0.02              # Muon's peak
 weight_decay = 0.0          # of matrices
@@ -91,6 +91,7 @@ if not tiny:
 sizes = {                   # tiny, published
     "dataset": ("pydocs_chat", "tulu3+smoltalk"), "seq_len": (160, min(1024, longest)), "batch_size": (16, 48), "learning_rate": (3e-3, 1e-4),
     "max_minutes": (1.2, 0.0),
+    "optimizer": ("muon", "adamw"), "max_weight": (10.0, 0.0),
 }
 for _name, _values in sizes.items():
     if not settings[_name] and not (_name == "max_minutes" and max_steps):
@@ -227,8 +228,9 @@ def show_sample():
     special = {token for token, added in text.backend.get_added_tokens_decoder().items() if added.special}
     prompt = data.prompt("val", step)[0] if chat else []
     n = min(sample_tokens, seq_len - len(prompt))
+    greedy = chat and not tiny                                      # a small model repeats itself then
     with autocast:
-        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if chat else 1.0, remasking="low_confidence" if chat else "random", seed=step)[0]
+        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if greedy else 0.7, remasking="low_confidence" if greedy else "random", seed=step)[0]
     answer = text.decode(itertools.takewhile(lambda token: token not in special, ids[len(prompt):]))
     if main:
         tqdm.write(f"step {step}: " + (f"{text.decode(prompt, skip_special_tokens=True)!r} -> {answer!r}" if chat else repr(answer)))
