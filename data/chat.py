@@ -105,7 +105,7 @@ def parse_line(line, where):
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
         row = {"messages": exchange(row["prompt"], row["response"])}
     messages = row.get("messages") if isinstance(row, dict) else None
