@@ -180,8 +180,8 @@ else:
 peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
 
 # ---- resume --------------------------------------------------------------------------------------------------------------------
-must_match = {name: settings[name] for name in ("init_from", "objective", "block_length", "shift", "anneal_steps", "seq_len", "padding", "optimizer", "weight_decay",
-                                                "beta2", "seed")}
+must_match = {name: settings[name] for name in ("init_from", "objective", "block_length", "shift", "anneal_steps", "seq_len", "padding",
+                                                "optimizer", "weight_decay", "beta2", "seed")}
 must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
 step, clock, losses = 0, common.Clock(), []
 if resume and sharded:

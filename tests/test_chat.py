@@ -278,6 +278,8 @@ def test_the_error_of_a_ratio():
     ([pair(1), "[]"], "line 2 has neither"),
     ([pair(1), {"prompt": "only"}], "line 2 has neither"),
     ([pair(1), {"messages": [USER | {"content": 5}]}], "line 2 has a message without"),
+    ([pair(1), '{"prompt": "a", "response": "\\ud800"}'], "line 2 has a text that is not Unicode"),
+    ([pair(1), "[" * 100_000], "line 2 is not JSON"),
     ([pair(1), {"messages": [{"role": "robot", "content": "beep"}]}], "line 2 has a message of the unknown role 'robot'"),
     ([{"messages": TALK[:2]}, {"messages": TALK[1:2]}], "no conversation to learn from: it has no response"),
     ([pair(1)], "too short to split"),
