@@ -144,7 +144,9 @@ def init_process(device="auto", threads=0):
         torch.set_num_threads(threads)
     if world_size > 1 and not dist.is_initialized():
         # When a process dies the others see a closed connection at once; when one hangs they wait this long for it.
+        hook = sys.excepthook
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
+        sys.excepthook = hook                                       # torch's own would take away what ours writes
         global _patient
         _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=4))
     return torch.device(device), rank, world_size

@@ -140,7 +140,7 @@ val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
 bytes_per_token = data.val_bytes_per_token(val, text)
 data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
 slices = grad_accum * world_size
-common.check_ranks_agree(device, **{f"the data of {dataset}": data.fingerprint, **{name: settings[name] for name in settings if name != "device"}})
+common.check_ranks_agree(device, **{"the data": data.fingerprint, **{k: v for k, v in settings.items() if k not in ("dataset", "device", "threads")}})
 
 if not (max_steps or max_minutes):
     max_steps = max(1, round(epochs * data.examples["train"] / (batch_size * slices)))

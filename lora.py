@@ -66,7 +66,7 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
             if not 0 <= rank <= min(linear.weight.shape):
                 raise ValueError(f"lora_rank {rank} does not fit blocks.{layer}.{place}, a matrix of {linear.out_features} x {linear.in_features}: "
                                  f"from 0 to {min(linear.weight.shape)} is possible")
-            setattr(parent, leaf, LoRALinear(linear, rank, alpha, dropout))
+            setattr(parent, leaf, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
     return model
 
 
