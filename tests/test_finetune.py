@@ -140,6 +140,8 @@ def test_tiny_dream_in_full(chats, tmp_path):
     model = Transformer.from_pretrained(out)
     assert model.config.family == "Dream" and model.config.shift and model.embed.weight.dtype == torch.float32
     assert difference(Transformer.from_pretrained(tmp_path / "merged").state_dict(), model.state_dict()) == 0
+    succeed(run(SCRIPT, f"--out_dir={out}", f"--merge={tmp_path / 'again'}"))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "merged" / "model.safetensors").read_bytes()
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 400)
     succeed(run(SCRIPT, f"--init_from={out}", f"--dataset={text}", "--lora_rank=2", "--max_steps=3", "--dtype=float32", *small,
@@ -248,9 +250,12 @@ def test_a_damaged_state(tiny, unbroken, tmp_path):
 
 def test_mistakes(tiny, base, unbroken, tmp_path):
     adapter = unbroken()
-    refused(run(SCRIPT, *tiny(tmp_path, "--lora_rank=33")), "lora_rank 33", "32 x 32")
+    results = run_parallel(2, SCRIPT, *tiny(tmp_path, "--lora_rank=33", "--batch_size=2"))
+    assert [result.status for result in results] == [2, 2] and [result.err.count("lora_rank 33 does not fit") for result in results].count(1) == 1, results
     refused(run(SCRIPT, *tiny(adapter, f"--merge={base}")), "merge", "overwritten")
     refused(run(SCRIPT, *tiny(adapter, f"--merge={adapter}")), "merge", "overwritten")
+    refused(run(SCRIPT, *tiny(base, "--lora_rank=0")), "out_dir", "overwritten")
+    refused(run(SCRIPT, *tiny(adapter, "--lora_rank=0")), "an adapter of another run")
     refused(run(SCRIPT, *tiny(tmp_path, f"--init_from={adapter}")), "is an adapter", "--merge")
     refused(run(SCRIPT, *tiny(adapter, "--resume", "--lora_rank=2")), "cannot resume", "lora_rank was 4")
     other = make_base(tmp_path / "other", "llada", dim=64)
