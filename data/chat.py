@@ -103,9 +103,9 @@ def read_jsonl(path):
 
 def parse_line(line, where):
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
         row = {"messages": exchange(row["prompt"], row["response"])}
     messages = row.get("messages") if isinstance(row, dict) else None
@@ -119,6 +119,8 @@ def check_messages(messages, where="it"):
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f'{where} has a message without "role" and "content", two texts')
+        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
+            raise ValueError(f"{where} has a text that is not Unicode: it holds half of a surrogate pair")
         if message.get("role") not in ROLES:
             raise ValueError(f"{where} has a message of the unknown role {message.get('role')!r}; the roles are {', '.join(ROLES)}")
 

@@ -537,6 +537,8 @@ def prepare(dataset="pydocs", tokenizer="bpe", vocab_size=2048, max_tokens=None,
     from data.chat import is_chat, prepare_chat
 
     if is_chat(dataset):
+        if max_tokens is not None:
+            raise ValueError(f"max_tokens bounds text; of conversations take a part by {dataset}[train:1000]")
         return prepare_chat(dataset, tokenizer, root, vocab_size)
     name, source, start = find_dataset(dataset)
     if max_tokens is not None and start not in STREAMED:

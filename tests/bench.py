@@ -311,6 +311,35 @@ print(peak() - before, (time.perf_counter() - start) / 3)
         print(f"{name:18} {megabytes:6.0f} MB, {base[0] / megabytes:4.1f} times less   {seconds:5.2f} s, {base[1] / seconds:4.2f} times faster")
 
 
+@command
+def block():
+    """A training step of block diffusion against one of masked diffusion, the same tokens: the small CPU model; on a GPU T 1024, blocks of 32."""
+    from diffusion import block_loss, mdlm_loss
+    gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16
+    sizes = [(1024, 16, 32, dict(dim=768, n_layers=12, n_heads=12))] if gpu else [(128, 16, 4, {}), (512, 4, 32, {})]
+    for T, B, length, config in sizes:
+        config = Config(vocab_size=2048, mask_token_id=2047, max_len=T, **{**dict(dim=192, n_layers=4, n_heads=4), **config})
+        model = Transformer(config).init_weights().to(device)
+        if gpu:
+            model.compile_blocks()                                  # flex_attention that is not compiled makes all scores
+        tokens = torch.randint(0, 2047, (B, T), device=device)
+
+        def step(loss, *arguments):
+            with torch.autocast(device.type, dtype):
+                loss(model, tokens, *arguments).loss.backward()
+            model.zero_grad(set_to_none=True)
+            if gpu:
+                torch.cuda.synchronize()
+
+        times = interleaved({"mdlm": lambda: step(mdlm_loss), "bd3lm": lambda: step(block_loss, length)}, rounds=9 if not gpu else 30, warmup=3)
+        wall, cpu = (times["bd3lm"][i] / times["mdlm"][i] for i in (0, 1))
+        print(f"T {T}, B {B}, blocks of {length}, D {config.dim}, bf16 on {device.type}: mdlm {times['mdlm'].median * 1e3:.1f} ms, "
+              f"bd3lm {times['bd3lm'].median * 1e3:.1f} ms, {wall:.2f} times as long ({cpu:.2f} in CPU time)", flush=True)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+            step(block_loss, length)
+            print(f"peak memory of a bd3lm step {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
 # ---- fine-tuning ------------------------------------------------------------------------------------------------------------
 
 _STEP = """

@@ -1,6 +1,10 @@
 """Conversations: where their responses are, how they are stored, what a batch of them looks like, and what is wrong with some."""
 import itertools
 import json
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +100,18 @@ def test_off_line(tmp_path, monkeypatch):
         with pytest.raises(ConnectionError, match="pydocs_chat"):
             prepare_chat(name, "byte", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_command_line(tmp_path):
+    path = write(tmp_path / "talk.jsonl", *map(pair, range(20)))
+    said = lambda *arguments: subprocess.run([sys.executable, chat_module.text_sets.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path,  # noqa: E731
+                                             env=os.environ | {"UNMASK_DATA": str(tmp_path / "p")})
+    result = said("talk.jsonl", "--tokenizer=byte")
+    assert result.returncode == 0 and result.stderr == "" and texts(result.stdout.splitlines()[-1], "val")
+    listed = said("--help").stdout
+    assert all(re.search(rf"^  {name} +\S", listed, re.MULTILINE) for name in ("pydocs_chat", "alpaca", "tulu3", "smoltalk", "opc"))
+    write(path, "{")
+    assert said("talk.jsonl").stderr == "error: talk.jsonl, line 1 is not JSON: Expecting property name enclosed in double quotes\n"
 
 
 # ---------------------------------------------------------------- where the responses are
@@ -262,6 +278,8 @@ def test_the_error_of_a_ratio():
     ([pair(1), "[]"], "line 2 has neither"),
     ([pair(1), {"prompt": "only"}], "line 2 has neither"),
     ([pair(1), {"messages": [USER | {"content": 5}]}], "line 2 has a message without"),
+    ([pair(1), '{"prompt": "a", "response": "\\ud800"}'], "line 2 has a text that is not Unicode"),
+    ([pair(1), "[" * 100_000], "line 2 is not JSON"),
     ([pair(1), {"messages": [{"role": "robot", "content": "beep"}]}], "line 2 has a message of the unknown role 'robot'"),
     ([{"messages": TALK[:2]}, {"messages": TALK[1:2]}], "no conversation to learn from: it has no response"),
     ([pair(1)], "too short to split"),
@@ -285,6 +303,8 @@ def test_bad_settings(many, tmp_path):
             prepare_chat(name, "byte", tmp_path)
     with pytest.raises(FileNotFoundError, match="pydocs_chat"):
         prepare("pydoc_chat", "byte", root=tmp_path)
+    with pytest.raises(ValueError, match="train:1000"):
+        prepare("alpaca", "byte", max_tokens=5, root=tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["train.index", "val.mask", "meta.json", "train.bin"])

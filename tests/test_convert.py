@@ -71,6 +71,26 @@ def convert(*arguments, **options):
     return result
 
 
+class StopAt:
+    """Asks its process to stop, as Ctrl-C does, when the n-th batch is read."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self):
+        import os
+
+        from data.chat import ChatDataset
+        batch = ChatDataset.batch
+
+        def counted(*arguments, **options):
+            self.n -= 1
+            if self.n == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch(*arguments, **options)
+        ChatDataset.batch = counted
+
+
 def ask(path):
     sys.stdin = open(path)
 
@@ -189,6 +209,20 @@ def test_two_processes_are_one(short, tmp_path, script, settings):
     for name in ("accumulated", "parallel"):
         assert equal(rows(tmp_path / name), rows(tmp_path / "whole"), 2e-5), name
         assert equal(state_of(tmp_path / name)["model"], state_of(tmp_path / "whole")["model"], 2e-4), name
+
+
+@pytest.mark.parametrize(("script", "settings"), [("convert_bert.py", ()), ("convert_ar.py", ("--objective=bd3lm", "--block_length=8"))])
+def test_a_sharded_run_is_the_same(short, tmp_path, script, settings):
+    """FSDP2 on two processes gives what one gives, goes on where it stopped, and leaves a whole model."""
+    convert(*short(script, tmp_path / "whole", *settings, "--batch_size=4"))
+    sharded = short(script, tmp_path / "sharded", *settings, "--batch_size=2", "--fsdp=True", "--sample_tokens=2")
+    deaths = run_parallel(2, *sharded, before=StopAt(5))
+    assert [result.status for result in deaths] == [0, 0] and "stopped at step" in deaths[0].out, deaths
+    results = run_parallel(2, *sharded, "--resume=True")
+    assert [result.status for result in results] == [0, 0], results
+    assert equal(rows(tmp_path / "sharded"), rows(tmp_path / "whole"), 5e-4)
+    models = [Transformer.from_pretrained(tmp_path / name).state_dict() for name in ("sharded", "whole")]
+    assert equal(*(dict(model) for model in models), 2e-3)
 
 
 # ---------------------------------------------------------------- mistakes
