@@ -416,6 +416,7 @@ def rescale(eta, most):
 REMASK_SCHEDULES = {"cap": cap, "rescale": rescale}
 
 
+@functools.lru_cache(maxsize=2**12)
 def reverse_step(step, steps, eta=0.0, schedule="cap"):
     """(chance that a mask is written, chance sigma that a written token is masked again) in the step from time t to s, floats.
 
