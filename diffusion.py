@@ -334,7 +334,8 @@ def sample_tokens(logits, temperature, uniform):
     if temperature == 0:
         return logits.argmax(dim=-1)
     N, V = logits.shape
-    p = F.pad((logits / temperature).softmax(dim=-1), (0, -V % 512)).view(N, -1, 512)               # [N, pieces, 512]
+    p = (logits / temperature).softmax(dim=-1)
+    p = (F.pad(p, (0, -V % 512)) if V % 512 else p).view(N, -1, 512)                                # [N, pieces, 512]
     cumulative = p.sum(-1, dtype=torch.float64).cumsum(-1)                                          # [N, pieces]
     target = uniform.to(logits.device, torch.float64)[:, None] * cumulative[:, -1:]
     piece = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)   # [N, 1]
