@@ -2,15 +2,18 @@
 
 Candidates are compared in one run, in turns, so that whatever else the machine does hits all of them alike.
 """
+import http.client
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,12 +22,14 @@ sys.path.insert(0, str(ROOT))
 # glibc gives large freed blocks back to the system and asks for them anew at the next step. Whether it does is luck, hits either
 # candidate and can cost more than all that is compared (the same silu took 19 or 398 ms). So it is told to keep what it has; it
 # reads that when a process starts, hence the second start.
-KEEP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "200000000"}
+KEEP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "200000000",
+        "GOMP_SPINCOUNT": "10000"}      # and threads that wait do not keep the cores from each other, see common.py
 if __name__ == "__main__" and "MALLOC_TRIM_THRESHOLD_" not in os.environ and sys.argv[1:2] != ["load"]:
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
 
 import torch  # noqa: E402
 
+from data.tokenizer import Tokenizer  # noqa: E402
 from model import Cache, Config, Transformer  # noqa: E402
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))     # of the machine's cores
@@ -354,7 +359,7 @@ SAMPLE_MASK = 126336
 def sample_model(vocab_size=126464, mask_id=SAMPLE_MASK, max_len=512):
     model = Transformer(Config(vocab_size=vocab_size, dim=256, n_layers=4, n_heads=4, qk_norm=False, mask_token_id=mask_id, max_len=max_len))
     torch.nn.init.normal_(model.init_weights().head.weight, std=0.05)
-    return model, torch.randint(0, vocab_size - 400, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    return model, torch.randint(0, vocab_size - 200, (64,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def sample_published(tokens):
@@ -390,11 +395,12 @@ def sample_cache(tokens):
 def sample_batch(tokens):
     from diffusion import generate
     model, prompt = sample_model(260, 257)
-    prompt = [token % 256 for token in prompt[:32]]
-    batch = lambda n: generate(model, [prompt] * n, tokens, tokens, 32, seed=0)
-    times = interleaved({"1": lambda: batch(1), "8": lambda: batch(8)}, rounds=5, warmup=1)
-    print(f"D 256, bytes: batch 1 {tokens / times['1'].median:.0f} tokens/s, batch 8 {8 * tokens / times['8'].median:.0f}, "
-          f"{8 * times['1'].median / times['8'].median:.2f} x (goal 2.5)")
+    prompt = prompt[:32]
+    for cache in (None, "dual"):
+        batch = lambda n: generate(model, [prompt] * n, tokens, tokens, 32, cache=cache, seed=0)
+        times = interleaved({"1": lambda: batch(1), "8": lambda: batch(8)}, rounds=3, warmup=1)
+        print(f"D 256, bytes, cache {cache}: batch 1 {tokens / times['1'].median:.0f} tokens/s, batch 8 {8 * tokens / times['8'].median:.0f}, "
+              f"{8 * times['1'].median / times['8'].median:.2f} x (goal 2.5)", flush=True)
 
 
 @command
@@ -404,6 +410,56 @@ def sample():
     parts = {"published": sample_published, "cache": sample_cache, "batch": sample_batch}
     for name in [part for part in sys.argv[2:3] if part in parts] or parts:
         parts[name](int(sys.argv[3]) if len(sys.argv) > 3 else 128)
+
+
+def ask(port, body, path="/v1/completions"):
+    """(status, completion tokens, seconds) of a request."""
+    start, connection = time.perf_counter(), http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    tokens = json.loads(text)["usage"]["completion_tokens"] if response.status == 200 and text[:1] == b"{" else 0
+    return response.status, tokens, time.perf_counter() - start
+
+
+@command
+def serve():
+    """sample.py --serve, D 256 bytes: 1 and 32 clients, with and without seeds; 500 mixed requests, errors, memory; `serve [new tokens]`."""
+    new_tokens = int(sys.argv[2]) if len(sys.argv) > 2 else 32
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        sample_model(260, 257)[0].save_pretrained(folder)
+        Tokenizer.bytes().save_pretrained(folder)
+        server = subprocess.Popen([sys.executable, "sample.py", f"--checkpoint={folder}", f"--serve={port}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            server.stdout.readline()                                # it listens
+            body = {"prompt": "Once upon a time", "max_tokens": new_tokens, "temperature": 0.7, "suppress": "eos"}
+            ask(port, body)
+            for clients, seeded in ((1, False), (32, False), (32, True)):
+                with ThreadPoolExecutor(clients + 1) as pool:
+                    start, count = time.perf_counter(), max(clients, 8)
+                    answers = pool.map(lambda i: ask(port, {**body, **({"seed": i} if seeded else {})}), range(count))    # noqa: B023
+                    page = pool.submit(lambda: time.sleep(0.2) or ask(port, None, "/")).result()
+                    answers = list(answers)
+                seconds = time.perf_counter() - start
+                assert all(status == 200 for status, _, _ in answers) and page[0] == 200
+                print(f"{clients:2} clients{', seeded' * seeded:8}: {sum(n for _, n, _ in answers) / seconds:7.1f} tokens/s, longest answer "
+                      f"{max(s for _, _, s in answers):5.2f} s, the page meanwhile {page[2] * 1e3:.0f} ms", flush=True)
+            memory = lambda: next(int(line.split()[1]) for line in open(f"/proc/{server.pid}/status") if line.startswith("VmRSS")) / 1024
+            kinds = [("/v1/completions", {"prompt": "ab"}), ("/v1/completions", {"prompt": "", "stream": True}), ("/generate", {"prompt": "a[MASK:4]b"}),
+                     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}), ("/v1/completions", {"prompt": "a", "seed": 1, "n": 2})]
+            mixed = lambda i: ask(port, {**kinds[i % 5][1], "max_tokens": 8}, kinds[i % 5][0])[0]
+            with ThreadPoolExecutor(32) as pool:
+                list(pool.map(mixed, range(200)))                   # until every buffer has its size
+                before = memory()
+                wrong = sum(status != 200 for status in pool.map(mixed, range(500)))
+            print(f"500 mixed requests of 32 clients: {wrong} errors, memory {before:.0f} MB before and {memory():.0f} MB after")
+        finally:
+            server.terminate()
+            server.wait()
 
 
 if __name__ == "__main__":
