@@ -157,7 +157,7 @@ def watched(begin=0):
 def write_html(path, trace):
     """The run as one self-contained page."""
     data = json.dumps({"title": checkpoint, "settings": {k: v for k, v in arguments.items() if v is not None}, "messages": trace.messages})
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = (Path(__file__).with_name("serve") / "page.html").read_text(encoding="utf-8")
     page = page.replace("/*TRACE*/ null", data.replace("<", "\\u003c"))     # no text can end the script element
     write_atomically(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
 
@@ -219,7 +219,7 @@ if chat:
 
 # ---- serve ---------------------------------------------------------------------------------------------------------------------
 if serve:
-    from serve import serve_forever
+    from serve.server import serve_forever
     serve_forever(sampler, settings)
     sys.exit()
 

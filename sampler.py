@@ -1,6 +1,6 @@
 """A checkpoint that can be asked: text -> tokens with masks -> text, and a record of every step on the way.
 
-sample.py (terminal, chat, trace) and serve.py (web page, OpenAI's API) are two faces of `Sampler`; the mathematics is in diffusion.py.
+sample.py (terminal, chat, trace) and serve/ (web page, OpenAI's API) are two faces of `Sampler`; the mathematics is in diffusion.py.
 """
 import functools
 import math

@@ -368,4 +368,4 @@ def test_no_mask_token_anywhere():
 
 
 def test_the_page_has_its_placeholder():
-    assert (ROOT / "page.html").read_text(encoding="utf-8").count("/*TRACE*/ null") == 1
+    assert (ROOT / "serve" / "page.html").read_text(encoding="utf-8").count("/*TRACE*/ null") == 1
