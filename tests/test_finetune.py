@@ -107,11 +107,11 @@ def test_tiny_llada_from_nothing_to_a_merged_model(chats, tmp_path):
     """README's first command, shorter; then sample.py with the adapter, as a folder of its own, and merged: the same answer."""
     out, merged = tmp_path / "out", tmp_path / "merged"
     result = succeed(run(SCRIPT, "--init_from=tiny", f"--dataset={chats}", "--vocab_size=300", "--dtype=float32", "--threads=1", f"--out_dir={out}",
-                         "--max_steps=60", "--eval_interval=20", "--batch_size=8", "--seq_len=64", "--sample_tokens=8", "--lora_rank=8",
+                         "--max_steps=30", "--eval_interval=10", "--batch_size=8", "--seq_len=64", "--sample_tokens=8", "--lora_rank=8",
                          "--lora_targets=q,v,up,down"))
     assert re.fullmatch(r"val nelbo \d+\.\d{4} \+- \d+\.\d{4} nats/token, \d+\.\d{3} bits/byte", result.out.splitlines()[-1])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in log] == [20, 40, 60] and log[-1]["val_nelbo"] < log[0]["val_nelbo"] and len(re.findall("step .*->", result.out)) == 3
+    assert [row["step"] for row in log] == [10, 20, 30] and log[-1]["val_nelbo"] < log[0]["val_nelbo"] and len(re.findall("step .*->", result.out)) == 3
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "train_state", "base"} <= {file.name for file in out.iterdir()}
 
     before = learned(out)
