@@ -86,7 +86,10 @@ def test_the_hub_is_streamed(tmp_path, monkeypatch):
     train = texts(folder, "train")
     assert sum("do " in given for given, _ in train) == 50 and train[0][0].endswith("user\ndo 0<|im_end|>\n<|im_start|>assistant\n")
     assert "do 1\n\nthis" in train[1][0] and train[1][1] == "done 1<|im_end|>\n"
-    assert sum(ChatDataset(folder, 99).meta["left_out"].values()) == 2
+    data, tokenizer = ChatDataset(folder, 99), Tokenizer.from_pretrained(folder)
+    assert sum(data.meta["left_out"].values()) == 2
+    few = [tokenizer.decode(row) for row in data.val_batch(4).tokens]                           # from all over the mixture
+    assert len(few) == 4 and any("user\ndo" in text for text in few) and any("user\nq" in text for text in few)
     assert len(list(chat_module.opc())) == 4 * 9
 
 
