@@ -5,6 +5,7 @@
 Byte level, T 128, 4 layers, D 128, on one thread (two runs side by side fill two cores and do not disturb each other). An arm is
 a name below. Each line of OUT: arm, seed, validation NELBO in nats/byte with the true weights, its standard error, tokens/s.
 """
+import copy
 import json
 import sys
 import time
@@ -24,7 +25,7 @@ from diffusion import ar_loss, mask_tokens, mdlm_loss, nelbo, sample_t  # noqa: 
 from model import Config, Transformer  # noqa: E402
 
 BASE = dict(optimizer="muon", muon_lr=0.02, lr=3e-3, beta2=0.99, weight_decay=0.0, decay="linear", decay_from=0.0, warmup=0.02, batch=32, t="stratified",
-            max_weight=10.0, weight_power=1.0, init="ours", config={}, objective="mdlm", grad_clip=1.0, qkv_fused=False, momentum=0.95)
+            max_weight=10.0, weight_power=1.0, init="ours", config={}, objective="mdlm", grad_clip=1.0, momentum=0.95, ema=0.0, softcap=0.0)
 PLAIN = dict(optimizer="adamw", lr=1e-3, decay="cosine", t="uniform", max_weight=None, init="gpt2", weight_decay=0.1, config=dict(qk_norm=False))
 ARMS = {
     "recipe": {}, "plain": PLAIN,
@@ -39,7 +40,7 @@ ARMS = {
     "no q/k norm": dict(config=dict(qk_norm=False)), "theta 1000": dict(config=dict(rope_theta=1000.0)), "theta 100": dict(config=dict(rope_theta=100.0)),
     "2 heads": dict(config=dict(n_heads=2)), "8 heads": dict(config=dict(n_heads=8)), "relu^2": dict(config=dict(gated=False, activation="relu2")),
     "gelu": dict(config=dict(gated=False, activation="gelu")), "tied": dict(config=dict(tie_embeddings=True)),
-    "autoregressive": dict(objective="ar"),
+    "autoregressive": dict(objective="ar"), "ema 0.99": dict(ema=0.99), "soft-cap 15": dict(softcap=15.0),
 }
 model_module.ACTIVATIONS["relu2"] = lambda x: F.relu(x).square()
 
@@ -52,6 +53,17 @@ def draw_t(kind, n, progress, generator):
     if kind == "low":                       # more of the small t, weighed down by as much
         return sample_t((n,), generator) ** 1.5
     return sample_t((n,), generator)
+
+
+class SoftCap(nn.Module):
+    """A model whose logits are bent to stay within +- cap (Gemma 2)."""
+
+    def __init__(self, model, cap):
+        super().__init__()
+        self.model, self.config, self.cap = model, model.config, cap
+
+    def forward(self, tokens, **options):
+        return self.cap * torch.tanh(self.model(tokens, **options).float() / self.cap)
 
 
 def run(arm, text, seed, updates):
@@ -68,12 +80,13 @@ def run(arm, text, seed, updates):
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     if o["optimizer"] == "muon":
-        optimizers = [torch.optim.Muon(matrices, lr=o["muon_lr"], weight_decay=o["weight_decay"], momentum=o["momentum"]),
+        optimizers = [common.Muon(matrices, lr=o["muon_lr"], momentum=o["momentum"], weight_decay=o["weight_decay"]),
                       torch.optim.AdamW(others, lr=o["lr"], betas=(0.9, o["beta2"]), weight_decay=0.0, fused=True)]
     else:
         optimizers = [torch.optim.AdamW(model.parameters(), lr=o["lr"], betas=(0.9, o["beta2"]), weight_decay=o["weight_decay"], fused=True)]
     peaks = [[g["lr"] for g in opt.param_groups] for opt in optimizers]
-    B = o["batch"]
+    B, ema = o["batch"], copy.deepcopy(model) if o["ema"] else None
+    model = SoftCap(model, o["softcap"]) if o["softcap"] else model
     updates = updates * 32 // B             # equal tokens, which is about equal minutes
     start = time.perf_counter()
     for step in range(updates):
@@ -105,8 +118,10 @@ def run(arm, text, seed, updates):
         for opt in optimizers:
             opt.step()
             opt.zero_grad(set_to_none=True)
+        for average, p in zip(ema.parameters() if ema else (), model.parameters()):
+            average.data.lerp_(p.data, 1 - o["ema"])
     seconds = time.perf_counter() - start
-    model.eval()
+    model = (ema or model).eval()
     with torch.autocast("cpu", torch.bfloat16):
         value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
     return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4), tokens_per_s=round(updates * B * T / seconds), updates=updates)

@@ -179,6 +179,31 @@ def test_shapes_of_the_decay():
     assert common.learning_rate_factor(0.25, 0, "cosine") == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
 
 
+# ---------------------------------------------------------------- Muon
+
+def test_muon_is_torchs_muon():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda shape: torch.randn(shape, generator=generator)
+    shapes = [(16, 16), (44, 16), (16, 44), (16, 16)]                # square, tall, wide, and two that are stacked
+    ours = [torch.nn.Parameter(draw(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = common.Muon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = draw(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)          # stacked products may round otherwise
+
+
+def test_orthogonal():
+    x = common.orthogonal(torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0)))
+    values = torch.linalg.svdvals(x.float())
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
 # ---------------------------------------------------------------- state
 
 STATE = {"model": {"w": torch.arange(6.0).view(2, 3)}, "step": 7, "settings": {"dim": 64, "objective": "mdlm"}}
