@@ -242,25 +242,39 @@ def mask_token_id(model):
 
 
 @torch.no_grad()
-def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32):
+def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, attention_mask=None):
     """(bound in nats per token, its standard error) for tokens int64 [N, T]; exact for an autoregressive model.
 
     Masks exactly k of T tokens, k uniform on 1..T, and weighs by T / k: the same bound with less variance than times and
     coin flips, for integrating over t leaves each set of k tokens the weight (k-1)! (T-k)! / T! (LLaDA, eq. 6 and appendix A.2).
     k is spread evenly over rows and samples. The standard error is over the rows: of this estimate, for text like this.
+
+    maskable        bool [N, T], what is scored given the rest: the responses of conversations. Then nats and tokens are summed over
+                    all rows before they are divided, and the error is that of this ratio. Raises ValueError if there is none.
+    attention_mask  bool [N, T], false for padding behind a row's end, which nobody sees.
     """
     N = len(tokens)
+    maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
     generator = torch.Generator().manual_seed(seed)
     draws = 1 if _config(model).causal else num_samples
-    estimates = torch.zeros(N, draws, dtype=torch.float64)
+    nats, counts = torch.zeros(N, draws, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
     for sample in range(draws):
         for start in range(0, N, batch_size):
-            rows = slice(start, start + batch_size)
-            everything = torch.ones(tokens[rows].shape, dtype=torch.bool)
-            nats, count = _bound(model, tokens[rows], everything, generator)
-            estimates[rows, sample] = nats.double().cpu() / count
-    spread = estimates.mean(1) if N > 1 else estimates[0]
-    return estimates.mean().item(), (spread.std() / math.sqrt(len(spread))).item() if len(spread) > 1 else float("nan")
+            rows, shown = slice(start, start + batch_size), None
+            width = tokens.shape[1]
+            if attention_mask is not None:                          # no wider than the longest row of this batch
+                width = int(attention_mask[rows].sum(1).max())
+                shown = attention_mask[rows, :width]
+            estimate, count = _bound(model, tokens[rows, :width], maskable[rows, :width], generator, shown)
+            nats[rows, sample], counts[rows] = estimate.double().cpu(), count.double().cpu()
+    if not counts.sum():
+        raise ValueError("there is no token to score")
+    value = nats.sum() / (counts.sum() * draws)
+    if N == 1:                                                      # the spread of the draws
+        return value.item(), (nats[0] / counts[0]).std().item() / math.sqrt(draws) if draws > 1 else float("nan")
+    # A ratio of sums r = sum n_i / sum c_i has the standard error sqrt(N / (N - 1) * sum (n_i - r c_i)^2) / sum c_i.
+    residual = nats.mean(1) - value * counts
+    return value.item(), (residual.square().sum() * N / (N - 1)).sqrt().item() / counts.sum().item()
 
 
 @torch.no_grad()

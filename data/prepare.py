@@ -189,10 +189,14 @@ def shuffled(documents):
 def split_by_hash(documents, val_fraction):
     """Each document to a split by its hash alone: copies go together, wherever in a stream they are."""
     for text in documents:
-        is_val = int.from_bytes(digest(text)[-8:], "big") < val_fraction * 2**64
-        split = "val" if is_val else "train"
+        split = "val" if hash_fraction(text) < val_fraction else "train"
         yield split, text
         yield split, None
+
+
+def hash_fraction(text):
+    """A number in [0, 1) that follows from the text alone, evenly spread over texts."""
+    return int.from_bytes(digest(text)[-8:], "big") / 2**64
 
 
 def split_files(files):
@@ -282,14 +286,18 @@ def download(url, path):
 
 def stream(repository, **options):
     """The documents of a data set on the Hugging Face hub, one by one as they arrive."""
+    return split_by_hash((row["text"] for row in stream_rows(repository, **options)), STREAM_VAL_FRACTION)
+
+
+def stream_rows(repository, **options):
+    """The rows of a data set on the hub, dicts. ConnectionError off-line."""
     try:
         import datasets
     except ImportError:
         raise ValueError(f"{repository} needs a package: pip install datasets") from None
     try:
         check_online(f"{datasets.config.HF_ENDPOINT}/api/datasets/{repository}")
-        rows = datasets.load_dataset(repository, split="train", streaming=True, **options)
-        yield from split_by_hash((row["text"] for row in rows), STREAM_VAL_FRACTION)
+        yield from datasets.load_dataset(repository, split="train", streaming=True, **options)
     except Exception as error:  # noqa: BLE001  the library raises many kinds, and each means that no data came
         raise offline(repository, error) from None
 
@@ -305,8 +313,8 @@ def check_online(url):
 
 def offline(source, error):
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return ConnectionError(f"cannot fetch {source} ({reason}): try again with a network, or take pydocs, pystdlib or a "
-                           "text file of your own, which need none")
+    return ConnectionError(f"cannot fetch {source} ({reason}): try again with a network, or take pydocs, pystdlib, "
+                           "pydocs_chat or a file of your own, which need none")
 
 
 # ---------------------------------------------------------------- writing
@@ -386,7 +394,11 @@ def write_dataset(folder, pieces, tokenizer, vocab_size, max_tokens, facts):
         head = next(batches(pieces, BPE_BYTES), [])
         tokenizer = Tokenizer.train((text for split, text in head if split == "train" and text), vocab_size)
         pieces = itertools.chain(head, pieces)
-    writers = write_tokens(pieces, tokenizer, folder, max_tokens)
+    write_meta(folder, write_tokens(pieces, tokenizer, folder, max_tokens), tokenizer, facts)
+
+
+def write_meta(folder, writers, tokenizer, facts):
+    """The tokenizer and meta.json, beside the token files that are written; ValueError if a split is empty."""
     counts = {name: {split: getattr(writers[split], name) for split in SPLITS}
               for name in ("tokens", "bytes", "documents")}
     if not all(counts["bytes"].values()):
@@ -415,9 +427,23 @@ def is_prepared(folder):
     return True
 
 
-def install(temporary, folder):
-    """Give a finished folder its name. Renaming is atomic: whoever is killed, or prepares the same at once, leaves
-    either nothing or a whole data set under that name."""
+def make_dataset(folder, fill, is_prepared=is_prepared):
+    """Have fill(temporary folder) write a data set and give it its name. Renaming is atomic: whoever is killed, or
+    prepares the same at once, leaves either nothing or a whole data set under that name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent, f".{folder.name}-")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)           # mkdtemp makes it private
+        fill(temporary)
+        install(temporary, folder, is_prepared)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def install(temporary, folder, is_prepared):
+    """Rename a finished folder; what stands there damaged goes out of the way."""
     if folder.exists() and not is_prepared(folder):
         with contextlib.suppress(FileNotFoundError):
             folder.rename(f"{temporary}.old")        # damaged: out of the way
@@ -438,8 +464,10 @@ def remove_leftovers(root, prefix):
 
 # ---------------------------------------------------------------- choosing
 
-def prepared_root():
-    """Where data sets are kept: $UNMASK_DATA, or data/prepared, or a cache folder if the repository is read-only."""
+def prepared_root(root=None):
+    """Where data sets are kept: `root`, $UNMASK_DATA, data/prepared, or a cache folder if the repository is read-only."""
+    if root is not None:
+        return Path(root)
     if "UNMASK_DATA" in os.environ:
         return Path(os.environ["UNMASK_DATA"])
     here = Path(__file__).resolve().parent
@@ -468,8 +496,10 @@ def find_dataset(dataset):
         return dataset, DATASETS[dataset].__doc__, DATASETS[dataset]
     path = Path(dataset).expanduser()
     if not dataset or not path.exists():
-        raise FileNotFoundError(f"no data set, file or folder called {dataset!r}{did_you_mean(dataset, DATASETS)} "
-                                f"(the data sets are {', '.join(DATASETS)})")
+        from data.chat import CHAT_SETS
+        known = [*DATASETS, *CHAT_SETS]
+        raise FileNotFoundError(f"no data set, file or folder called {dataset!r}{did_you_mean(dataset, known)} "
+                                f"(the data sets are {', '.join(known)})")
     files = {file_digest(file): file for file in text_files(path)}
     # The name holds the content: two files of one name never meet, and a file that changed is prepared again.
     name = f"{file_name(path.resolve().stem)}-{short_hash(b''.join(sorted(files)))}"
@@ -477,7 +507,9 @@ def find_dataset(dataset):
 
 
 def find_tokenizer(tokenizer, vocab_size):
-    """(name, the Tokenizer, or "bpe" for one still to be learned) of a tokenizer's name or a checkpoint's folder."""
+    """(name, the Tokenizer, or "bpe" for one still to be learned) of a tokenizer, its name or a checkpoint's folder."""
+    if isinstance(tokenizer, Tokenizer):
+        return short_hash(tokenizer.backend.to_str().encode()), tokenizer
     tokenizer = str(tokenizer)
     if tokenizer == "bpe":
         check_vocab_size(vocab_size)             # now, not after a download
@@ -497,39 +529,37 @@ def find_tokenizer(tokenizer, vocab_size):
 def prepare(dataset="pydocs", tokenizer="bpe", vocab_size=2048, max_tokens=None, root=None):
     """The folder (a Path) of a prepared data set, for TokenDataset and Tokenizer.from_pretrained; made if need be.
 
-    dataset: a name in DATASETS, or a text file or folder. tokenizer: "bpe" (learned from the training split, vocab_size
-    ids), "byte", "gpt2", or a checkpoint's folder. max_tokens: how much of a streamed data set to take. root: where
-    prepared data sets are kept. Raises ValueError, FileNotFoundError or another OSError (off-line, disk full).
+    dataset: a name in DATASETS, a text file or folder, or chat data as data/chat.py describes it. tokenizer: "bpe"
+    (learned from the training split, vocab_size ids), "byte", "gpt2", a checkpoint's folder, or a Tokenizer. max_tokens:
+    how much of a streamed text to take. root: where prepared data sets are kept. Raises ValueError, FileNotFoundError
+    or another OSError (off-line, disk full).
     """
+    from data.chat import is_chat, prepare_chat
+
+    if is_chat(dataset):
+        return prepare_chat(dataset, tokenizer, root, vocab_size)
     name, source, start = find_dataset(dataset)
     if max_tokens is not None and start not in STREAMED:
         raise ValueError(f"max_tokens bounds what is streamed, as tinystories; {name} is taken whole")
     tokenizer_name, tokenizer = find_tokenizer(tokenizer, vocab_size)
-    root = Path(root) if root is not None else prepared_root()
-    folder = root / "-".join([name, tokenizer_name, *([str(max_tokens)] if max_tokens is not None else [])])
+    folder = prepared_root(root) / "-".join([name, tokenizer_name, *([str(max_tokens)] if max_tokens is not None else [])])
     if is_prepared(folder):
         return folder
     if start in STREAMED and max_tokens is None:
         max_tokens = MAX_TOKENS
-    root.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(root, f".{folder.name}-")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-    try:
-        temporary.chmod(0o755)           # mkdtemp makes it private
-        facts = {"name": name, "source": source, "tokenizer": tokenizer_name}
-        write_dataset(temporary, start(), tokenizer, vocab_size, max_tokens, facts)
-        install(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    facts = {"name": name, "source": source, "tokenizer": tokenizer_name}
+    return make_dataset(folder, lambda path: write_dataset(path, start(), tokenizer, vocab_size, max_tokens, facts))
 
 
 # ---------------------------------------------------------------- the command line
 
 def parse_arguments():
-    names = "\n".join(f"  {name:12} {function.__doc__}" for name, function in DATASETS.items())
+    from data.chat import CHAT_SETS
+
+    names = "\n".join(f"  {name:12} {function.__doc__}" for name, function in (DATASETS | CHAT_SETS).items())
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     epilog=f"data sets:\n{names}\n  PATH         a text file, or a folder of them",
+                                     epilog=f"data sets:\n{names}\n  PATH         a text file or a folder of them; conversations if its "
+                                            "name ends in .jsonl (see data/chat.py)",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="NAME_OR_PATH", help="a data set below, a text file or a folder of them")
     parser.add_argument("--tokenizer", default="bpe", help="bpe (learned here), byte, gpt2, or a checkpoint's folder")

@@ -191,6 +191,11 @@ class Tokenizer:
             self.add_special_tokens([MASK])
         return self.mask_token_id
 
+    def add_chat_tokens(self):
+        """Make the tokens of our own chat template special, where it is used because the checkpoint brought none."""
+        if self.chat_templates == {"default": CHAT_TEMPLATE}:
+            self.add_special_tokens([IM_START, IM_END])
+
     def save_pretrained(self, folder):
         """Write tokenizer.json and tokenizer_config.json; from_pretrained and transformers' AutoTokenizer read them."""
         folder = Path(folder)
@@ -481,11 +486,17 @@ def render_template(text, variables, seconds=5.0):
     for `seconds` at most. Whatever goes wrong in it is one ValueError."""
     try:
         with _deadline(seconds):
-            return _sandbox().from_string(text).render(**variables)
+            return _compile(text).render(**variables)
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001  the template is a program: it can raise anything
         raise ValueError(f"the chat template failed: {_one_line(error)}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(text):
+    """Compiling a template takes far longer than rendering it."""
+    return _sandbox().from_string(text)
 
 
 @functools.cache
