@@ -1,12 +1,17 @@
 """What every script needs and no lesson lives in: settings, errors, processes, the learning-rate schedule, resume state, the log."""
 import ast
 import contextlib
+import datetime
 import difflib
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -72,22 +77,50 @@ def _describe(file, defaults):
 def show_errors_in_one_line():
     """A user's mistake (ValueError, OSError, a missing package) ends with `error: ...` and status 2, a number that is not finite with status 1.
 
-    UNMASK_TRACEBACK=1 shows the traceback instead.
+    Under torchrun a mistake that every process finds is told once. UNMASK_TRACEBACK=1 shows the traceback instead.
     """
     def hook(kind, error, traceback):
-        status = 2 if issubclass(kind, (ValueError, OSError, ImportError)) else 1
+        lost = _lost_process(error)
+        status = 2 if issubclass(kind, (ValueError, OSError, ImportError)) and not lost else 1
         if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):  # Ctrl-C, or a reader like `head` that has seen enough
             os._exit(130 if kind is KeyboardInterrupt else 0)
-        if os.environ.get("UNMASK_TRACEBACK") or not issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError)):
+        if os.environ.get("UNMASK_TRACEBACK") or not (issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError)) or lost):
             return sys.__excepthook__(kind, error, traceback)
         for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []:
             bar.close()                                             # or the message would stand behind the progress bar
-        print(f"error: {' '.join(str(error).split()) or kind.__name__}", file=sys.stderr)
+        message = " ".join(str(error).split()) or kind.__name__
+        if lost:
+            message = (f"process {os.environ.get('RANK')} lost another process of this run, which died or stopped answering for {TIMEOUT_S} s: its own "
+                       f"message, if it left one, says why; --resume=True goes on from the last checkpoint ({message[:120]})")
+        if _first_to_say(message, lost):
+            print(f"error: {message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)                                            # an exception hook cannot set the status otherwise
 
     sys.excepthook = hook
+
+
+def _lost_process(error):
+    """Whether an error says that another process is gone."""
+    signs = r"gloo|NCCL|Connection (closed|reset)|Broken pipe|recvValue|[Tt]imed out (after|waiting)"
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(signs, str(error)) is not None)
+
+
+def _first_to_say(message, lost):
+    """Whether no other process of the run has said this yet."""
+    rank = int(os.environ.get("RANK", 0))
+    if not dist.is_initialized():                                   # settings: all processes have the same
+        return rank == 0
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(datetime.timedelta(seconds=5))
+        first = store.add("error " + hashlib.sha256(message.encode()).hexdigest(), 1) == 1
+        if rank == 0:
+            time.sleep(1)                                           # without torchrun the store ends with process 0: let the others ask
+        return first
+    except RuntimeError:                                            # process 0 is gone: it has said what it knew
+        return lost
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -110,18 +143,36 @@ def init_process(device="auto", threads=0):
     if threads:
         torch.set_num_threads(threads)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # When a process dies the others see a closed connection at once; when one hangs they wait this long for it.
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
+        global _patient
+        _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=4))
     return torch.device(device), rank, world_size
 
 
-def autocast(device, dtype):
-    """The context in which the forward pass runs. dtype: "float32", "bfloat16", or "auto": bfloat16 where the device is faster with it."""
+TIMEOUT_S = 60
+_patient = None             # the same processes once more, for work that may take one of them long: preparing data, reading and writing weights
+
+
+def barrier():
+    """Wait until all processes are here, however long one of them works."""
+    if dist.is_initialized():
+        dist.barrier(group=_patient)
+
+
+def matrix_dtype(device, dtype):
+    """torch.float32 or torch.bfloat16 for the setting "float32", "bfloat16", or "auto": bfloat16 where the device is faster with it."""
     if dtype == "auto":
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    return getattr(torch, dtype)
+
+
+def autocast(device, dtype):
+    """The context in which the forward pass runs, for the setting `dtype` (see matrix_dtype)."""
+    return torch.autocast(device.type, torch.bfloat16) if matrix_dtype(device, dtype) == torch.bfloat16 else contextlib.nullcontext()
 
 
 def is_on(setting, auto):
@@ -147,6 +198,48 @@ def from_rank_0(value, device):
     shared = torch.tensor(float(value), device=device, dtype=torch.float32)
     dist.broadcast(shared, 0)
     return shared.item()
+
+
+def check_ranks_agree(device, **values):
+    """ValueError, on every process, if one of `values` (anything that JSON can hold) is not the same on all of them."""
+    if not dist.is_initialized():
+        return
+    digests = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:7] for value in values.values()]
+    mine = torch.tensor([int.from_bytes(digest, "little") for digest in digests], device=device)    # [number of values]
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    for i, name in enumerate(values):
+        if differ := [rank for rank, theirs in enumerate(everyone) if theirs[i] != everyone[0][i]]:
+            raise ValueError(f"the processes disagree on {name}: process {differ[0]} has not what process 0 has; start all of them with the same "
+                             "settings and give them the same files")
+
+
+def shard(model, device, dtype=torch.float32):
+    """Spread the parameters of a Transformer over all processes, in place (FSDP2; ZeRO-3, Rajbhandari et al. 2020, 1910.02054).
+
+    Each process keeps 1/n of the rows of every parameter, its gradient and optimizer state; a block's parameters are gathered, in
+    `dtype`, when the block runs, and freed behind it. Embedding, head and last norm stay gathered from forward to backward pass.
+    The model may be on the meta device: checkpoints.fill then reads only the rows that belong here.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Inputs are left alone: the angles of RoPE and the weights of the loss must stay float32.
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def gathered(tensors):
+    """{name: whole tensor on the CPU} of {name: sharded or plain tensor} on process 0, {} on the others, which must call it too."""
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor                 # one at a time: no memory for all
+        if int(os.environ.get("RANK", 0)) == 0:
+            whole[name] = tensor.cpu()
+    return whole
 
 
 def peak_flops(device):
@@ -223,10 +316,125 @@ def load_state(path, must_match):
         settings = dict(state["settings"])
     except Exception as error:      # unpickling a damaged file can raise anything
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it and start again") from None
+    _check_settings(path, settings, must_match)
+    return state
+
+
+def _check_settings(path, settings, must_match):
     for name, value in must_match.items():
         if settings.get(name) != value:
             raise ValueError(f"cannot resume: {name} was {settings.get(name)!r} in {path} and is {value!r} now")
-    return state
+
+
+def training_tensors(model, optimizers):
+    """{name: tensor} of all that training changes: the parameters that learn and what the optimizers keep for each of them."""
+    tensors, states = {}, {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"model.{name}"] = parameter.detach()
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in states.get(parameter, {}).items() if isinstance(value, torch.Tensor)}
+    return tensors
+
+
+def save_sharded(path, model, optimizers, **record):
+    """Write the folder `path`: every process its part of `training_tensors` as .safetensors, and `record` as record.json.
+
+    It is written under another name, flushed and renamed: a kill at any moment leaves the last good one, here or as path.old.
+    """
+    import torch.distributed.checkpoint as dcp
+    path, rank, world_size = Path(path), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    new, old = (path.with_name(f"{path.name}.{suffix}") for suffix in ("new", "old"))
+    if rank == 0:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    barrier()
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)      # safetensors, where torch's default pickles
+        _quietly(dcp.save, training_tensors(model, optimizers), storage_writer=writer, process_group=_patient)
+        for file in sorted(new.glob("*.safetensors"))[rank::world_size]:
+            with open(file, "rb") as data:
+                os.fsync(data.fileno())
+            file.with_suffix(".crc32").write_text(str(_checksum(file)))
+        barrier()
+        if rank == 0:
+            write_atomically(new / "record.json", lambda temporary: Path(temporary).write_text(json.dumps(record)))
+            if path.exists():
+                os.rename(path, old)
+            os.rename(new, path)
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        if _lost_process(error):
+            raise
+        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[-200:]}): free some space or choose another folder; the last state is "
+                      "untouched") from None
+    barrier()
+
+
+def read_record(path, must_match):
+    """(folder, record) of what `save_sharded` wrote; ValueError if its "settings" differ in any item of `must_match`."""
+    path = Path(path)
+    path = path if path.exists() else path.with_name(path.name + ".old")
+    if not path.exists():
+        raise FileNotFoundError(f"{path.with_suffix('')} does not exist: there is nothing to resume; run without --resume first")
+    try:
+        record = json.loads((path / "record.json").read_text())
+        settings = dict(record["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__} in record.json): delete it and start again") from None
+    _check_settings(path, settings, must_match)
+    return path, record
+
+
+def load_sharded(path, model, optimizers):
+    """Read the tensors of the folder that `read_record` found into model and optimizers; the number of processes may be another one."""
+    import torch.distributed.checkpoint as dcp
+    for optimizer in optimizers:
+        _make_state(optimizer)
+    files, rank, world_size = sorted(path.glob("*.safetensors")), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    sums = {file: file.with_suffix(".crc32") for file in files[rank::world_size]}
+    bad = torch.tensor([i for i, file in enumerate(files) if file in sums and not (sums[file].exists() and sums[file].read_text() == str(
+        _checksum(file)))][:1] + [len(files)])[:1]                  # [1]: the first file that is not what was written
+    if dist.is_initialized():
+        dist.all_reduce(bad, dist.ReduceOp.MIN, group=_patient)
+    if bad < len(files):
+        raise ValueError(f"{files[int(bad)]} is damaged: delete {path} and start again")
+    try:
+        _quietly(dcp.load, training_tensors(model, optimizers), storage_reader=dcp.HuggingFaceStorageReader(str(path)), process_group=_patient)
+    except Exception as error:      # whatever is wrong with the files
+        if _lost_process(error):
+            raise
+        raise ValueError(f"{path} is damaged or of another model ({' '.join(str(error).split())[-200:]}): delete it and start again") from None
+
+
+def _make_state(optimizer):
+    """Let an optimizer make its state, by a step of length 0 with gradients of 0: then there is something to load into."""
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * 0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, lr in zip(optimizer.param_groups, lrs):
+        group["lr"] = lr
+
+
+def _checksum(file):
+    total = 0
+    with open(file, "rb") as data:
+        while part := data.read(2**22):
+            total = zlib.crc32(part, total)
+    return total
+
+
+def _quietly(function, *arguments, process_group, **options):
+    """Call a function of torch.distributed.checkpoint; that there is but one process is no news."""
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments, process_group=process_group, **options)
 
 
 def make_folder(out_dir):

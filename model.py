@@ -277,13 +277,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         # hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N], row_weights float32 [N]
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         ctx.dtypes = hidden.dtype, weight.dtype
-        need_grad = any(ctx.needs_input_grad)
+        need_h, need_w, need_b, *_ = ctx.needs_input_grad           # a frozen head (LoRA) needs no gradient of the size of the vocabulary
+        need_grad = need_h or need_w or need_b
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, weight, nll = hidden.to(dtype), weight.to(dtype), torch.empty(len(targets), device=hidden.device)
             chunk = chunk * 4 // dtype.itemsize                     # half the bytes, twice the rows: fewer sums into grad_w
-            grad_h = torch.empty_like(hidden) if need_grad else None
-            grad_w = torch.zeros(weight.shape, device=weight.device) if need_grad else None      # float32: a sum over chunks
-            grad_b = torch.zeros(len(weight), device=weight.device) if need_grad and bias is not None else None
+            grad_h = torch.empty_like(hidden) if need_h else None
+            grad_w = torch.zeros(weight.shape, device=weight.device) if need_w else None         # float32: a sum over chunks
+            grad_b = torch.zeros(len(weight), device=weight.device) if need_b else None
             buffers = torch.empty(2, min(chunk, len(targets)), len(weight), dtype=dtype, device=hidden.device)
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
@@ -296,11 +297,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                 nll[rows] = -p.gather(1, target)[:, 0].float().log()
                 if need_grad:
                     p.scatter_add_(1, target, p.new_full(target.shape, -1))                       # d nll / d logits
+                if need_h:
                     grad_h[rows] = (p @ weight) * row_weight.to(dtype)                            # [chunk, D]
+                if need_w:
                     weighted = hidden[rows] * row_weight.to(dtype)
                     grad_w = grad_w.addmm_(p.T, weighted) if dtype == torch.float32 else grad_w.add_(p.T @ weighted)
-                    if bias is not None:
-                        grad_b += (p.float() * row_weight).sum(0)
+                if need_b:
+                    grad_b += (p.float() * row_weight).sum(0)
             for rows in (nll > 80).nonzero()[:, 0].split(chunk):        # exp underflows there: the long way
                 logits = F.linear(hidden[rows], weight, bias if bias is None else bias.to(dtype)).float()
                 nll[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
@@ -313,8 +316,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the gradients of this loss were used already: call backward once")
         (grad_h, grad_w, grad_b), ctx.grads = ctx.grads, None
-        grad_h, grad_w = grad_h.mul_(grad_loss).to(ctx.dtypes[0]), grad_w.mul_(grad_loss).to(ctx.dtypes[1])
-        return grad_h, grad_w, None if grad_b is None else grad_b.mul_(grad_loss), None, None, None
+        dtypes = *ctx.dtypes, torch.float32
+        scaled = [None if grad is None else grad.mul_(grad_loss).to(dtype) for grad, dtype in zip((grad_h, grad_w, grad_b), dtypes)]
+        return *scaled, None, None, None
 
 
 class Transformer(nn.Module):

@@ -214,20 +214,42 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def load(path_or_hub_id, causal=None, device="cpu", dtype=None):
     """See Transformer.from_pretrained."""
     folder = find_checkpoint(path_or_hub_id)
+    if base := adapter_base(folder):
+        from lora import load_adapter, merge_lora  # it builds on this file
+        model = merge_lora(load_adapter(load(base, causal, device, dtype), folder))
+        model.source = folder if (folder / "tokenizer.json").exists() else model.source
+        return model
+    model, plan = open_checkpoint(folder, causal)
+    fill(model, plan, device, dtype)
+    return model.eval()
+
+
+def open_checkpoint(folder, causal=None):
+    """(the model on the meta device, the plan by which `fill` gives it its weights): in between it can be changed and sharded."""
     config, _ = read_config(folder)
     if causal is not None:
         config.causal = causal
     model, plan = match_tensors(config, read_headers(weight_files(folder)))
-    fill(model, plan, device, dtype)
-    model.source = folder
-    return model.eval()
+    model.source = Path(folder)
+    return model, plan
 
 
-def save(model, folder):
-    """See Transformer.save_pretrained."""
-    state = model.state_dict()
+def adapter_base(folder):
+    """The checkpoint that an adapter in `folder` belongs to, if that is all the folder holds; None: it holds a model."""
+    folder = Path(folder)
+    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+        return None
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{folder / 'adapter_config.json'} does not name its base: pass the model, and this folder with --adapter=")
+    return folder / base if (folder / base).is_dir() else base      # one that lies in the adapter's own folder moves with it
+
+
+def save(model, folder, state=None):
+    """See Transformer.save_pretrained. state: the model's tensors where the model itself holds but a part of them (FSDP)."""
+    state = dict(state or model.state_dict())
     if model.config.tie_embeddings:
-        del state["head.weight"]
+        state.pop("head.weight", None)
     _write(model, folder, {"model_type": "unmask", **dataclasses.asdict(model.config)}, state, TOKENIZER_FILES)
 
 
@@ -511,12 +533,14 @@ def match_tensors(config, stored):
 
 
 def fill(model, plan, device="cpu", dtype=None):
-    """Give the model of `match_tensors` its weights, 4 million numbers at a time."""
-    dtype = dtype or next(row[3] for row in plan if row[4] == ["embed.weight"])
+    """Give the model of `match_tensors` its weights, 4 million numbers at a time; a sharded model (FSDP) reads its own rows only."""
+    dtype = dtype or stored_dtype(plan)
     for file, name, shape, _, ours, transposed in plan:
         known, nan = model.get_parameter(ours[0]), False
-        tensor = torch.empty(shape, dtype=dtype) if known.is_meta else known.detach()
-        for rows, part in _read_rows(file, name, shape):
+        whole = transposed or len(ours) > 1                         # then our rows are not the file's
+        first, last = (0, shape[0]) if whole else own_rows(known)
+        tensor = torch.empty((last - first, *shape[1:]), dtype=dtype) if known.is_meta else local_part(known.detach())
+        for rows, part in _read_rows(file, name, shape, first, last):
             nan = nan or part.isnan().any().item()
             if known.is_meta:
                 tensor[rows] = part
@@ -525,19 +549,51 @@ def fill(model, plan, device="cpu", dtype=None):
         if nan:
             warnings.warn(f"{file}: {name} contains NaN", stacklevel=3)
         for our, part in zip(ours if known.is_meta else [], (tensor.T if transposed else tensor).chunk(len(ours))):
-            module, _, leaf = our.rpartition(".")
-            part = part.clone(memory_format=torch.contiguous_format) if transposed or len(ours) > 1 else part
-            setattr(model.get_submodule(module), leaf, nn.Parameter(part.to(device)))
+            if whole:
+                part = part[slice(*own_rows(model.get_parameter(our)))].clone(memory_format=torch.contiguous_format)
+            put_rows(model, our, part.to(device))
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
 
 
-def _read_rows(file, name, shape):
-    """Yields (rows, those rows of a tensor), mapped from the file anew each time: no page of it outlives its copying."""
-    step = max(1, 2**22 * shape[0] // math.prod(shape))
-    for start in range(0, shape[0], step):
+def stored_dtype(plan):
+    """The dtype of a checkpoint: its embedding's."""
+    return next(row[3] for row in plan if row[4] == ["embed.weight"])
+
+
+def own_rows(parameter):
+    """(first, last + 1) of the rows of a sharded parameter that belong to this process; all rows of any other parameter.
+
+    FSDP2 cuts dimension 0 as torch.chunk does: equal pieces, the last ones smaller or empty.
+    """
+    n, mesh = len(parameter), getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return 0, n
+    piece = -(-n // mesh.size())
+    return min(n, piece * mesh.get_local_rank()), min(n, piece * (mesh.get_local_rank() + 1))
+
+
+def local_part(parameter):
+    return parameter.to_local() if hasattr(parameter, "device_mesh") else parameter
+
+
+def put_rows(model, name, rows):
+    """Make `rows`, those of `own_rows`, the parameter `name` of the model; whether it learns stays as it was."""
+    module, _, leaf = name.rpartition(".")
+    known = model.get_parameter(name)
+    if hasattr(known, "device_mesh"):
+        from torch.distributed.tensor import DTensor
+        rows = DTensor.from_local(rows, known.device_mesh, known.placements, run_check=False, shape=known.shape, stride=known.stride())
+    setattr(model.get_submodule(module), leaf, nn.Parameter(rows, requires_grad=known.requires_grad))
+
+
+def _read_rows(file, name, shape, first=0, last=None):
+    """Yields (rows counted from `first`, those of a tensor), mapped from the file anew each time: no page of it outlives its copying."""
+    last = shape[0] if last is None else last
+    step = max(1, 2**22 * shape[0] // max(1, math.prod(shape)))
+    for start in range(first, last, step):
         with open_tensors(file) as tensors:
-            yield slice(start, start + step), tensors.get_slice(name)[start:start + step]
+            yield slice(start - first, min(start + step, last) - first), tensors.get_slice(name)[start:min(start + step, last)]
 
 
 def describe(path_or_hub_id):

@@ -1,0 +1,175 @@
+"""Low-rank adapters, LoRA (Hu et al. 2021, arXiv 2106.09685, eq. 3): the matrices stay as they are, a thin product beside each learns.
+
+    y = x W^T + alpha / rank * (x A^T) B^T      W [out, in] frozen, A [rank, in] random, B [out, rank] zero at first
+
+Adapters are stored in PEFT's layout under the family's published names, so PEFT reads ours and we read PEFT's.
+"""
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from data import checkpoints
+
+TARGETS = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"}
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."                                       # PEFT wraps the model twice
+
+
+class LoRALinear(nn.Linear):
+    """An nn.Linear, frozen, and its adapter in float32: `lora_A` [rank, in] and `lora_B` [out, rank]. Its `weight` keeps its name."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        nn.Module.__init__(self)                                    # nn.Linear's own would make weights
+        self.in_features, self.out_features, self.weight, self.bias = base.in_features, base.out_features, base.weight, base.bias
+        self.rank, self.alpha, self.dropout, self.scale = rank, alpha, dropout, alpha / rank if rank else 0.0
+        with torch.device(base.weight.device):
+            self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features))
+            self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.rank:
+            return y
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))             # [..., rank]
+        return torch.add(y, F.linear(low, self.lora_B.to(x.dtype)), alpha=self.scale)
+
+
+def lora_layers(model):
+    """{our module name: LoRALinear}"""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
+    """Freeze `model` and put a LoRALinear in place of each of its matrices in `targets` ("q,v"; names as in TARGETS). Returns it.
+
+    Works on a model without memory (the meta device) too. The adapters are zero: `init_lora` makes them ready to learn. Raises
+    ValueError for an unknown target, a rank beyond a matrix, or a dropout outside [0, 1).
+    """
+    names = [name.strip() for name in targets.split(",")]
+    if unknown := [name for name in names if name not in TARGETS]:
+        raise ValueError(f"lora_targets is a list of {', '.join(TARGETS)}, got {unknown[0]!r}")
+    if not 0 <= dropout < 1 or alpha <= 0:
+        raise ValueError(f"lora_dropout must be in [0, 1) and lora_alpha positive, got {dropout} and {alpha}")
+    model.requires_grad_(False)
+    for layer, block in enumerate(model.blocks):
+        for place in (TARGETS[name] for name in names):
+            parent, leaf = block.get_submodule(place.split(".")[0]), place.split(".")[1]
+            if (linear := getattr(parent, leaf)) is None:           # an MLP without gate
+                continue
+            if not 0 <= rank <= min(linear.weight.shape):
+                raise ValueError(f"lora_rank {rank} does not fit blocks.{layer}.{place}, a matrix of {linear.out_features} x {linear.in_features}: "
+                                 f"from 0 to {min(linear.weight.shape)} is possible")
+            setattr(parent, leaf, LoRALinear(linear, rank, alpha, dropout))
+    return model
+
+
+def init_lora(model, seed=0):
+    """A ~ U(-1, 1) / sqrt(in), B = 0, as PEFT begins: at first the adapted model is the base."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in lora_layers(model).items():
+        A = (2 * torch.rand(layer.rank, layer.in_features, generator=generator) - 1) / math.sqrt(layer.in_features)
+        device, B = layer.weight.device, torch.zeros(layer.out_features, layer.rank)
+        for key, tensor in (("lora_A", A), ("lora_B", B)):
+            checkpoints.put_rows(model, f"{name}.{key}", tensor[slice(*checkpoints.own_rows(getattr(layer, key)))].to(device))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add the adapters into their matrices, W + alpha / rank * B A in float32, and make them plain nn.Linear again. Returns the model."""
+    for name, layer in lora_layers(model).items():
+        merged = torch.addmm(layer.weight.float(), layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale)
+        layer.weight.copy_(merged)
+        with torch.device("meta"):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain.train(layer.training))
+    return model
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------------
+
+
+def published_modules(model):
+    """{our module name: its published name}, of the matrices in TARGETS. ValueError where the family stores several as one."""
+    names = {}
+    for theirs, ours, transposed in checkpoints.tensor_table(model):
+        if re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", ours[0]) and ours[0].split(".")[3] in TARGETS:
+            if len(ours) > 1 or transposed:
+                raise ValueError(f"adapters of {model.config.family} models cannot be stored: {theirs} holds several of our matrices, or one transposed")
+            names[ours[0].removesuffix(".weight")] = theirs.removesuffix(".weight")
+    return names
+
+
+def save_adapter(model, folder, base, state=None):
+    """Write adapter_model.safetensors and adapter_config.json, which names `base`, the checkpoint that the adapter belongs to.
+
+    state: the model's tensors by name where the model itself holds but a part of them (FSDP).
+    """
+    folder, names, layers = Path(folder), published_modules(model), lora_layers(model)
+    state = state or {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in ("lora_A", "lora_B")}
+    tensors = {f"{_PREFIX}{names[name]}.{key}.weight": state[f"{name}.{key}"].detach().float().cpu().contiguous()
+               for name in layers for key in ("lora_A", "lora_B")}
+    layer = next(iter(layers.values()))
+    # Full names as one pattern: a LLaDA's head and the last matrix of its blocks are both called ff_out.
+    pattern = "|".join(sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(names[name])) for name in layers}))
+    settings = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": str(base), "r": layer.rank, "lora_alpha": layer.alpha,
+                "lora_dropout": layer.dropout, "target_modules": pattern, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    checkpoints.write_atomically(folder / SETTINGS, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def read_settings(folder):
+    """adapter_config.json of an adapter that is a plain LoRA. Raises FileNotFoundError and ValueError."""
+    path = Path(folder) / SETTINGS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {SETTINGS}: is it the folder of an adapter?")
+    settings = checkpoints.read_json(path)
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {settings.get('peft_type')!r}, only LORA can be read")
+    for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication"):
+        if settings.get(key):
+            raise ValueError(f"{path}: {key} = {settings[key]!r} is not supported")
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias = {settings['bias']!r} is not supported")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or rank < 0 or type(alpha) not in (int, float) or not 0 <= alpha < 1e30:
+        raise ValueError(f"{path}: r must be a whole number and lora_alpha a number, got {rank!r} and {alpha!r}")
+    return settings
+
+
+def load_adapter(model, folder):
+    """Put the adapter in `folder` on `model`, ours or PEFT's. Returns the model, adapted. ValueError if it belongs to another."""
+    folder = checkpoints.find_checkpoint(folder)
+    settings = read_settings(folder)
+    rank, alpha, found = settings["r"], settings["lora_alpha"], {}
+    ours = {theirs: name for name, theirs in published_modules(model).items()}
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}")
+    for name, (file, shape, _) in checkpoints.read_headers([folder / WEIGHTS]).items():
+        match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_[AB])(?:\.default)?\.weight", name)
+        if not match or match[1] not in ours:
+            raise ValueError(f"{file}: {name} has no place in this {model.config.family} model: the adapter belongs to another one")
+        linear = model.get_submodule(ours[match[1]])
+        asked = (rank, linear.in_features) if match[2] == "lora_A" else (linear.out_features, rank)
+        if shape != asked:
+            raise ValueError(f"{file}: {name} has shape {list(shape)}, this model and r = {rank} ask for {list(asked)}: "
+                             "the adapter belongs to another model")
+        found.setdefault(ours[match[1]], {})[match[2]] = name
+    if lacking := [name for name, pair in found.items() if len(pair) < 2] or (["any matrix"] if not found else []):
+        raise ValueError(f"{folder / WEIGHTS} lacks half of the adapter of {lacking[0]}")
+    with checkpoints.open_tensors(folder / WEIGHTS) as tensors:
+        for name, pair in found.items():
+            parent, _, leaf = name.rpartition(".")
+            layer = LoRALinear(model.get_submodule(name), rank, alpha, 0.0)
+            setattr(model.get_submodule(parent), leaf, layer.train(model.training))
+            for key, stored in pair.items():
+                getattr(layer, key).data.copy_(tensors.get_tensor(stored))
+    return model
