@@ -555,8 +555,19 @@ def margin(logits, chosen):
 
 
 # What a rule scores high is kept; the rest is masked again. None: chosen blindly, before the model is asked. "random" keeps as
-# many as the schedule says, "ancestral" each with probability (t - s) / t, which samples the reverse process (MDLM, eq. 7).
+# many as the schedule says, "ancestral" each with probability (t - s) / t, which samples the reverse process (MDLM, eq. 7; Dream's "origin").
 REMASKING = {"low_confidence": low_confidence, "entropy": entropy, "margin": margin, "random": None, "ancestral": None}
+
+
+def filter_logits(logits, top_p=None, top_k=None):
+    """logits [N, V] with -inf for all but the most probable tokens: as few as together exceed top_p, then top_k of them at most (Dream)."""
+    if top_p is not None and top_p < 1:
+        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        outside = F.pad(p.cumsum(-1)[:, :-1] > top_p, (1, 0))                                       # [N, V], in descending order
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), -torch.inf)
+    if top_k is not None and top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    return logits
 
 
 def even(start, left, step, steps):
@@ -566,21 +577,56 @@ def even(start, left, step, steps):
 
 def timesteps(start, left, step, steps):
     """Time falls evenly from 1 to 1e-3; a step from t to s reveals the integer part of left * (1 - s / t) (Dream)."""
-    return int(left * reveal_probability(step, steps))
-
-
-def reveal_probability(step, steps):
-    """(t - s) / t: the chance that the reverse process reveals a masked token in the step from t to s (MDLM, eq. 7), float32."""
-    t = torch.linspace(1, 1e-3, steps + 1)
-    return 1 - t[step + 1] / t[step]
+    t = _times(steps)
+    return int(left * (1 - t[step + 1] / t[step]))
 
 
 STEP_SCHEDULES = {"even": even, "timesteps": timesteps}
 
 
+@functools.lru_cache(maxsize=8)
+def _times(steps):
+    return torch.linspace(1, 1e-3, steps + 1)                       # float32, as Dream has it: `timesteps` rounds down
+
+
+def cap(eta, most):
+    """ReMDM's capped schedule: sigma = min(eta, most)."""
+    return min(eta, most)
+
+
+def rescale(eta, most):
+    """ReMDM's rescaled schedule: sigma = eta * most."""
+    return eta * most
+
+
+REMASK_SCHEDULES = {"cap": cap, "rescale": rescale}
+
+
+@functools.lru_cache(maxsize=2**12)
+def reverse_step(step, steps, eta=0.0, schedule="cap"):
+    """(chance that a mask is written, chance sigma that a written token is masked again) in the step from time t to s, floats.
+
+        write = (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t),   0 <= sigma <= min(1, (1 - alpha_s) / alpha_t),   alpha_t = 1 - t
+
+    Whatever sigma, a share alpha_s is written at s (ReMDM, Wang et al. 2025, 2503.00307, section 3; the schedules of sigma:
+    section 4.1). sigma = 0 is the reverse process of masked diffusion, write = (t - s) / t (MDLM, eq. 7). The last step writes all.
+    """
+    if step >= steps - 1:
+        return 1.0, 0.0
+    t, s = _times(steps)[step:step + 2].tolist()
+    sigma = REMASK_SCHEDULES[schedule](eta, 1.0 if s >= 1 - t else s / (1 - t))
+    return (t - s + sigma * (1 - t)) / t, sigma
+
+
 def keep_best(score, eligible, count):
     """bool [B, T]: the `count` [B] eligible positions with the highest score [B, T]."""
     return eligible & (_rank(score, eligible) < count[:, None])
+
+
+def perturb(score, alg_temp, uniform):
+    """score / alg_temp plus Gumbel noise: the n best of it are n draws without replacement from softmax(score / alg_temp), as Dream's
+    alg_temp wants them (Kool et al. 2019, 1903.06059). uniform: numbers in [0, 1), of the shape of score."""
+    return score / alg_temp - (-uniform.clamp(min=1e-300).log()).log()
 
 
 def keep_confident(score, eligible, threshold):
@@ -598,6 +644,15 @@ def keep_factor(score, eligible, factor):
     return eligible & (rank < fails[:, None])
 
 
+def keep_entropy_bound(score, entropies, eligible, gamma):
+    """The most of the best, U, for which sum of H over U - max of H over U <= gamma, H [B, T] their entropies in nats: a bound on the
+    information that they have about each other, which predicting them at once neglects (EB-Sampler, Ben-Hamu et al. 2025, 2505.24857)."""
+    rank = _rank(score, eligible)
+    ranked = torch.zeros_like(entropies).scatter(1, rank, entropies.masked_fill(~eligible, 0))      # [B, T], best first
+    bound = ranked.cumsum(1) - ranked.cummax(1).values                                              # grows with every position
+    return eligible & (bound <= gamma).gather(1, rank)
+
+
 def _rank(score, eligible):
     """int64 [B, T]: 0 for the highest eligible score of a row, 1 for the next...; equal scores from left to right."""
     return score.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -613,24 +668,109 @@ class Step:
     lengths: torch.Tensor       # int64 [B]: the rest of a row is padding
 
 
+@dataclass(kw_only=True)
+class Sampling:
+    """How to sample: the keyword arguments of `generate` and `infill`. `check` raises ValueError for what cannot be, naming it."""
+    steps: int                      # denoising steps, over all blocks together
+    block_length: int               # tokens denoised together
+    temperature: float = 0.0        # 0: the most probable token; else an exact sample of softmax(logits / temperature)
+    remasking: str = "low_confidence"   # which predictions a step keeps: a key of REMASKING
+    threshold: float = None         # keep all with at least this score instead of a fixed number; then `steps` counts no more
+    factor: float = None            # Fast-dLLM's rule instead: keep_factor
+    cache: str = None               # "prefix", "dual" (Fast-dLLM: approximate, other keys are as old as the block), "block" (exact)
+    cfg_scale: float = 0.0          # logits of the prompt masked plus (1 + cfg_scale) times the difference made by it (LLaDA, eq. 16)
+    schedule: str = None            # tokens a step, a key of STEP_SCHEDULES; None: the family's own
+    seed: int = None                # row r draws from the stream (seed, r); a list: from (seed[r], 0), what it draws alone; None: anew
+    on_step: callable = None        # called with a `Step` after each denoising step
+    top_p: float = None             # sample from the most probable tokens only, see filter_logits; confidence is then that of the
+    top_k: int = None               # filtered softmax(logits / temperature), for Dream always, else of softmax(logits)
+    alg_temp: float = None          # draw the positions to keep from softmax(score / alg_temp), see perturb (Dream)
+    entropy_bound: float = None     # keep as many as this bound in nats allows instead of a fixed number: keep_entropy_bound
+    remask: float = 0.0             # eta > 0, with "ancestral": tokens written in the block may be masked again, see reverse_step (ReMDM)
+    remask_schedule: str = "cap"    # or "rescale": a key of REMASK_SCHEDULES
+    suppress: list = ()             # tokens that are never written (LLaDA, appendix B.4: logits_eos_inf)
+    defer: list = ()                # tokens that are written last: no confidence in them (LLaDA, B.4: confidence_eos_eot_inf)
+
+    @property
+    def adaptive(self):
+        """Whether the predictions decide how many of them a step keeps."""
+        return not (self.threshold is None and self.factor is None and self.entropy_bound is None)
+
+    def check(self, config, sequences):
+        exact = config.causal or config.block_length or self.cache == "block"
+        blind = REMASKING.get(self.remasking, entropy) is None
+        longest = max(map(len, sequences), default=0)
+        for token in (token for tokens in (*sequences, self.suppress, self.defer) for token in tokens):
+            if not 0 <= token < config.vocab_size + bool(config.causal):
+                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
+        rules = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None] + ["alg_temp"] * bool(self.alg_temp)
+        for wrong, message in (
+            (longest > config.max_len, f"{longest} tokens, prompt and completion, exceed the model's context of {config.max_len}"),
+            (not 1 <= self.steps <= 10**6, f"steps must be between 1 and a million, got {self.steps}"),
+            (not self.temperature >= 0, f"temperature must not be negative, got {self.temperature}"),
+            (self.remasking not in REMASKING, f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}"),
+            (self.threshold is not None and not 0 <= self.threshold <= 1, f"threshold must be between 0 and 1, got {self.threshold}"),
+            (self.factor is not None and not self.factor > 0, f"factor must be positive, got {self.factor}"),
+            (self.entropy_bound is not None and not self.entropy_bound >= 0, f"entropy_bound must not be negative, got {self.entropy_bound}"),
+            (self.alg_temp is not None and not self.alg_temp >= 0, f"alg_temp must not be negative, got {self.alg_temp}"),
+            (self.top_p is not None and not 0 <= self.top_p <= 1, f"top_p must be between 0 and 1, got {self.top_p}"),
+            (self.top_k is not None and self.top_k < 1, f"top_k must be at least 1, got {self.top_k}"),
+            (not 0 <= self.remask <= 1, f"remask must be between 0 and 1, got {self.remask}"),
+            (self.remask_schedule not in REMASK_SCHEDULES,
+             f"remask_schedule must be one of {', '.join(REMASK_SCHEDULES)}, got {self.remask_schedule!r}"),
+            (self.remask and (self.remasking != "ancestral" or config.causal), "remask needs remasking ancestral, and no autoregressive model"),
+            (len(rules) > 1, f"{' and '.join(rules)} exclude each other"),
+            ({"threshold", "factor"} & {*rules} and self.remasking != "low_confidence", "threshold and factor need low_confidence"),
+            (blind and (rules or self.defer), f"{(rules or ['defer'])[0]} needs a rule that asks the model, not {self.remasking}"),
+            (self.cache not in (None, "prefix", "dual", "block"), f"cache must be None, 'prefix', 'dual' or 'block', got {self.cache!r}"),
+            (self.cache in ("prefix", "dual") and exact, f"cache {self.cache!r} is for bidirectional models; this one takes 'block'"),
+            (not self.cfg_scale >= 0, f"cfg_scale must not be negative, got {self.cfg_scale}"),
+            (self.cfg_scale > 0 and (self.cache or exact), "cfg_scale works without a cache and for bidirectional models only"),
+            (self.schedule not in (None, *STEP_SCHEDULES), f"schedule must be one of {', '.join(STEP_SCHEDULES)}, got {self.schedule!r}"),
+            (isinstance(self.seed, list | tuple) and len(self.seed) != len(sequences),
+             f"a list of seeds has one for each row, {len(sequences)}, got {self.seed}"),
+        ):
+            if wrong:
+                raise ValueError(message)
+
+    def distribution(self, logits, family):
+        """(logits [N, V], temperature): what tokens are drawn from and confidence is read from."""
+        if self.suppress:
+            logits[:, list(self.suppress)] = -torch.inf
+        if family == "Dream" or self.top_p is not None or self.top_k is not None:
+            return filter_logits(logits / (self.temperature or 1), self.top_p, self.top_k), float(self.temperature > 0)
+        return logits, self.temperature
+
+    def score(self, logits, chosen):
+        """float64 [N]: what the rule says of the chosen tokens; blind rules show their probability. Deferred tokens come last."""
+        if self.defer:                                              # LLaDA reads the others' confidence without them, too
+            logits = logits.index_fill(1, torch.tensor(self.defer, device=logits.device), -torch.inf)
+        score = (REMASKING[self.remasking] or low_confidence)(logits, chosen).double()
+        return score.masked_fill(torch.isin(chosen, torch.tensor(self.defer, device=chosen.device)), -1e9) if self.defer else score
+
+    def keep(self, score, eligible, reveal, logits, draw):
+        """bool [A, T]: the predictions that stay. reveal: int [A], for rules that do not decide that themselves; draw(): uniform [A, T]."""
+        if self.threshold is not None:
+            return keep_confident(score, eligible, self.threshold)
+        if self.factor is not None:
+            return keep_factor(score, eligible, self.factor)
+        if self.entropy_bound is not None:
+            entropies = torch.zeros_like(score)
+            entropies[eligible] = -entropy(logits, None).double().cpu()
+            return keep_entropy_bound(score, entropies, eligible, self.entropy_bound)
+        return keep_best(perturb(score, self.alg_temp, draw()) if self.alg_temp else score, eligible, reveal)
+
+
 def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, temperature=0.0, remasking="low_confidence", threshold=None,
-             factor=None, cache=None, cfg_scale=0.0, schedule=None, seed=None, on_step=None):
+             factor=None, cache=None, cfg_scale=0.0, schedule=None, seed=None, on_step=None, **more):
     """Continue each prompt by max_new_tokens: list of token lists -> list of token lists, prompt and completion.
 
     Blocks of block_length are denoised from left to right, in `steps` steps over all blocks together (LLaDA, section 2.4 and
     appendix B.4). Prompts may differ in length; each gets what it would get alone. An empty prompt generates unconditionally.
+    What the arguments mean and which `more` there are: `Sampling`.
 
-    temperature  0: the most probable token; else an exact sample of softmax(logits / temperature).
-    remasking    which predictions a step keeps: a key of REMASKING.
-    threshold    keep all with at least this score instead of a fixed number, `factor` likewise; `steps` counts no more then.
-    cache        None; "prefix" or "dual" (Fast-dLLM: approximate, keys of other positions are as old as the block); "block"
-                 (block diffusion: exact). Autoregressive models always decode token by token with an exact cache.
-    cfg_scale    > 0: logits of the prompt masked, plus (1 + cfg_scale) times the difference made by the prompt (LLaDA, eq. 16).
-    schedule     "even" or "timesteps"; None: the family's own.
-    seed         row r of the batch draws from its own stream (seed, r); None: a new one each time.
-    on_step      called with a `Step` after each denoising step.
     A block-diffusion model uses its own block_length, blocks counted from the end of the prompt. It stops behind the block that
-    holds an end of text, an autoregressive model behind the end of text itself.
+    holds an end of text, an autoregressive model, which decodes token by token with an exact cache, behind the end of text itself.
     Raises ValueError for arguments that cannot be, naming them.
     """
     if max_new_tokens < 1:
@@ -649,15 +789,15 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, tem
         if start == [None]:
             raise ValueError("an autoregressive model without a bos or eos token cannot start from an empty prompt")
     starts = [[] if prompt else start for prompt in prompts]
+    how = Sampling(steps=steps, block_length=block_length, temperature=temperature, remasking=remasking, threshold=threshold, factor=factor,
+                   cache=cache, cfg_scale=cfg_scale, schedule=schedule, seed=seed, on_step=on_step, **more)
     answers = _denoise(model, [s + list(p) + [mask_id] * max_new_tokens for s, p in zip(starts, prompts)], mask_id,
-                       [len(s) + len(p) for s, p in zip(starts, prompts)], steps, block_length, temperature, remasking, threshold, factor,
-                       cache, cfg_scale, schedule, seed, on_step, end=config.eos_token_id)
+                       [len(s) + len(p) for s, p in zip(starts, prompts)], how, end=config.eos_token_id)
     return [answer[len(s):] for s, answer in zip(starts, answers)]
 
 
-def infill(model, sequences, steps=128, block_length=None, temperature=0.0, remasking="low_confidence", threshold=None, factor=None,
-           cache=None, cfg_scale=0.0, schedule=None, seed=None, on_step=None):
-    """Fill every mask token of each sequence, wherever it stands; arguments as in `generate`. block_length None: one block.
+def infill(model, sequences, steps=128, block_length=None, **more):
+    """Fill every mask token of each sequence, wherever it stands; `more` arguments as in `generate`. block_length None: one block.
 
     Blocks are counted from a sequence's start. Raises ValueError for a sequence without a mask token.
     """
@@ -669,46 +809,18 @@ def infill(model, sequences, steps=128, block_length=None, temperature=0.0, rema
             raise ValueError(f"sequence {i} has no mask token: there is nothing to fill")
     if block_length is not None and block_length < 1:
         raise ValueError(f"block_length must be at least 1, got {block_length}")
-    return _denoise(model, [list(s) for s in sequences], mask_id, [0] * len(sequences), steps,
-                    block_length or max(map(len, sequences), default=1), temperature, remasking, threshold, factor, cache, cfg_scale,
-                    schedule, seed, on_step)
-
-
-def _check_sampling(config, sequences, steps, temperature, remasking, threshold, factor, cache, cfg_scale, schedule):
-    exact = config.causal or config.block_length or cache == "block"
-    longest = max(map(len, sequences), default=0)
-    for sequence in sequences:
-        for token in sequence:
-            if not 0 <= token < config.vocab_size + bool(config.causal):
-                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
-    for wrong, message in (
-        (longest > config.max_len, f"{longest} tokens, prompt and completion, exceed the model's context of {config.max_len}"),
-        (not 1 <= steps <= 10**6, f"steps must be between 1 and a million, got {steps}"),
-        (temperature < 0 or temperature != temperature, f"temperature must not be negative, got {temperature}"),
-        (remasking not in REMASKING, f"remasking must be one of {', '.join(REMASKING)}, got {remasking!r}"),
-        (threshold is not None and not 0 <= threshold <= 1, f"threshold must be between 0 and 1, got {threshold}"),
-        (factor is not None and factor <= 0, f"factor must be positive, got {factor}"),
-        (factor is not None and threshold is not None, "threshold and factor exclude each other"),
-        ((factor is not None or threshold is not None) and remasking != "low_confidence", "threshold and factor need low_confidence"),
-        (cache not in (None, "prefix", "dual", "block"), f"cache must be None, 'prefix', 'dual' or 'block', got {cache!r}"),
-        (cache in ("prefix", "dual") and exact, f"cache {cache!r} is for bidirectional models; this one takes 'block'"),
-        (cfg_scale < 0, f"cfg_scale must not be negative, got {cfg_scale}"),
-        (cfg_scale > 0 and (cache or exact), "cfg_scale works without a cache and for bidirectional models only"),
-        (schedule not in (None, *STEP_SCHEDULES), f"schedule must be one of {', '.join(STEP_SCHEDULES)}, got {schedule!r}"),
-    ):
-        if wrong:
-            raise ValueError(message)
+    how = Sampling(steps=steps, block_length=block_length or max(map(len, sequences), default=1), **more)
+    return _denoise(model, [list(s) for s in sequences], mask_id, [0] * len(sequences), how)
 
 
 @torch.no_grad()
-def _denoise(model, sequences, mask_id, first, steps, block_length, temperature, remasking, threshold, factor, cache, cfg_scale, schedule,
-             seed, on_step, end=None):
+def _denoise(model, sequences, mask_id, first, how, end=None):
     """The one loop: predict the masked tokens of each row's current block, keep some, until no mask is left.
 
     first: int [B], where a row's first block begins; end: the token that ends a row when its order is left to right, or None.
     """
     config, B = _config(model), len(sequences)
-    _check_sampling(config, sequences, steps, temperature, remasking, threshold, factor, cache, cfg_scale, schedule)
+    how.check(config, sequences)
     if not B:
         return []
     lengths, first = torch.tensor([len(s) for s in sequences]), torch.tensor(first)
@@ -718,102 +830,111 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
     shown = position < lengths[:, None]
     is_masked = (canvas == mask_id) & shown
     given = shown & ~is_masked
-    cache = "block" if config.causal else cache
+    cache = "block" if config.causal else how.cache
     left_to_right = cache == "block" or config.block_length > 0     # a block never sees the blocks right of it
-    block_of = (position - first[:, None]) // (1 if config.causal else config.block_length or block_length)        # [B, T], negative left of `first`
-    to_do = [block_of[b][is_masked[b]].unique().tolist() for b in range(B)]                         # the blocks that each row will visit
-    adaptive = threshold is not None or factor is not None
-    if not (config.causal or adaptive) and steps < max(map(len, to_do)):
-        raise ValueError(f"{steps} steps are too few for {max(map(len, to_do))} blocks: each needs at least one")
-    schedule = schedule or ("timesteps" if config.family == "Dream" or remasking == "ancestral" else "even")
-    seed = torch.seed() if seed is None else seed
-    streams = [torch.Generator().manual_seed((seed * 1_000_003 + b) % 2**63) for b in range(B)]
-    look = _Passes(model, T, cache, cfg_scale, given, shown, lengths, block_of, left_to_right, mask_id)
-    states = [_Row(b, -(-steps // max(len(blocks), 1)), blocks) for b, blocks in enumerate(to_do)]
+    block_of = (position - first[:, None]) // (1 if config.causal else config.block_length or how.block_length)     # [B, T], negative left of `first`
+    to_do = [list(zip(*(x.tolist() for x in block_of[b][is_masked[b]].unique(return_counts=True)))) for b in range(B)]
+    if not (config.causal or how.adaptive) and how.steps < max(map(len, to_do)):
+        raise ValueError(f"{how.steps} steps are too few for {max(map(len, to_do))} blocks: each needs at least one")
+    schedule = STEP_SCHEDULES[how.schedule or ("timesteps" if config.family == "Dream" else "even")]
+    states = [_Row(b, blocks, how, schedule) for b, blocks in enumerate(to_do)]
+    streams = _streams(how.seed, B)
+    look = _Passes(model, T, cache, how.cfg_scale, given, shown, lengths, block_of, left_to_right, mask_id)
     passes = 0
     while True:
-        work = [state for state in states if state.next(is_masked, block_of, STEP_SCHEDULES[schedule], adaptive)]
+        left = (is_masked & (block_of == torch.tensor([state.block for state in states])[:, None])).sum(1).tolist()
+        work = [state for state in states if state.next(left[state.row])]
         if not work:                                                # finished rows cost nothing
             return [canvas[b, :lengths[b]].tolist() for b in range(B)]
         rows, current = torch.tensor([state.row for state in work]), torch.tensor([state.block for state in work])      # [A]
         reveal, final = torch.tensor([state.reveal for state in work]), torch.tensor([state.final for state in work])
-        eligible = is_masked[rows] & (block_of[rows] == current[:, None])                           # [A, T]
-        keep = None
-        if REMASKING[remasking] is None:                            # chosen blindly: look only at what will be revealed
-            u = torch.ones(eligible.shape, dtype=torch.float64)
-            u[eligible] = _draw(streams, rows, eligible)
-            chance = torch.tensor([state.chance for state in work])
-            keep = keep_best(u, eligible, reveal) if remasking == "random" else eligible & (u < chance[:, None])
+        inside = (block_of[rows] == current[:, None]) & shown[rows]
+        eligible, hidden, keep = inside & is_masked[rows], None, None                               # [A, T]
+        if REMASKING[how.remasking] is None:                        # chosen blindly: look only at what will be revealed
+            u = _draw(streams, rows, inside & ~given[rows] if how.remask else eligible)
+            write, sigma = torch.tensor([state.chances for state in work], dtype=torch.float64).T[..., None]            # [A, 1]
+            keep = keep_best(u, eligible, reveal) if how.remasking == "random" else eligible & (u < write)
+            hidden = inside & ~given[rows] & ~eligible & (u < sigma)
             eligible = keep
-            if not keep.any():
-                continue
-        logits = look(canvas, rows, eligible, current)                                              # [N, V]
-        passes += 1
-        # A prediction may be the mask token itself, and the position stays open. In a block's last step that is ruled out.
-        if mask_id < logits.shape[1]:
-            logits[:, mask_id].masked_fill_(final[eligible.nonzero()[:, 0]].to(logits.device), -torch.inf)
-        chosen = sample_tokens(logits, temperature, _draw(streams, rows, eligible) if temperature else None)
-        score = torch.zeros(eligible.shape, dtype=torch.float64)
-        if keep is not None and on_step is not None:                # nobody asked the score, but whoever watches wants a colour
-            score[eligible] = low_confidence(logits, chosen).cpu()
-        elif keep is None:
-            score[eligible] = REMASKING[remasking](logits, chosen).double().cpu()
-            if threshold is not None:
-                keep = keep_confident(score, eligible, threshold)
-            elif factor is not None:
-                keep = keep_factor(score, eligible, factor)
-            else:
-                keep = keep_best(score, eligible, reveal)
-        written = torch.zeros(eligible.shape, dtype=torch.int64)
-        written[eligible] = chosen.cpu()
-        canvas[rows] = torch.where(keep, written, canvas[rows])
+        score, written = torch.zeros(eligible.shape, dtype=torch.float64), canvas[rows]
+        looks = bool(eligible.any())
+        if looks:
+            logits = look(canvas, rows, eligible, current)                                          # [N, V]
+            passes += 1
+            # A prediction may be the mask token itself, and the position stays open. In a block's last step that is ruled out.
+            if mask_id < logits.shape[1]:
+                logits[:, mask_id].masked_fill_(final[eligible.nonzero()[:, 0]].to(logits.device), -torch.inf)
+            logits, temperature = how.distribution(logits, config.family)
+            chosen = sample_tokens(logits, temperature, _draw(streams, rows, eligible)[eligible] if temperature else None)
+            written[eligible] = chosen.cpu()
+            if keep is None or how.on_step is not None:             # whoever watches a blind choice wants a colour
+                score[eligible] = how.score(logits, chosen).cpu()
+        if keep is None:
+            keep = how.keep(score, eligible, reveal, logits, lambda: _draw(streams, rows, eligible))    # noqa: B023
+        written = torch.where(keep, written, canvas[rows])
+        canvas[rows] = written if hidden is None else torch.where(hidden, mask_id, written)
         is_masked = (canvas == mask_id) & shown
         if left_to_right and end is not None:
             for state in work:
                 state.stop_at(end, canvas, is_masked, block_of, lengths, shown)
-        if on_step is not None:
+        if how.on_step is not None and looks:
             revealed, confidence = torch.zeros_like(is_masked), torch.zeros(B, T, dtype=torch.float64)
-            revealed[rows], confidence[rows] = keep, score * keep
-            on_step(Step(passes, canvas[:, :-1].clone(), revealed[:, :-1], confidence[:, :-1], lengths.clone()))
+            revealed[rows], confidence[rows] = keep, torch.where(keep, score, 0)
+            how.on_step(Step(passes, canvas[:, :-1].clone(), revealed[:, :-1], confidence[:, :-1], lengths.clone()))
 
 
 class _Row:
     """Where one row of the batch stands: its block, and the step in it. Rows of a batch advance independently."""
 
-    def __init__(self, row, steps, blocks):
-        self.row, self.steps, self.blocks = row, steps, blocks      # steps: for each block; blocks: those still to visit
-        self.block = self.reveal = self.final = self.chance = None
+    def __init__(self, row, blocks, how, schedule):
+        self.row, self.blocks, self.how, self.schedule = row, blocks, how, schedule     # blocks: (index, masked tokens) of those to visit
+        self.steps = -(-how.steps // max(len(blocks), 1))           # for each block
+        self.block, self.start = blocks.pop(0) if blocks else (0, 0)
+        self.step = self.reveal = self.final = 0
+        self.chances = 1.0, 0.0
 
-    def next(self, is_masked, block_of, count, adaptive):
-        """Advance to the next step that reveals anything; false when the row is done. Sets reveal, chance and final for it."""
-        while self.blocks or self.block is not None:
-            if self.block is None:
-                self.block, self.step, self.start = self.blocks.pop(0), 0, None
-            left = int((is_masked[self.row] & (block_of[self.row] == self.block)).sum())
-            if not left:
-                self.block = None
-                continue
-            self.start = left if self.start is None else self.start
-            last = self.start - 1 if adaptive else min(self.steps, self.start) - 1 if count is even else self.steps - 1
-            self.final = self.step >= last
-            self.reveal = left if self.final else count(self.start, left, self.step, self.steps) if not adaptive else 1
-            self.chance = 1.0 if self.final or adaptive else float(reveal_probability(self.step, self.steps))
+    def next(self, left):
+        """Advance to the next step that changes anything; false when the row is done. Sets reveal, chances and final for it.
+
+        left: the masked tokens of its block.
+        """
+        while True:
+            if self.step >= self.steps if self.how.remask else not left:
+                if not self.blocks:
+                    return False
+                (self.block, left), self.step = self.blocks.pop(0), 0
+                self.start = left
+            last = self.start if self.how.adaptive else min(self.steps, self.start) if self.schedule is even else self.steps
+            self.final, self.reveal = self.step >= last - 1, left
+            if self.how.remasking == "ancestral":
+                self.final, self.chances = self.step >= self.steps - 1, reverse_step(self.step, self.steps, self.how.remask, self.how.remask_schedule)
+            elif not (self.final or self.how.adaptive):
+                self.reveal = self.schedule(self.start, left, self.step, self.steps)
             self.step += 1
-            if self.reveal:
+            if self.reveal or self.how.remask:
                 return True
-        return False
 
     def stop_at(self, end, canvas, is_masked, block_of, lengths, shown):
         """If the block is finished and holds an end of text, it is the row's last."""
         inside = (block_of[self.row] == self.block) & shown[self.row]
-        if (canvas[self.row][inside] == end).any() and not (is_masked[self.row] & inside).any():
+        if (canvas[self.row][inside] == end).any() and not (is_masked[self.row] & inside).any() and (self.final or not self.how.remask):
             shown[self.row] &= block_of[self.row] <= self.block
             lengths[self.row], self.blocks = int(shown[self.row].sum()), []
 
 
-def _draw(streams, rows, eligible):
-    """Uniform numbers, one for each eligible position of each row, float64 [N], every row from its own stream."""
-    return torch.cat([torch.rand(int(n), generator=streams[b], dtype=torch.float64) for b, n in zip(rows.tolist(), eligible.sum(1))])
+def _streams(seed, B):
+    """A generator for each row; `seed` as in `Sampling`."""
+    if seed is None:
+        seed = torch.seed()
+    pairs = [(seed, b) for b in range(B)] if isinstance(seed, int) else [(s, 0) for s in seed]
+    return [torch.Generator().manual_seed((s * 1_000_003 + b) % 2**63) for s, b in pairs]
+
+
+def _draw(streams, rows, where):
+    """Uniform numbers at `where` [A, T], every row's from its own stream, float64; 1 elsewhere."""
+    u = torch.ones(where.shape, dtype=torch.float64)
+    u[where] = torch.cat([torch.rand(n, generator=streams[b], dtype=torch.float64) for b, n in zip(rows.tolist(), where.sum(1).tolist())])
+    return u
 
 
 class _Passes:
