@@ -242,7 +242,7 @@ def mask_token_id(model):
 
 
 @torch.no_grad()
-def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, attention_mask=None):
+def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, attention_mask=None, map=map):
     """(bound in nats per token, its standard error) for tokens int64 [N, T]; exact for an autoregressive model.
 
     Masks exactly k of T tokens, k uniform on 1..T, and weighs by T / k: the same bound with less variance than times and
@@ -252,11 +252,12 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
     maskable        bool [N, T], what is scored given the rest: the responses of conversations. Then nats and tokens are summed over
                     all rows before they are divided, and the error is that of this ratio. Raises ValueError if there is none.
     attention_mask  bool [N, T], false for padding behind a row's end, which nobody sees.
+    map             what runs the passes: the builtin, or one that divides them among processes.
     """
-    N = len(tokens)
+    N, config, passes = len(tokens), _config(model), []
     maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
     generator = torch.Generator().manual_seed(seed)
-    draws = 1 if _config(model).causal else num_samples
+    draws = 1 if config.causal else num_samples
     nats, counts = torch.zeros(N, draws, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
     for sample in range(draws):
         for start in range(0, N, batch_size):
@@ -265,8 +266,15 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
             if attention_mask is not None:                          # no wider than the longest row of this batch
                 width = int(attention_mask[rows].sum(1).max())
                 shown = attention_mask[rows, :width]
-            estimate, count = _bound(model, tokens[rows, :width], maskable[rows, :width], generator, shown)
-            nats[rows, sample], counts[rows] = estimate.double().cpu(), count.double().cpu()
+            mask, weights, counts[rows] = _hide(config, maskable[rows, :width], generator)
+            passes.append((sample, rows, width, shown, mask, weights))
+
+    def run(work):                                                  # -> estimates of -log p in nats, [B]
+        _, rows, width, shown, mask, weights = work
+        return (masked_nll(model, tokens[rows, :width], mask, shown) * weights.to(tokens.device)).sum(1).double().cpu()
+
+    for (sample, rows, *_), estimate in zip(passes, map(run, passes)):
+        nats[rows, sample] = estimate
     if not counts.sum():
         raise ValueError("there is no token to score")
     value = nats.sum() / (counts.sum() * draws)
@@ -457,12 +465,12 @@ def _deal(sizes, L, generator):
     return masks
 
 
-def _bound(model, tokens, maskable, generator, attention_mask=None):
-    """(one estimate of -log p in nats [B], tokens counted [B]) of the maskable tokens of each row, given the others."""
-    config, (B, T) = _config(model), tokens.shape
+def _hide(config, maskable, generator):
+    """(mask bool [B, T], weights [B, T], tokens counted [B]): exactly k of the maskable tokens of a row or a block, k uniform, weight L / k."""
+    B, T = maskable.shape
     if config.causal:
         mask = maskable & (torch.arange(T) > 0)                                                     # nothing predicts the first token
-        return masked_nll(model, tokens, mask, attention_mask).sum(1), mask.sum(1)
+        return mask, torch.ones(B, T), mask.sum(1)
     block = config.block_length or T
     groups = F.pad(maskable, (0, -T % block)).view(B, -1, block)                                    # [B, blocks, block]; the last may be short
     size = groups.sum(-1)
@@ -470,9 +478,8 @@ def _bound(model, tokens, maskable, generator, attention_mask=None):
     k = (grid[torch.randperm(size.numel(), generator=generator)].view(size.shape) * size).long().clamp(max=size - 1) + 1
     order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0).argsort(-1).argsort(-1)
     mask = (order < k[..., None]) & groups                                                          # exactly k of each block
-    scale = (size / k).nan_to_num()[..., None].expand(groups.shape).reshape(B, -1)[:, :T]           # [B, T]
-    nll = masked_nll(model, tokens, mask.reshape(B, -1)[:, :T], attention_mask)
-    return (nll * scale.to(tokens.device)).sum(1), maskable.sum(1)
+    scale = (size / k).nan_to_num()[..., None].expand(groups.shape)
+    return mask.reshape(B, -1)[:, :T], scale.reshape(B, -1)[:, :T], maskable.sum(1)
 
 
 def masked_nll(model, tokens, mask, attention_mask=None, given=None, cfg_scale=0.0):
