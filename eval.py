@@ -336,7 +336,7 @@ def text_bound(evaluator):
     data = TokenDataset(prepare(dataset, folder))
     length = min(seq_len or 1024, evaluator.max_len, len(data.val))
     windows = data.windows("val", length, max(max_tokens, length)).to(next(evaluator.model.parameters()).device)
-    value, error = nelbo(evaluator.model, windows, evaluator.num_samples or 1, seed, max(1, batch_size // length), map=evaluator.share)
+    value, error = nelbo(evaluator.model, windows, evaluator.num_samples or 1, seed, map=evaluator.share)
     return value, error, data.bytes_per_token("val"), windows.numel()
 
 
