@@ -76,12 +76,12 @@ class Evaluator:
     """What lm-eval wants of a model. All ranks get all requests and divide the forward passes, so that what shares a pass, and with it
     every number, is the same for any number of processes."""
 
-    def __init__(self, batch_size=None, max_batch_size=None, device=None, **arguments):
-        """The settings above by name. lm-eval's own two count requests, not tokens: they are passed over."""
+    def __init__(self, **arguments):
+        """arguments: the settings above by name."""
         for name in arguments:
             if name not in defaults:
                 raise ValueError(f"no setting called {name!r}; did you mean {difflib.get_close_matches(name, defaults, 1, 0)[0]!r}?")
-        self.settings = s = {**defaults, **arguments, "device": device or defaults["device"]}
+        self.settings = s = {**defaults, **arguments}
         s["cache"] = "" if s["cache"] == "none" else s["cache"]
         self.num_samples = check(s)
         if s["checkpoint"].startswith("out/") and not Path(s["checkpoint"]).is_dir():
@@ -314,12 +314,21 @@ def harness_model():
     """The Evaluator as a class of lm-eval, registered as `unmask`."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.utils import simple_parse_args_string
 
     @register_model("unmask")
     class Unmask(Evaluator, TemplateLM):
         def __init__(self, **arguments):
             TemplateLM.__init__(self)
             Evaluator.__init__(self, **arguments)
+
+        @classmethod
+        def create_from_arg_obj(cls, arguments, _=None):            # --model_args alone: lm-eval's batch_size counts requests, its device is cuda
+            return cls(**arguments)
+
+        @classmethod
+        def create_from_arg_string(cls, arguments, _=None):
+            return cls(**simple_parse_args_string(arguments))
 
         def _loglikelihood_tokens(self, requests, **_):             # of lm-eval's own `loglikelihood`, which ours replaces
             raise NotImplementedError
@@ -421,7 +430,8 @@ def main():
 
 
 if __name__ == "__main__":
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for _chatty in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(_chatty).setLevel(logging.ERROR)
     main()
 else:
     harness_model()
