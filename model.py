@@ -364,6 +364,30 @@ class Transformer(nn.Module):
                 draw(module.weight, 0.02 if self.config.tie_embeddings else 1.0)
         return self
 
+    @torch.no_grad()
+    def resize_vocabulary(self, vocab_size, new=()):
+        """Make room for at least vocab_size tokens. Rows that are added, and those of the ids `new`, become the mean of all others.
+
+        A published vocabulary is often padded, so that a new token's row exists already, untrained. With the mean row a new token
+        is as likely as an average one and means nothing yet. A head that is tied stays tied.
+        """
+        V, tied = self.config.vocab_size, self.config.tie_embeddings
+        size = max(vocab_size, V)
+        known = torch.ones(V, dtype=torch.bool)
+        known[[token for token in new if token < V]] = False
+
+        def grown(weight):                                          # [V] or [V, D]
+            rows = weight.new_empty(size, *weight.shape[1:]).copy_(weight[known].mean(0))
+            rows[:V][known] = weight[known]
+            return nn.Parameter(rows)
+
+        self.embed.weight, self.embed.num_embeddings = grown(self.embed.weight), size
+        self.head.weight, self.head.out_features = self.embed.weight if tied else grown(self.head.weight), size
+        if self.head.bias is not None:
+            self.head.bias = grown(self.head.bias)
+        self.config.vocab_size = size
+        return self
+
     def compile_blocks(self):
         """torch.compile each block in place: one graph serves all but the last, whose MLP gets another number of rows every time."""
         for block in self.blocks[:-1]:

@@ -315,6 +315,35 @@ class ChatBatch:
         return ChatBatch(*moved, self.share)
 
 
+def open_dataset(dataset, folder, seq_len, padding="eos", block_length=0):
+    """The ChatDataset or, of text, the TextDataset in a folder that `prepare(dataset, ...)` made: one interface for both."""
+    return ChatDataset(folder, seq_len, padding, block_length) if is_chat(dataset) else TextDataset(folder, seq_len)
+
+
+class TextDataset(TokenDataset):
+    """Prepared text as windows of seq_len tokens, with the methods and attributes of ChatDataset."""
+
+    def __init__(self, folder, seq_len):
+        super().__init__(folder)
+        self.seq_len = seq_len
+        self.examples = {split: max(1, len(getattr(self, split)) // seq_len) for split in SPLITS}
+
+    def batch(self, split, batch_size, seed, step, rank=0, world_size=1):
+        return ChatBatch(super().batch(split, batch_size, self.seq_len, seed, step, rank, world_size))
+
+    def val_batch(self, max_examples=None):
+        return ChatBatch(self.windows("val", self.seq_len, None if max_examples is None else max_examples * self.seq_len))
+
+    def val_bytes_per_token(self, batch, tokenizer):
+        return self.bytes_per_token("val")
+
+    def prompt(self, split, number):
+        return [], []
+
+    def summary(self):
+        return f"{len(self.train):,} training tokens in windows of {self.seq_len}"
+
+
 class ChatDataset(TokenDataset):
     """Prepared conversations; attributes as TokenDataset has them, and for each split in a dict `examples`, `truncated` (longer than
     seq_len: cut) and `dropped` (the prompt alone fills seq_len: not used), the numbers of conversations.
@@ -389,6 +418,16 @@ class ChatDataset(TokenDataset):
         rows = rows[np.argsort(self.index["val"][rows, 1], kind="stable")]
         for start in range(0, len(rows), batch_size):
             yield self._collate("val", rows[start:start + batch_size], "hidden")
+
+    def val_bytes_per_token(self, batch, tokenizer):
+        """UTF-8 bytes of the answers in a `val_batch` per token that counts."""
+        answers = (tokenizer.decode(row[given], skip_special_tokens=True) for row, given in zip(batch.tokens, batch.maskable))
+        return sum(len(answer.encode()) for answer in answers) / batch.maskable.sum().item()
+
+    def summary(self):
+        """What training will not see, in a line."""
+        return (f"{self.examples['train']:,} conversations, {self.truncated['train']:,} of them cut at {self.seq_len} tokens, {self.dropped['train']:,} "
+                f"dropped whose prompt alone is that long, {sum(self.meta['left_out'].values()):,} left out without an answer")
 
     def prompt(self, split, number):
         """(tokens before the first response, tokens of it and of what follows) of the n-th conversation that is kept: two lists."""

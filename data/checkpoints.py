@@ -368,6 +368,20 @@ def interpret(family, raw):
     return values, origin
 
 
+def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
+    """The Config of a small model of a family, for runs that need no download: `--init_from=tiny:gpt2`. ValueError if unknown."""
+    if family not in FAMILIES:
+        raise ValueError(f"no family called {family!r}; tiny models are made of {', '.join(FAMILIES)}")
+    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "bos_token_id", "pad_token_id")}
+    if FAMILIES[family].offset:                                     # its padding index places its positions: keep the usual one
+        del ids["pad_token_id"]
+    size = dict(vocab_size=tokenizer.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, head_dim=dim // n_heads, hidden_dim=3 * dim,
+                max_len=max_len + 2 * FAMILIES[family].offset, **ids)
+    keys = {field: (keys,) if isinstance(keys, str) else keys for field, keys in FAMILIES[family].keys.items()}
+    raw = {key: size[field] for field in size for key in keys.get(field, ())}
+    return Config(family=family, published=None if family == "unmask" else raw, **interpret(FAMILIES[family], raw)[0])
+
+
 def _flatten_rope(raw):
     """A published config with what transformers 5 writes, `layer_types` and `rope_parameters`, as the older keys of the table."""
     flat, kinds, rope = dict(raw), raw.get("layer_types"), raw.get("rope_parameters")

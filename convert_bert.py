@@ -1,0 +1,305 @@
+"""Recipe 2: a BERT-style encoder becomes a diffusion language model that chats.
+
+An encoder was trained to fill in 15 % or 30 % of masked tokens; a masked diffusion model fills in any share, up to all of them. So
+nothing about the model changes but what it is trained on: the bound of train_scratch.py (MDLM, arXiv 2406.07524), on text or, with
+masks in the answers only, on conversations (LLaDA, 2502.09992, section 2.3; dLLM's BERT-Chat, 2602.22661). The defaults are those of
+ModernBERT-base-chat: tulu3 and smoltalk, 1024 tokens, 10 epochs of batches of 384, AdamW at 1e-4.
+
+    python convert_bert.py --init_from=tiny                    two minutes on a laptop's CPU, no network: a small random encoder
+    python convert_bert.py --init_from=bert-base-uncased --seq_len=512 --dataset=mine.jsonl --max_minutes=30
+    python convert_bert.py --dataset=fineweb_edu               continual pretraining on text, or --dataset=notes.txt
+    torchrun --nproc_per_node=8 convert_bert.py                the published run
+
+Then: python sample.py --checkpoint=out/bert --chat
+"""
+import common  # noqa: I001 (before torch: it sets how threads wait)
+import contextlib
+import itertools
+import math
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from common import override
+from data.chat import is_chat, open_dataset
+from data.checkpoints import find_checkpoint, read_config, tiny_config
+from data.prepare import prepare
+from data.tokenizer import Tokenizer
+from diffusion import generate, mask_tokens, mdlm_loss, nelbo, sample_t
+from model import Transformer
+
+# ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
+# run
+init_from = "answerdotai/ModernBERT-base"   # folder or hub id of a BERT, RoBERTa or ModernBERT; tiny, tiny:bert, tiny:roberta: small and random
+out_dir = "out/bert"        # receives model.safetensors, config.json, the tokenizer, train_state.pt, log.jsonl, loss.png
+export = ""                 # at the end also write the family's own layout, for its own code, to this folder
+resume = False              # continue the run in out_dir, bit for bit
+seed = 1337                 # order of the data and masks follow from it
+device = "auto"             # auto, cpu, cuda, mps
+dtype = "auto"              # auto, float32, bfloat16: precision of the matrix products; weights stay float32
+compile = "auto"            # auto (on a GPU), True, False: torch.compile
+checkpointing = False       # keep only the blocks' inputs for the backward pass: a third slower, a fraction of the memory
+threads = 0                 # CPU threads; 0: torch's choice
+# data: 0 and nothing take the value from `sizes` below, of a tiny start or of a published one
+dataset = ""                # chat: pydocs_chat, alpaca, tulu3, smoltalk, opc, FILE.jsonl, mixed by +; text: as in train_scratch.py
+seq_len = 0                 # tokens in a sequence at most
+padding = "eos"             # eos: end-of-text tokens, part of the answer, so that its length is learned (LLaDA, appendix B.1); hidden: nobody sees it
+vocab_size = 2048           # pieces of the tokenizer that a tiny model gets
+# model: of a tiny one
+n_layers = 4                # transformer blocks
+n_heads = 4                 # attention heads
+dim = 128                   # width
+# diffusion
+max_weight = 0.0            # the loss weight is clipped here, the NELBO is not; 0: no clipping
+# optimizer
+batch_size = 0              # sequences a step and process
+grad_accum = 1              # steps of batch_size sequences before each update
+optimizer = "adamw"         # adamw or, for small models, muon (AdamW for embeddings, head and norms)
+learning_rate = 0.0         # AdamW's peak
+muon_lr = 0.02              # Muon's peak
+weight_decay = 0.0          # of matrices
+beta2 = 0.999               # AdamW's second moment
+grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
+warmup = 0.1                # share of the run in which the learning rate rises
+decay = "cosine"            # linear or cosine: how it falls to 0
+epochs = 10.0               # visits of the data, unless max_steps or max_minutes is set
+max_steps = 0               # updates
+max_minutes = 0.0           # minutes of training. Learning rate follows the clock then
+# evaluation
+eval_interval = 200         # updates between evaluations, checkpoints and samples; 0: at the end only
+eval_sequences = 64         # held-out sequences (of chat: conversations) of an evaluation on the way
+final_eval_sequences = 512  # and of the last one
+sample_tokens = 64          # length of the samples shown on the way; 0: none
+settings = override(globals())
+
+# ---- process, precision --------------------------------------------------------------------------------------------------------
+device, rank, world_size = common.init_process(device, threads)
+start, _, tiny_family = init_from.partition(":")
+tiny, longest = start == "tiny", 160
+if not tiny:
+    source, _ = read_config(find_checkpoint(init_from))             # before a data set is prepared for nothing
+    longest = source.max_len
+    if source.causal:
+        raise ValueError(f"{init_from} is an autoregressive model ({source.family}): convert_ar.py converts it")
+    if source.family not in ("bert", "roberta", "modernbert", "unmask") or source.block_length:
+        raise ValueError(f"{init_from} is no BERT, RoBERTa or ModernBERT but a diffusion model ({source.family}): see finetune_llada.py")
+sizes = {                   # tiny, published
+    "dataset": ("pydocs_chat", "tulu3+smoltalk"), "seq_len": (160, min(1024, longest)), "batch_size": (16, 48), "learning_rate": (3e-3, 1e-4),
+    "max_minutes": (1.2, 0.0),
+}
+for _name, _values in sizes.items():
+    if not settings[_name] and not (_name == "max_minutes" and max_steps):
+        settings[_name] = globals()[_name] = _values[not tiny]
+for _name in ("n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum", "eval_sequences", "final_eval_sequences"):
+    if settings[_name] < 1:
+        raise ValueError(f"{_name} must be at least 1, got {settings[_name]}")
+if optimizer not in ("muon", "adamw") or decay not in ("linear", "cosine"):
+    raise ValueError("optimizer is muon or adamw; decay linear or cosine")
+for _name in ("max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval", "sample_tokens", "seed"):
+    if settings[_name] < 0:
+        raise ValueError(f"{_name} must not be negative, got {settings[_name]}")
+if min(learning_rate, muon_lr, epochs) <= 0:
+    raise ValueError(f"learning_rate, muon_lr and epochs must be positive, got {learning_rate}, {muon_lr} and {epochs}")
+if not tiny and seq_len > longest:
+    raise ValueError(f"{init_from} has positions for {longest} tokens, seq_len is {seq_len}: take --seq_len={longest}")
+autocast = common.autocast(device, dtype)
+main = rank == 0                                                    # rank 0 writes and prints
+folder = common.make_folder(out_dir)
+
+# ---- data ----------------------------------------------------------------------------------------------------------------------
+# A checkpoint keeps its own tokenizer, with a mask token and those of the chat template where it has none.
+text = "bpe" if tiny else Tokenizer.from_pretrained(find_checkpoint(init_from))
+if not tiny:
+    old_size = text.vocab_size
+    text.add_mask_token()
+    text.add_chat_tokens()
+if main:
+    prepare(dataset, text, vocab_size)
+if world_size > 1:
+    dist.barrier()
+data_folder = prepare(dataset, text, vocab_size)
+text = Tokenizer.from_pretrained(data_folder) if tiny else text
+data, chat = open_dataset(dataset, data_folder, seq_len, padding), is_chat(dataset)
+val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
+bytes_per_token = data.val_bytes_per_token(val, text)
+data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
+slices = grad_accum * world_size
+if not (max_steps or max_minutes):
+    max_steps = max(1, round(epochs * data.examples["train"] / (batch_size * slices)))
+
+# ---- model ---------------------------------------------------------------------------------------------------------------------
+# Encoders see in both directions and predict a token where it stands: that is all that masked diffusion asks for.
+if tiny:
+    config = tiny_config(tiny_family or "modernbert", text, seq_len, dim, n_layers, n_heads)
+    if config.causal:
+        raise ValueError(f"{init_from} would be an autoregressive model: convert_ar.py converts it")
+    raw_model = Transformer(config).init_weights(seed)
+else:
+    raw_model = Transformer.from_pretrained(init_from, dtype=torch.float32).train()
+    raw_model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
+    raw_model.source = None                                         # its tokenizer files are no longer the model's: `save` writes ours
+raw_model.config.mask_token_id, raw_model.config.eos_token_id = text.mask_token_id, text.eos_token_id
+raw_model.checkpoint_blocks = checkpointing
+raw_model.to(device)                                                # saved and sampled; `model` may be wrapped
+if common.is_on(compile, auto=device.type == "cuda"):
+    raw_model.compile_blocks()
+model = DistributedDataParallel(raw_model) if world_size > 1 else raw_model
+
+# ---- optimizer -----------------------------------------------------------------------------------------------------------------
+matrices = [p for p in raw_model.blocks.parameters() if p.ndim == 2]
+others = [p for p in raw_model.parameters() if not any(p is matrix for matrix in matrices)]
+if optimizer == "muon":
+    optimizers = [common.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
+                  torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)]
+else:
+    optimizers = [torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                    lr=learning_rate, betas=(0.9, beta2), fused=True)]
+peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
+
+# ---- resume --------------------------------------------------------------------------------------------------------------------
+must_match = {name: settings[name] for name in ("init_from", "seq_len", "padding", "optimizer", "weight_decay", "beta2", "seed")}
+must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
+step, clock, losses = 0, common.Clock(), []
+if resume:
+    state = common.load_state(folder / "train_state.pt", must_match)
+    raw_model.load_state_dict(state["model"])
+    for o, saved in zip(optimizers, state["optimizers"]):
+        o.load_state_dict(saved)
+    step, clock, losses = state["step"], common.Clock(state["elapsed_s"]), state["losses"]
+elif main and (folder / "train_state.pt").exists():
+    tqdm.write(f"replacing the run in {out_dir} (--resume=True would continue it)")
+log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
+
+
+advice = f"lower learning_rate or muon_lr; the last checkpoint is in {out_dir}"
+
+
+def save():
+    """Everything needed to go on is in train_state.pt alone, so that a kill between two files cannot tear them apart."""
+    if not main:
+        return
+    if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):
+        raise FloatingPointError(f"the weights are not finite at step {step}: {advice}")
+    common.save_state(folder / "train_state.pt", {
+        "model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "elapsed_s": clock.seconds(),
+        "losses": losses, "settings": {**settings, **must_match}})
+    raw_model.save_pretrained(folder)
+    text.save_pretrained(folder)
+
+
+def evaluate(sequences):
+    """(NELBO, standard error) of the first held-out sequences, always with the same masks; in chat, of the answers given the rest."""
+    raw_model.eval()
+    rows = torch.linspace(0, len(val.tokens) - 1, min(max(sequences, 2), len(val.tokens))).long()   # of all lengths
+    part = [None if x is None else x[rows].to(device) for x in (val.tokens, val.maskable, val.attention_mask)]
+    with autocast:
+        value, error = nelbo(raw_model, part[0], seed=seed, maskable=part[1], attention_mask=part[2])
+    raw_model.train()
+    return value, error
+
+
+def tokens_per_s():
+    """Speed since the last evaluation."""
+    return window_tokens / max(clock.seconds() - window_start, 1e-9)
+
+
+def show_sample():
+    """The answer to a held-out question, or a text out of nothing, as far as the model has come."""
+    special = {token for token, added in text.backend.get_added_tokens_decoder().items() if added.special}
+    prompt = data.prompt("val", step)[0] if chat else []
+    n = min(sample_tokens, seq_len - len(prompt))
+    with autocast:
+        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if chat else 1.0, remasking="low_confidence" if chat else "random", seed=step)[0]
+    answer = text.decode(itertools.takewhile(lambda token: token not in special, ids[len(prompt):]))
+    tqdm.write(f"step {step}: " + (f"{text.decode(prompt, skip_special_tokens=True)!r} -> {answer!r}" if chat else repr(answer)))
+
+
+# ---- loop ----------------------------------------------------------------------------------------------------------------------
+# One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
+flops, peak = raw_model.flops_per_token(seq_len, head_share=0.5), common.peak_flops(device)
+stop = []
+for _signal in (signal.SIGINT, signal.SIGTERM):                     # Ctrl-C, or a machine about to be taken: finish the step, save, leave
+    signal.signal(_signal, lambda *_: stop.append(True))
+bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+if main:
+    tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {raw_model.config.family} on {device}; {data.summary()}")
+window_start, window_tokens = clock.seconds(), 0
+while True:
+    elapsed = common.from_rank_0(clock.seconds(), device)
+    progress = max(step / max_steps if max_steps else 0.0, elapsed / 60 / max_minutes if max_minutes else 0.0)
+    finished = progress >= 1 or bool(common.from_rank_0(float(bool(stop)), device))
+    factor = common.learning_rate_factor(progress, warmup, decay)
+    if step and eval_interval and step % eval_interval == 0 and not finished:
+        save()                                                      # first: a resumed run evaluates again what a kill cut short
+        val_nelbo, val_stderr = evaluate(eval_sequences)
+        if main:
+            log.write(step=step, train_loss=sum(losses) / len(losses), val_nelbo=val_nelbo, val_stderr=val_stderr,
+                      val_bpb=val_nelbo / math.log(2) / bytes_per_token,
+                      tokens_per_s=tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
+            if sample_tokens:
+                show_sample()
+        window_start, window_tokens, losses = clock.seconds(), 0, []
+    if finished:
+        break
+    for o, lrs in zip(optimizers, peaks):
+        for group, lr in zip(o.param_groups, lrs):
+            group["lr"] = lr * factor
+
+    # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
+    # does not depend on how many processes share the work.
+    generator, total, t = torch.Generator().manual_seed(seed * 1_000_003 + step), 0.0, None
+    for micro_step in range(grad_accum):
+        piece = micro_step * world_size + rank
+        rows = slice(piece * batch_size, (piece + 1) * batch_size)
+        batch = data.batch("train", batch_size, seed, step, piece, slices).to(device)                                # tokens [B, T]
+        if t is None:
+            t = sample_t((slices * batch_size, 1), generator)                                                        # [G, 1]
+            mask = mask_tokens((slices * batch_size, batch.tokens.shape[1]), t, generator)                           # [G, T]
+        sync = contextlib.nullcontext() if world_size == 1 or micro_step == grad_accum - 1 else model.no_sync()
+        with sync:
+            with autocast:
+                loss = mdlm_loss(model, batch.tokens, t[rows, 0], mask[rows], batch.maskable, batch.attention_mask, max_weight=max_weight or None)
+            (loss.loss * batch.share / grad_accum).backward()       # answers differ in length: sum over tokens / count of the whole step
+        total += loss.nelbo.item() * batch.share / grad_accum
+        window_tokens += batch.tokens.numel() * world_size
+    total = common.mean_over_ranks(total, device)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss is {total} at step {step}: {advice}")
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    for o in optimizers:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    step += 1
+    losses.append(total)
+    bar.update()
+    if main and step % 10 == 0:
+        speed = tokens_per_s()
+        mfu = {"mfu": f"{speed * flops / peak / world_size:.0%}"} if peak else {}
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
+bar.close()
+
+# ---- end -----------------------------------------------------------------------------------------------------------------------
+save()
+if stop:
+    if main:
+        print(f"stopped at step {step}; --resume=True goes on from here")
+else:
+    val_nelbo, val_stderr = evaluate(final_eval_sequences)
+    if main:
+        bpb = val_nelbo / math.log(2) / bytes_per_token
+        log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=bpb,
+                  tokens_per_s=tokens_per_s(), elapsed_s=clock.seconds())
+        log.plot(folder / "loss.png")
+        if sample_tokens:
+            show_sample()
+        if export:
+            raw_model.export_pretrained(export)
+            text.save_pretrained(export)
+        print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {bpb:.3f} bits/byte")
+if world_size > 1:
+    dist.destroy_process_group()

@@ -1,0 +1,301 @@
+"""Conversations: where their responses are, how they are stored, what a batch of them looks like, and what is wrong with some."""
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data import chat as chat_module
+from data.chat import ChatDataset, encode_rendered, is_chat, prepare_chat, render
+from data.prepare import VAL_FRACTION, docstrings, prepare, split_by_hash
+from data.tokenizer import CHAT_TEMPLATE, Tokenizer
+from diffusion import _corrupt, _loss, mask_tokens, mdlm_loss, nelbo
+from model import Config, Transformer
+
+USER, ASSISTANT, SYSTEM = ({"role": role} for role in ("user", "assistant", "system"))
+TALK = [SYSTEM | {"content": "Be brief."}, USER | {"content": "One?"}, ASSISTANT | {"content": "1"}, USER | {"content": "Two?"}, ASSISTANT | {"content": "2"}]
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def pair(number, length=3):
+    return {"prompt": f"question {number}", "response": f"answer {number} " + "x" * length}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A prepared set of 100 conversations whose answers have 10 to 109 bytes, a byte a token."""
+    path = write(tmp_path_factory.mktemp("chat") / "many.jsonl", *(pair(number, number) for number in range(100)))
+    return prepare_chat(path, "byte")
+
+
+def texts(folder, split):
+    """[(what is given, what is a response, as text)] of each conversation of one turn."""
+    data, tokenizer = ChatDataset(folder, 2**20), Tokenizer.from_pretrained(folder)
+    return [tuple(tokenizer.decode(part) for part in data.prompt(split, n)) for n in range(data.examples[split])]
+
+
+# ---------------------------------------------------------------- data sets
+
+def test_pydocs_chat(prepared_data):
+    """Every docstring is an answer, its question names the signature, and the held-out ones are those of pydocs."""
+    folder = prepare("pydocs_chat", "byte")
+    train, val = texts(folder, "train"), texts(folder, "val")
+    known = dict((text, signature) for signature, text in docstrings())
+    for given, answer in train + val:
+        assert known[answer.removesuffix("<|im_end|>\n")] in given and given.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert len(train) + len(val) == len(known) and 0.07 < len(val) / len(known) < 0.13
+    assert len({given.splitlines()[1].partition(" ")[0] for given, _ in val}) >= 3             # asked in several ways
+    in_pydocs = split_by_hash((f"{signature}\n{text}" for text, signature in known.items()), VAL_FRACTION)
+    held_out = {document for split, document in in_pydocs if split == "val" and document}
+    assert {f"{known[text]}\n{text}" for text in (answer.removesuffix("<|im_end|>\n") for _, answer in val)} == held_out
+
+
+def test_jsonl_files_and_mixtures(tmp_path):
+    a = write(tmp_path / "a.jsonl", *map(pair, range(40)))
+    b = write(tmp_path / "b.jsonl", {"messages": TALK}, "", {"messages": TALK[:2]}, *(pair(n) for n in range(40, 60)))
+    assert is_chat(a) and is_chat(f"{b}[train:3]+{a}") and is_chat("tulu3[train:5]+smoltalk") and not is_chat("pydocs") and not is_chat(tmp_path)
+    whole = prepare(a, "byte", root=tmp_path / "p")
+    assert len(texts(whole, "train")) + len(texts(whole, "val")) == 40 and not set(texts(whole, "train")) & set(texts(whole, "val"))
+    mixed = prepare_chat(f"{a}[train:7]+{b}", "byte", tmp_path / "p")
+    data = ChatDataset(mixed, 1000)
+    assert data.meta["left_out"] == {"it has no response": 1}
+    assert texts(mixed, "train")[:7] == texts(whole, "train")[:7] and texts(mixed, "train")[7] not in texts(whole, "train")
+    few = prepare_chat(write(tmp_path / "few.jsonl", pair(1), pair(2)), "byte", tmp_path / "p")     # one for each split, whatever the hashes
+    assert len(texts(few, "train")) == len(texts(few, "val")) == 1
+    assert prepare_chat(a, "byte", tmp_path / "p") == whole
+
+
+def test_the_hub_is_streamed(tmp_path, monkeypatch):
+    """The published sets, each in the form of its rows. What is no conversation is left out and counted."""
+    rows = {"tatsu-lab/alpaca": [{"instruction": f"do {n}", "input": "this" * (n % 2), "output": f"done {n}"} for n in range(3000)],
+            "allenai/tulu-3-sft-mixture": [{"messages": [USER | {"content": f"q{n}"}, ASSISTANT | {"content": f"a{n}"}]} for n in range(2000)] + [
+                {"messages": [{"role": "tool", "content": "x"}]}, {"messages": [USER | {"content": None}]}],
+            "OpenCoder-LLM/opc-sft-stage1": [{"instruction": "i", "output": f"java {n}"} for n in range(9)],
+            "OpenCoder-LLM/opc-sft-stage2": [{"instruction": "i", "output": f"python {n}"} for n in range(9)]}
+    monkeypatch.setattr(chat_module, "stream_rows", lambda repository, **options: iter(rows[repository]))
+    folder = prepare_chat("alpaca[train:50]+tulu3", "byte", tmp_path)
+    train = texts(folder, "train")
+    assert sum("do " in given for given, _ in train) == 50 and train[0][0].endswith("user\ndo 0<|im_end|>\n<|im_start|>assistant\n")
+    assert "do 1\n\nthis" in train[1][0] and train[1][1] == "done 1<|im_end|>\n"
+    assert sum(ChatDataset(folder, 99).meta["left_out"].values()) == 2
+    assert len(list(chat_module.opc())) == 4 * 9
+
+
+def test_off_line(tmp_path, monkeypatch):
+    import urllib.request
+
+    def unreachable(*arguments, **options):
+        raise OSError("no route")
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    for name in ("alpaca", "tulu3", "smoltalk", "opc"):
+        with pytest.raises(ConnectionError, match="pydocs_chat"):
+            prepare_chat(name, "byte", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- where the responses are
+
+def test_every_response_is_marked_exactly():
+    tokenizer = Tokenizer.bytes()
+    (ids, mask), = encode_rendered([render(TALK, tokenizer)], tokenizer)
+    assert ids == tokenizer.apply_chat_template(TALK, add_generation_prompt=False)
+    spans = [[token for token, _ in group] for marked, group in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]) if marked]
+    assert [tokenizer.decode(span) for span in spans] == ["1<|im_end|>\n", "2<|im_end|>\n"]
+    for i in (2, 4):                                                # what stands before is what sampling would feed
+        prompt = tokenizer.apply_chat_template(TALK[:i])
+        assert ids[:len(prompt)] == prompt and mask[len(prompt)] and not mask[len(prompt) - 1]
+
+
+def test_a_template_that_rewrites_earlier_turns():
+    """Qwen3's way: the thoughts of earlier turns are dropped, those of the last are written."""
+    template = CHAT_TEMPLATE.replace("message['content'] +", "('<think>' if loop.last and message['role'] == 'assistant' else '') + message['content'] +")
+    tokenizer = Tokenizer.bytes()
+    tokenizer.chat_templates = {"default": template}
+    (ids, mask), = encode_rendered([render(TALK, tokenizer)], tokenizer)
+    assert tokenizer.decode(np.array(ids)[mask == 1]) == "<think>2<|im_end|>\n" and "1<|im_end|>" in tokenizer.decode(np.array(ids)[mask == 0])
+
+
+def test_bpe_never_merges_over_the_border():
+    """A tokenizer to which the header and an answer are one piece: they are encoded apart."""
+    tokenizer = Tokenizer.train(["Ayes Ayes"] * 50, 270)
+    tokenizer.chat_templates = {"default": "{% for m in messages %}{{ 'A' if m.role == 'assistant' else 'Q' }}{{ m.content }}{% endfor %}"
+                                           "{% if add_generation_prompt %}A{% endif %}"}
+    assert len(tokenizer.encode("Ayes")) == 1
+    (ids, mask), = encode_rendered([render([USER | {"content": "?"}, ASSISTANT | {"content": "yes"}], tokenizer)], tokenizer)
+    assert tokenizer.decode(np.array(ids)[mask == 0]) == "Q?A" and tokenizer.decode(np.array(ids)[mask == 1]) == "yes"
+
+
+def test_the_template_is_part_of_the_name(tmp_path):
+    path, other = write(tmp_path / "a.jsonl", *map(pair, range(20))), Tokenizer.bytes()
+    other.chat_templates = {"default": CHAT_TEMPLATE.replace("\n", " ")}
+    folders = [prepare_chat(path, tokenizer, tmp_path / "p") for tokenizer in (Tokenizer.bytes(), other)]
+    assert folders[0] != folders[1] and " " in texts(folders[1], "train")[0][0].split("user")[1][:1]
+
+
+# ---------------------------------------------------------------- batches
+
+def test_a_batch(many):
+    data, tokenizer = ChatDataset(many, 128), Tokenizer.from_pretrained(many)
+    batch = data.batch("train", 4, seed=1, step=2)
+    assert batch.tokens.shape == batch.maskable.shape and batch.tokens.shape[1] % 32 == 0 and batch.attention_mask is None
+    for row, maskable in zip(batch.tokens, batch.maskable):
+        given, response = tokenizer.decode(row[~maskable]), tokenizer.decode(row[maskable])
+        assert given.endswith("assistant\n") and response.startswith("answer")
+        assert not maskable[:int(maskable.int().argmax())].any() and maskable[int(maskable.int().argmax()):].all()      # up to the end, padding too
+        assert set(response.partition("<|im_end|>\n")[2].replace("<|endoftext|>", "")) == set()
+    hidden = ChatDataset(many, 128, padding="hidden").batch("train", 4, seed=1, step=2)
+    assert torch.equal(hidden.tokens, batch.tokens)
+    assert torch.equal(hidden.maskable, batch.maskable & hidden.attention_mask) and not hidden.attention_mask.all()
+    assert all("<|endoftext|>" not in tokenizer.decode(row[seen]) for row, seen in zip(hidden.tokens, hidden.attention_mask))
+
+
+def test_batches_are_pure_and_short(many):
+    data, again = ChatDataset(many, 256), ChatDataset(many, 256)
+    rows, padded, tokens = [], 0, 0
+    steps = len(data.kept["train"]) // 4
+    for step in range(steps):
+        batch = data.batch("train", 4, seed=3, step=step)
+        rows += [tuple(row[row != data.eos_token_id].tolist()) for row in batch.tokens]
+        tokens, padded = tokens + batch.tokens.numel(), padded + (batch.tokens == data.eos_token_id).sum().item()
+    assert len(set(rows)) == steps * 4                              # an epoch visits each once
+    assert padded < 0.25 * tokens                                   # without sorting by length it is more than a third
+    for step in (steps - 1, 0, 7 * steps + 2):
+        assert torch.equal(again.batch("train", 4, 3, step).tokens, data.batch("train", 4, 3, step).tokens)
+    assert not torch.equal(data.batch("train", 4, 3, 0).tokens, data.batch("train", 4, 3, steps).tokens)
+    assert all(ChatDataset(many, 256, block_length=64).batch("train", 4, 3, step).tokens.shape[1] % 64 == 0 for step in range(4))
+
+
+def test_ranks_share_a_step(many):
+    """The slices of a step are its rows, all of one length, and their shares make a mean per token of all."""
+    data = ChatDataset(many, 128)
+    whole = data.batch("train", 8, seed=0, step=5)
+    parts = [data.batch("train", 2, 0, 5, rank, 4) for rank in range(4)]
+    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens) and whole.share == 1
+    assert sum(part.share for part in parts) == pytest.approx(4)
+    values = [torch.rand(part.maskable.shape) for part in parts]
+    mean = sum((value * part.maskable).sum() / part.maskable.sum() * part.share for value, part in zip(values, parts)) / 4
+    assert mean.item() == pytest.approx((torch.cat(values) * whole.maskable).sum().item() / whole.maskable.sum().item())
+    with pytest.raises(ValueError, match="world_size"):
+        data.batch("train", 2, 0, 0, rank=2, world_size=2)
+
+
+def test_long_conversations_are_cut_or_dropped_and_counted(tmp_path):
+    rows = [pair(n) for n in range(20)] + [{"prompt": "p" * 200, "response": "r"}] * 3 + [{"prompt": "short", "response": "r" * 200 + str(n)} for n in range(5)]
+    folder = prepare_chat(write(tmp_path / "long.jsonl", *rows), "byte", tmp_path / "p")
+    data = ChatDataset(folder, 100)
+    assert sum(data.dropped.values()) == 3 and sum(data.truncated.values()) == 5 and sum(data.examples.values()) == 28
+    assert all(data.batch("train", 4, 0, step).maskable.any(dim=1).all() for step in range(6))
+    assert max(data.batch("train", 4, 0, step).tokens.shape[1] for step in range(6)) == 100        # no multiple of 32 above seq_len
+    assert "5 of them cut" in data.summary() or data.truncated["val"]
+    whole = ChatDataset(folder, 1000)
+    assert not sum(whole.dropped.values()) + sum(whole.truncated.values())                          # stored whole
+
+
+def test_sft_loss_is_on_responses_alone(many):
+    """A change of the targets of prompt tokens changes neither loss nor gradient; one of a response's does."""
+    data = ChatDataset(many, 128)
+    batch = data.batch("train", 4, 0, 0)
+    model = Transformer(Config(vocab_size=260, dim=16, n_layers=2, n_heads=2, max_len=128, mask_token_id=257)).init_weights()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    t, mask = torch.full((4,), 0.5), mask_tokens(batch.tokens.shape, 0.5, torch.Generator().manual_seed(0))
+    inputs, is_masked, times = _corrupt(model, batch.tokens, t[:, None], batch.tokens.shape[1], mask, batch.maskable, "linear", None)
+    assert torch.equal(inputs[~batch.maskable], batch.tokens[~batch.maskable])                     # prompts are never corrupted
+
+    def gradient(targets):
+        model.zero_grad()
+        loss = _loss(model, targets, inputs, is_masked, times, targets.shape[1], batch.maskable, "linear", None)
+        loss.loss.backward()
+        return loss.loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    value, grad = gradient(batch.tokens)
+    assert value == mdlm_loss(model, batch.tokens, t, mask, batch.maskable).loss.item()
+    same, same_grad = gradient(torch.where(batch.maskable, batch.tokens, 7))
+    other, other_grad = gradient(torch.where(batch.maskable, 7, batch.tokens))
+    assert same == value and torch.equal(same_grad, grad) and other != value and not torch.equal(other_grad, grad)
+
+
+@pytest.mark.parametrize("config", [{}, {"shift": True}, {"block_length": 8}, {"causal": True, "shift": True}])
+def test_nelbo_of_responses(many, config):
+    """Responses of one token are scored exactly, so the padded batch must give what each conversation gives alone; then a ratio of sums."""
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab_size=260, dim=16, n_layers=2, n_heads=2, max_len=256, mask_token_id=257, **config)).init_weights().eval()
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    val = ChatDataset(many, 256).val_batch()
+    last = val.attention_mask.sum(1) - 2                            # <|im_end|> alone
+    maskable = torch.arange(val.tokens.shape[1]) == last[:, None]
+    value, error = nelbo(model, val.tokens, batch_size=3, maskable=maskable, attention_mask=val.attention_mask)
+    alone = torch.tensor([nelbo(model, row[None, :n], maskable=marked[None, :n])[0]
+                          for row, marked, n in zip(val.tokens, maskable, val.attention_mask.sum(1).tolist())], dtype=torch.float64)
+    assert value == pytest.approx(alone.mean().item(), abs=1e-5) and error == pytest.approx(alone.std().item() / len(alone) ** 0.5, abs=1e-5)
+    whole, _ = nelbo(model, val.tokens, num_samples=4, maskable=val.maskable, attention_mask=val.attention_mask)
+    assert 3 < whole < 12
+    with pytest.raises(ValueError, match="no token to score"):
+        nelbo(model, val.tokens, maskable=torch.zeros_like(val.maskable))
+
+
+def test_the_error_of_a_ratio():
+    """Against a bootstrap over rows of unequal length, for a model whose bound per token is known."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 9, (400, 32), generator=generator)
+    counts = torch.randint(1, 33, (400,), generator=generator)
+    maskable = torch.arange(32) < counts[:, None]
+    model = Transformer(Config(vocab_size=10, dim=16, n_layers=1, n_heads=2, max_len=32, causal=True, shift=True, mask_token_id=9)).init_weights()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    value, error = nelbo(model, tokens, maskable=maskable)
+    nats = torch.tensor([nelbo(model, tokens[i:i + 1], maskable=maskable[i:i + 1])[0] * max(n - 1, 0) if n > 1 else 0.0
+                         for i, n in enumerate(counts.tolist())], dtype=torch.float64)
+    scored = (counts - 1).double()                                  # nothing predicts the first token
+    assert value == pytest.approx((nats.sum() / scored.sum()).item(), rel=1e-5)
+    draws = torch.randint(0, 400, (2000, 400), generator=generator)
+    assert error == pytest.approx((nats[draws].sum(1) / scored[draws].sum(1)).std().item(), rel=0.1)
+
+
+# ---------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("rows, words", [
+    ([pair(1), '{"messages": [', pair(2)], "line 2 is not JSON"),
+    ([pair(1), "[]"], "line 2 has neither"),
+    ([pair(1), {"prompt": "only"}], "line 2 has neither"),
+    ([pair(1), {"messages": [USER | {"content": 5}]}], "line 2 has a message without"),
+    ([pair(1), {"messages": [{"role": "robot", "content": "beep"}]}], "line 2 has a message of the unknown role 'robot'"),
+    ([{"messages": TALK[:2]}, {"messages": TALK[1:2]}], "no conversation to learn from: it has no response"),
+    ([pair(1)], "too short to split"),
+    ([], "is empty"),
+])
+def test_bad_files(tmp_path, rows, words):
+    path = write(tmp_path / "bad.jsonl", *rows)
+    with pytest.raises(ValueError, match=words) as caught:
+        prepare_chat(path, "byte", tmp_path / "p")
+    assert "bad" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "p").exists() or not list((tmp_path / "p").iterdir())
+
+
+def test_bad_settings(many, tmp_path):
+    for options, words in (({"block_length": 24}, "block_length 24 does not divide seq_len 128"), ({"padding": "none"}, "padding must be"),
+                           ({"seq_len": 8}, "fill the context of 8 tokens")):
+        with pytest.raises(ValueError, match=words):
+            ChatDataset(many, **{"seq_len": 128, **options})
+    for name, words in (("alpaka", "did you mean 'alpaca'"), ("alpaca[test:5]", "name\\[train:1000\\]"), ("nowhere.jsonl", "no chat data"), ("pydocs_chat+", "no chat")):
+        with pytest.raises(FileNotFoundError, match=words):
+            prepare_chat(name, "byte", tmp_path)
+    with pytest.raises(FileNotFoundError, match="pydocs_chat"):
+        prepare("pydoc_chat", "byte", root=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["train.index", "val.mask", "meta.json", "train.bin"])
+def test_damage_is_repaired(tmp_path, damage):
+    path = write(tmp_path / "a.jsonl", *map(pair, range(20)))
+    folder = prepare_chat(path, "byte", tmp_path / "p")
+    good = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / damage).write_bytes(good[damage][:-3])
+    with pytest.raises(ValueError):
+        ChatDataset(folder, 128)
+    (folder / damage).unlink()
+    with pytest.raises(FileNotFoundError):
+        ChatDataset(folder, 128)
+    assert prepare_chat(path, "byte", tmp_path / "p") == folder and {file.name: file.read_bytes() for file in folder.iterdir()} == good
