@@ -128,6 +128,41 @@ def block_loss(model, tokens, block_length, t=None, mask=None, maskable=None, sc
                  attention_mask=visible, positions=positions)
 
 
+def sft_loss(model, tokens, maskable=None, t=None, mask=None, attention_mask=None, cart=0.0, generator=None):
+    """LLaDA's loss of supervised fine-tuning (2502.09992, eq. 5 and algorithm 2): a mean over responses, however long each of them is.
+
+        loss = 1/B sum_b 1/L_b sum over masked i of 1/t_b * -log p(x_0^i | x_t)
+
+    for tokens int64 [B, T]; L_b is the number of tokens of row b where `maskable` [B, T] is true (None: all), end-of-text padding included. As times
+    are uniform in (1e-3, 1], t is what LLaDA's code calls p_mask = (1 - eps) t + eps with eps 1e-3. `.nelbo` is the bound per token.
+    cart > 0 takes Dream's weights (`cart_weights`) for 1/t_b and, as its code at one sequence a GPU, the number of masked tokens for L_b.
+    """
+    B, T = tokens.shape
+    t = sample_t((B,), generator) if t is None else t
+    if t.shape != (B,):
+        raise ValueError(f"t must have shape [{B}], one time a sequence, got {list(t.shape)}")
+    x_t, mask, t = _corrupt(model, tokens, t.view(B, 1), T, mask, maskable, "linear", generator)
+    maskable = torch.ones_like(mask) if maskable is None else maskable.to(tokens.device)
+    weights, counted = (cart_weights(mask, cart), mask) if cart else ((1 / t).expand(B, T), maskable)
+    weights = weights / (B * counted.sum(1, keepdim=True).clamp(min=1))                             # [B, T]
+    return _loss(model, tokens, x_t, mask, t, T, maskable, "linear", None, weights=weights, attention_mask=attention_mask)
+
+
+def cart_weights(mask, p):
+    """Dream's context-adaptive weights of the masked tokens (CART; 2508.15487, section 3.2), 0 elsewhere: float32 [B, T] for mask [B, T].
+
+        w_i = 1/2 sum over clean j of p (1 - p)^(|i - j| - 1)
+
+    A token counts the more the more of its neighbours are there to tell it; a large p looks at the nearest only. 0 < p <= 1.
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"cart must be above 0 and at most 1, got {p}")
+    index = torch.arange(mask.shape[1], device=mask.device, dtype=torch.float32)
+    distance = (index[:, None] - index).abs()                                                       # [T, T]
+    near = torch.where(distance > 0, p / 2 * (1 - p) ** (distance - 1), 0.0)
+    return (~mask).float() @ near * mask
+
+
 def ar_loss(model, tokens):
     """-log p(x_i | x_<i) of an autoregressive model, nats per token: the baseline. The first token is given, not predicted."""
     (B, T), device = tokens.shape, tokens.device
@@ -172,17 +207,19 @@ def _corrupt(model, tokens, t, block_length, mask, maskable, schedule, generator
     return torch.where(mask, mask_id, tokens), mask, t
 
 
-def _loss(model, targets, inputs, mask, t, block_length, maskable, schedule, max_weight, shift=None, **attention):
+def _loss(model, targets, inputs, mask, t, block_length, maskable, schedule, max_weight, shift=None, weights=None, **attention):
     (B, T), shift = targets.shape, _config(model).shift if shift is None else shift
     count = B * T if maskable is None else max(int(maskable.sum()), 1)
     true_weight = weight(t, schedule).repeat_interleave(block_length, dim=1)                        # [B, T]
-    used = true_weight if max_weight is None else true_weight.clamp(max=max_weight)
+    used, divisor = true_weight if max_weight is None else true_weight.clamp(max=max_weight), count
+    if weights is not None:                                         # of the loss, [B, T], divided already
+        used, divisor = weights, 1
     masked = mask.flatten().nonzero()[:, 0]                                                         # [N] indices into B * T
     rows = prediction_rows(masked, T, inputs.shape[1], shift, block_length)
     total, nll = token_nll(model, inputs, rows, targets.flatten()[masked], used.flatten()[masked], **attention)
     weighted = torch.zeros(B * T, device=nll.device)
     weighted[masked] = nll * true_weight.flatten()[masked]                                          # [N] -> [B * T]
-    return Loss(total / count, weighted.view(B, T), weighted.sum() / count, count, mask, t)
+    return Loss(total / divisor, weighted.view(B, T), weighted.sum() / count, count, mask, t)
 
 
 def prediction_rows(masked, T, width, shift, block_length):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from data import checkpoints
+from data.tokenizer import Tokenizer
 
 TARGETS = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"}
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -173,3 +174,21 @@ def load_adapter(model, folder):
             for key, stored in pair.items():
                 getattr(layer, key).data.copy_(tensors.get_tensor(stored))
     return model
+
+
+def check_merge(target, *sources):
+    """ValueError if `target`, where a merged model is to be written, is a folder that its weights come from."""
+    bases = [base for source in sources if (base := checkpoints.adapter_base(source))]
+    for source in (*sources, *bases):
+        if Path(target).expanduser().resolve() == Path(source).expanduser().resolve():
+            raise ValueError(f"merge={target} is where the weights come from, and they would be overwritten: choose another folder")
+
+
+def write_merged(folder, target):
+    """Write the model in `folder`, its adapter merged into the base, in the family's published layout, with a tokenizer. Returns a line about it."""
+    check_merge(target, folder)
+    model, tokenizer = checkpoints.load(folder), Tokenizer.from_pretrained(folder)
+    model.export_pretrained(target)
+    if not (Path(target) / "tokenizer.json").exists() or tokenizer.vocab_size != Tokenizer.from_pretrained(target).vocab_size:
+        tokenizer.save_pretrained(target)
+    return f"wrote {target}: {model.config.family}, {sum(p.numel() for p in model.parameters()):,} parameters, {model.embed.weight.dtype}"

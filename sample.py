@@ -26,6 +26,7 @@ from sampler import Sampler, Trace
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
 checkpoint = "out/scratch"  # a folder that a recipe wrote, a published checkpoint's folder or its hub id
+adapter = ""                # the folder of a LoRA adapter for it (finetune_llada.py, PEFT)
 # what to write
 prompt = ""                 # text to continue; FILE:path reads it from a file; nothing: text out of nothing
 infill = ""                 # a text with [MASK] or [MASK:12] where one or twelve tokens are missing; FILE:path as well
@@ -70,7 +71,7 @@ if html and (Path(html).is_dir() or not os.access(Path(html).parent, os.W_OK)):
 if checkpoint.startswith("out/") and not Path(checkpoint).is_dir():
     raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
 settings["cache"] = "" if cache == "none" else cache
-sampler = Sampler.load(checkpoint, common.init_process(device, threads)[0], None if dtype == "auto" else getattr(torch, dtype))
+sampler = Sampler.load(checkpoint, common.init_process(device, threads)[0], None if dtype == "auto" else getattr(torch, dtype), adapter)
 
 
 # ---- the terminal view ---------------------------------------------------------------------------------------------------------

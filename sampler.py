@@ -12,6 +12,7 @@ import torch
 from data.checkpoints import find_checkpoint
 from data.tokenizer import Tokenizer
 from diffusion import REMASKING, generate, infill
+from lora import load_adapter, merge_lora
 from model import Transformer
 
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")                            # [MASK], or [MASK:12] for twelve tokens
@@ -41,9 +42,13 @@ class Sampler:
         self._decode = functools.lru_cache(2**16)(lambda ids: tokenizer.decode(ids))
 
     @classmethod
-    def load(cls, checkpoint, device="cpu", dtype=None):
+    def load(cls, checkpoint, device="cpu", dtype=None, adapter=None):
+        """The Sampler of a folder or hub id. adapter: the folder of a LoRA adapter to add to the weights, ours or PEFT's."""
         folder = find_checkpoint(checkpoint)
-        return cls(Transformer.from_pretrained(folder, device=device, dtype=dtype), Tokenizer.from_pretrained(folder), str(checkpoint).rstrip("/"))
+        model = Transformer.from_pretrained(folder, device=device, dtype=dtype)
+        if adapter:
+            model = merge_lora(load_adapter(model, adapter))
+        return cls(model, Tokenizer.from_pretrained(folder), str(checkpoint).rstrip("/"))
 
     # ---------------------------------------------------------------- text -> tokens
 

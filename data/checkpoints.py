@@ -216,9 +216,7 @@ def load(path_or_hub_id, causal=None, device="cpu", dtype=None):
     folder = find_checkpoint(path_or_hub_id)
     if base := adapter_base(folder):
         from lora import load_adapter, merge_lora  # it builds on this file
-        model = merge_lora(load_adapter(load(base, causal, device, dtype), folder))
-        model.source = folder if (folder / "tokenizer.json").exists() else model.source
-        return model
+        return merge_lora(load_adapter(load(base, causal, device, dtype), folder))
     model, plan = open_checkpoint(folder, causal)
     fill(model, plan, device, dtype)
     return model.eval()
@@ -382,6 +380,15 @@ def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
     return Config(family=family, published=None if family == "unmask" else raw, **interpret(FAMILIES[family], raw)[0])
 
 
+def tiny_model(family, tokenizer, max_len, seed=0):
+    """A small random model of a family in which nothing is zero, as it is in new ones: a frozen zero would teach an adapter nothing."""
+    model, generator = Transformer(tiny_config(family, tokenizer, max_len)).init_weights(seed), torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if name.endswith((".o.weight", ".down.weight", "head.weight")):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
+    return model
+
+
 def _flatten_rope(raw):
     """A published config with what transformers 5 writes, `layer_types` and `rope_parameters`, as the older keys of the table."""
     flat, kinds, rope = dict(raw), raw.get("layer_types"), raw.get("rope_parameters")
@@ -450,8 +457,9 @@ def tensor_table(model):
     return table
 
 
-def find_checkpoint(path_or_hub_id):
-    """The local folder of a checkpoint; a hub id is downloaded, or found in the cache. Raises FileNotFoundError."""
+def find_checkpoint(path_or_hub_id, weights=True):
+    """The local folder of a checkpoint; a hub id is downloaded (without weights: all but them), or found in the cache. Raises
+    FileNotFoundError."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -461,7 +469,7 @@ def find_checkpoint(path_or_hub_id):
         raise FileNotFoundError(f"there is no folder {path_or_hub_id}")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"],
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", *["*.safetensors"] * weights, "*.txt", "*.jinja", "*.py"],
                                       ignore_patterns=["*/*"]))     # the .py are copied on export, never run
     except Exception as error:          # the hub's errors have no common class; whatever it was, the reader needs the same advice
         reason = type(error).__name__

@@ -1,0 +1,344 @@
+"""Recipe 4: supervised fine-tuning of LLaDA and Dream, by LoRA or in full, on one GPU or many.
+
+A diffusion language model learns to answer as it learned to write, but that only the answer is ever masked: the prompt stays, and
+end-of-text tokens behind the answer are learned too, so that the model says how long an answer is (LLaDA, arXiv 2502.09992, section
+2.3 and algorithm 2; Dream, 2508.15487). LoRA (2106.09685) keeps the weights as they are, in bfloat16, and trains 2 % beside them:
+with checkpointing, and a loss that never holds all logits, LLaDA-8B takes 19 GB. FSDP2 spreads what is left over the GPUs.
+
+    python finetune_llada.py --init_from=tiny                         two minutes on a CPU, no network: a small random LLaDA
+    python finetune_llada.py --plan                                   what LLaDA-8B would take; reads no weights
+    python finetune_llada.py --dataset='tulu3[train:50000]'           LoRA on one GPU
+    torchrun --nproc_per_node=8 finetune_llada.py --lora_rank=0       everything, spread over 8 GPUs
+    python finetune_llada.py --merge=out/merged                       the adapter in out_dir into the weights, in the family's own layout
+
+Then: python sample.py --checkpoint=out/finetune --chat
+"""
+import common  # noqa: I001 (before torch: it sets how threads wait)
+import contextlib
+import itertools
+import math
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from common import override
+from data import checkpoints
+from data.chat import is_chat, open_dataset
+from data.prepare import prepare
+from data.tokenizer import Tokenizer
+from diffusion import generate, mask_tokens, nelbo, sample_t, sft_loss
+from lora import add_lora, check_merge, init_lora, published_modules, save_adapter, write_merged
+from memory import report
+from model import Transformer
+
+# ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
+# run
+init_from = "GSAI-ML/LLaDA-8B-Base"     # folder or hub id of LLaDA, Dream or one of our own models; tiny, tiny:Dream: small and random
+out_dir = "out/finetune"    # receives the adapter (or the model), the tokenizer, train_state, log.jsonl, loss.png
+merge = ""                  # folder for base + adapter in the family's layout: out_dir's adapter, or if there is none the one trained now
+resume = False              # continue the run in out_dir, exactly; the number of processes may be another one
+seed = 1337                 # adapters, order of the data and masks follow from it
+device = "auto"             # auto, cpu, cuda
+dtype = "auto"              # auto, float32, bfloat16: of the frozen weights and the matrix products; what learns is float32
+compile = "False"           # auto (on a GPU), True, False: torch.compile
+checkpointing = True        # keep only the blocks' inputs for the backward pass: a third slower, a fraction of the memory
+fsdp = True                 # with torchrun: spread all weights over the processes; False: each has all of them (DDP), which is faster if they fit
+threads = 0                 # CPU threads; 0: torch's choice
+# plan
+plan = False                # say how much memory a step takes, and stop
+ranks = 0                   # processes that the plan reckons with; 0: torchrun's
+memory_gb = 0.0             # memory of a GPU, for the plan; 0: of the one here, else 24
+# data: 0 takes the value from `sizes` below, of a tiny start or of a published one
+dataset = "pydocs_chat"     # chat: pydocs_chat, alpaca, tulu3, smoltalk, opc, FILE.jsonl, mixed by +; text (pretraining goes on): as in train_scratch.py
+seq_len = 0                 # tokens in a sequence at most
+padding = "eos"             # eos: end-of-text tokens, part of the answer, so that its length is learned; hidden: nobody sees it
+vocab_size = 2048           # pieces of the tokenizer that a tiny model gets
+# what learns
+lora_rank = 64              # of the adapters; 0 trains everything
+lora_alpha = 64.0           # they count lora_alpha / lora_rank times
+lora_dropout = 0.0          # of their input
+lora_targets = "q,k,v,o,gate,up,down"   # the matrices that get one
+cart = 0.0                  # Dream's weights that look at the neighbours, with this p (0.1 in its configuration); 0: LLaDA's 1/t
+# optimizer
+batch_size = 0              # sequences a step and process
+grad_accum = 1              # steps of batch_size sequences before each update
+learning_rate = 0.0         # AdamW's peak; 0: from `sizes`, a tenth of it if everything learns
+weight_decay = 0.0          # of matrices
+beta2 = 0.999               # AdamW's second moment
+grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
+warmup = 0.05               # share of the run in which the learning rate rises
+decay = "linear"            # linear or cosine: how it falls to 0
+epochs = 3.0                # visits of the data, unless max_steps or max_minutes is set
+max_steps = 0               # updates
+max_minutes = 0.0           # minutes of training. Learning rate follows the clock then
+# evaluation
+eval_interval = 200         # updates between evaluations, checkpoints and samples; 0: at the end only
+eval_sequences = 64         # held-out sequences (of chat: conversations) of an evaluation on the way
+final_eval_sequences = 256  # and of the last one
+sample_tokens = 64          # length of the samples shown on the way; 0: none
+settings = override(globals())
+
+# ---- process, precision --------------------------------------------------------------------------------------------------------
+start, _, tiny_family = init_from.partition(":")
+tiny = start == "tiny"
+sizes = {"seq_len": (160, 1024), "batch_size": (16, 1), "learning_rate": (5e-3, 2e-4), "max_minutes": (1.2, 0.0)}          # tiny, published
+for _name, _values in sizes.items():
+    if not settings[_name] and not (_name == "max_minutes" and max_steps):
+        settings[_name] = globals()[_name] = _values[not tiny] * (0.1 if _name == "learning_rate" and not lora_rank else 1)
+for _name in ("seq_len", "batch_size", "grad_accum", "eval_sequences", "final_eval_sequences"):
+    if settings[_name] < 1:
+        raise ValueError(f"{_name} must be at least 1, got {settings[_name]}")
+for _name in ("lora_rank", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval", "sample_tokens", "seed", "ranks", "memory_gb"):
+    if settings[_name] < 0:
+        raise ValueError(f"{_name} must not be negative, got {settings[_name]}")
+if decay not in ("linear", "cosine") or not 0 <= cart <= 1:
+    raise ValueError(f"decay is linear or cosine and cart between 0 and 1, got {decay!r} and {cart}")
+if learning_rate <= 0 or epochs <= 0:
+    raise ValueError(f"learning_rate and epochs must be positive, got {learning_rate} and {epochs}")
+if plan:
+    print(report(settings))
+    sys.exit()
+device, rank, world_size = common.init_process(device, threads)
+compute = common.matrix_dtype(device, dtype)
+sharded = fsdp and world_size > 1
+# Frozen and sharded weights are in `compute` already; others are float32 and the products are cast, each weight when it is used.
+autocast = contextlib.nullcontext() if lora_rank or sharded or compute == torch.float32 else torch.autocast(device.type, compute, cache_enabled=False)
+main = rank == 0                                                    # rank 0 writes and prints
+folder = common.make_folder(out_dir)
+if merge:
+    check_merge(merge, init_from, out_dir)
+    if not resume and (folder / "adapter_model.safetensors").exists():
+        if main:
+            print(write_merged(out_dir, merge))
+        sys.exit()
+
+# ---- data ----------------------------------------------------------------------------------------------------------------------
+base = "tiny" if tiny else checkpoints.find_checkpoint(init_from)   # the checkpoint that is fine-tuned
+if not tiny:
+    if checkpoints.adapter_base(base):
+        raise ValueError(f"{init_from} is an adapter: --merge it into its base first and start from the result")
+    source, _ = checkpoints.read_config(base)                       # before a data set is prepared for nothing
+    if source.causal or source.block_length:
+        raise ValueError(f"{init_from} is {'an autoregressive' if source.causal else 'a block-diffusion'} model ({source.family}): see convert_ar.py")
+text = "bpe" if tiny else Tokenizer.from_pretrained(base)
+if not tiny:
+    text.add_chat_tokens()
+    if source.mask_token_id is None:
+        text.add_mask_token()
+if main:
+    prepare(dataset, text, vocab_size)
+common.barrier()
+data_folder = prepare(dataset, text, vocab_size)
+text = Tokenizer.from_pretrained(data_folder) if tiny else text
+data, chat = open_dataset(dataset, data_folder, seq_len, padding), is_chat(dataset)
+val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
+bytes_per_token = data.val_bytes_per_token(val, text)
+data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
+slices = grad_accum * world_size
+common.check_ranks_agree(device, **{f"the data of {dataset}": data.fingerprint, **{name: settings[name] for name in settings if name != "device"}})
+
+if not (max_steps or max_minutes):
+    max_steps = max(1, round(epochs * data.examples["train"] / (batch_size * slices)))
+
+# ---- model ---------------------------------------------------------------------------------------------------------------------
+# A tiny base is made here, and one of ours may lack the tokens of a chat: then the base is written beside the run.
+if tiny or text.vocab_size > source.vocab_size:
+    base = folder / "base"
+    if main and not resume:
+        made = checkpoints.tiny_model(tiny_family or "llada", text, seq_len, seed) if tiny else Transformer.from_pretrained(init_from)
+        made.resize_vocabulary(text.vocab_size, new=range(made.config.vocab_size, text.vocab_size))
+        made.config.mask_token_id, made.config.eos_token_id, made.source = text.mask_token_id, text.eos_token_id, None
+        made.export_pretrained(base)
+        text.save_pretrained(base)
+    common.barrier()
+raw_model, weights = checkpoints.open_checkpoint(base)              # no memory yet
+config = raw_model.config
+if config.mask_token_id is None:                                    # Dream's config leaves them to its tokenizer
+    config.mask_token_id = text.mask_token_id
+config.eos_token_id = text.eos_token_id if config.eos_token_id is None else config.eos_token_id
+if seq_len > config.max_len:
+    raise ValueError(f"{init_from} has a context of {config.max_len} tokens, seq_len is {seq_len}: take --seq_len={config.max_len}")
+if lora_rank:
+    published_modules(add_lora(raw_model, lora_rank, lora_alpha, lora_dropout, lora_targets))       # a family without a name for them is known now
+raw_model.checkpoint_blocks = checkpointing
+if common.is_on(compile, auto=device.type == "cuda"):
+    raw_model.compile_blocks()
+if sharded:
+    common.shard(raw_model, device, compute)
+checkpoints.fill(raw_model, weights, device, compute if lora_rank else torch.float32)               # of sharded ones, the rows that belong here
+if lora_rank:
+    init_lora(raw_model, seed)
+raw_model.train()                                                   # saved and sampled; `model` may be wrapped
+model = raw_model if sharded or world_size == 1 else DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
+
+# ---- optimizer -----------------------------------------------------------------------------------------------------------------
+trained = [p for p in raw_model.parameters() if p.requires_grad]
+optimizers = [torch.optim.AdamW([{"params": [p for p in trained if p.ndim == 2], "weight_decay": weight_decay},
+                                 {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0}], lr=learning_rate, betas=(0.9, beta2), fused=True)]
+peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
+
+# ---- resume --------------------------------------------------------------------------------------------------------------------
+must_match = {name: settings[name] for name in ("init_from", "seq_len", "padding", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "cart",
+                                                "weight_decay", "beta2", "seed")}
+must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
+step, clock, losses = 0, common.Clock(), []
+if resume:
+    state_folder, state = common.read_record(folder / "train_state", must_match)
+    common.load_sharded(state_folder, raw_model, optimizers)
+    step, clock, losses = state["step"], common.Clock(state["elapsed_s"]), state["losses"]
+elif main and (folder / "train_state").exists():
+    tqdm.write(f"replacing the run in {out_dir} (--resume=True would continue it)")
+log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
+common.barrier()
+
+
+advice = f"lower learning_rate; the last checkpoint is in {out_dir}"
+
+
+def save():
+    """Everything needed to go on is in train_state alone; beside it the adapter, or the model, for sample.py and the like."""
+    bad = not all(checkpoints.local_part(p).isfinite().all() for p in trained)
+    if common.mean_over_ranks(float(bad), device):
+        raise FloatingPointError(f"the weights are not finite at step {step}: {advice}")
+    common.save_sharded(folder / "train_state", raw_model, optimizers, step=step, elapsed_s=clock.seconds(), losses=losses,
+                        settings={**settings, **must_match})
+    whole = common.gathered({name: p for name, p in raw_model.named_parameters() if p.requires_grad} if lora_rank else raw_model.state_dict())
+    if main:
+        if lora_rank:
+            name = "base" if base == folder / "base" else str(base.resolve()) if Path(init_from).expanduser().is_dir() else init_from
+            save_adapter(raw_model, folder, name, whole)
+        else:
+            checkpoints.save(raw_model, folder, whole)
+        text.save_pretrained(folder)
+    common.barrier()
+
+
+def evaluate(sequences):
+    """(NELBO, standard error) of the first held-out sequences, always with the same masks; in chat, of the answers given the rest."""
+    raw_model.eval()
+    rows = torch.linspace(0, len(val.tokens) - 1, min(max(sequences, 2), len(val.tokens))).long()   # of all lengths
+    part = [None if x is None else x[rows].to(device) for x in (val.tokens, val.maskable, val.attention_mask)]
+    with autocast:
+        value, error = nelbo(raw_model, part[0], seed=seed, batch_size=8, maskable=part[1], attention_mask=part[2])
+    raw_model.train()
+    return value, error
+
+
+def tokens_per_s():
+    """Speed since the last evaluation."""
+    return window_tokens / max(clock.seconds() - window_start, 1e-9)
+
+
+def show_sample():
+    """The answer to a held-out question, or a text out of nothing, as far as the model has come. Where it is sharded all processes write it."""
+    special = {token for token, added in text.backend.get_added_tokens_decoder().items() if added.special}
+    prompt = data.prompt("val", step)[0] if chat else []
+    n = min(sample_tokens, seq_len - len(prompt))
+    raw_model.eval()
+    with autocast:
+        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if chat else 1.0, remasking="low_confidence" if chat else "random", seed=step)[0]
+    raw_model.train()
+    answer = text.decode(itertools.takewhile(lambda token: token not in special, ids[len(prompt):]))
+    if main:
+        tqdm.write(f"step {step}: " + (f"{text.decode(prompt, skip_special_tokens=True)!r} -> {answer!r}" if chat else repr(answer)))
+
+
+# ---- loop ----------------------------------------------------------------------------------------------------------------------
+# One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
+flops, peak = raw_model.flops_per_token(seq_len, head_share=0.5, training=False) * (2 if lora_rank else 3), common.peak_flops(device)
+stop = []
+for _signal in (signal.SIGINT, signal.SIGTERM):                     # Ctrl-C, or a machine about to be taken: finish the step, save, leave
+    signal.signal(_signal, lambda *_: stop.append(True))
+bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+if main:
+    sizes = [sum(p.numel() for p in parameters) for parameters in (raw_model.parameters(), trained)]
+    tqdm.write(f"{sizes[0]:,} parameters, {sizes[1]:,} of them learn, {config.family} on {device}; {data.summary()}")
+window_start, window_tokens = clock.seconds(), 0
+while True:
+    elapsed = common.from_rank_0(clock.seconds(), device)
+    progress = max(step / max_steps if max_steps else 0.0, elapsed / 60 / max_minutes if max_minutes else 0.0)
+    finished = progress >= 1 or bool(common.from_rank_0(float(bool(stop)), device))
+    factor = common.learning_rate_factor(progress, warmup, decay)
+    if step and eval_interval and step % eval_interval == 0 and not finished:
+        save()                                                      # first: a resumed run evaluates again what a kill cut short
+        val_nelbo, val_stderr = evaluate(eval_sequences)
+        if main:
+            log.write(step=step, train_loss=sum(losses) / len(losses), val_nelbo=val_nelbo, val_stderr=val_stderr,
+                      val_bpb=val_nelbo / math.log(2) / bytes_per_token,
+                      tokens_per_s=tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
+        if sample_tokens and (main or sharded):
+            show_sample()
+        window_start, window_tokens, losses = clock.seconds(), 0, []
+    if finished:
+        break
+    for o, lrs in zip(optimizers, peaks):
+        for group, lr in zip(o.param_groups, lrs):
+            group["lr"] = lr * factor
+
+    # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
+    # does not depend on how many processes share the work.
+    torch.manual_seed(seed * 1_000_003 + step * world_size + rank)  # of dropout
+    generator, total, t = torch.Generator().manual_seed(seed * 1_000_003 + step), 0.0, None
+    for micro_step in range(grad_accum):
+        piece = micro_step * world_size + rank
+        rows = slice(piece * batch_size, (piece + 1) * batch_size)
+        batch = data.batch("train", batch_size, seed, step, piece, slices)                                           # tokens [B, T]
+        if t is None:
+            G, T = slices * batch_size, batch.tokens.shape[1]
+            t = sample_t((G, 1), generator)
+            mask = mask_tokens((G, T), t, generator)
+            # Pretraining cuts 1 % of the sequences to a random length, so that the model knows short contexts (LLaDA, section 2.2).
+            length = torch.where((torch.rand(G, generator=generator) < 0.01) & (not chat), torch.randint(1, T + 1, (G,), generator=generator), T)
+        if (length[rows] < T).any():
+            batch.maskable = batch.attention_mask = torch.arange(T) < length[rows, None]
+        batch = batch.to(device)
+        # A sharded model adds up gradients where they belong, so it must exchange them each time; DDP does so in the last micro-step.
+        sync = contextlib.nullcontext() if world_size == 1 or sharded or micro_step == grad_accum - 1 else model.no_sync()
+        with sync:
+            with autocast:
+                loss = sft_loss(model, batch.tokens, batch.maskable, t[rows, 0], mask[rows], batch.attention_mask, cart)
+            (loss.loss / grad_accum).backward()
+        total += loss.loss.item() / grad_accum
+        window_tokens += batch.tokens.numel() * world_size
+    total = common.mean_over_ranks(total, device)
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss is {total} at step {step}: {advice}")
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(trained, grad_clip)
+    for o in optimizers:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    step += 1
+    losses.append(total)
+    bar.update()
+    if main and step % 10 == 0:
+        speed = tokens_per_s()
+        mfu = {"mfu": f"{speed * flops / peak / world_size:.0%}"} if peak else {}
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
+bar.close()
+
+# ---- end -----------------------------------------------------------------------------------------------------------------------
+save()
+if stop:
+    if main:
+        print(f"stopped at step {step}; --resume=True goes on from here")
+else:
+    val_nelbo, val_stderr = evaluate(final_eval_sequences)
+    if sample_tokens and (main or sharded):
+        show_sample()
+    if main:
+        bpb = val_nelbo / math.log(2) / bytes_per_token
+        log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=bpb,
+                  tokens_per_s=tokens_per_s(), elapsed_s=clock.seconds())
+        log.plot(folder / "loss.png")
+        if merge:
+            print(write_merged(out_dir, merge))
+        print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {bpb:.3f} bits/byte")
+if world_size > 1:
+    common.barrier()
+    dist.destroy_process_group()
