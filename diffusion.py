@@ -914,7 +914,7 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
             if keep is None or how.on_step is not None:             # whoever watches a blind choice wants a colour
                 score[eligible] = how.score(logits, chosen).cpu()
         if keep is None:
-            keep = how.keep(score, eligible, reveal, logits, lambda: _draw(streams, rows, eligible))    # noqa: B023
+            keep = how.keep(score, eligible, reveal, logits, lambda: _draw(streams, rows, eligible))  
         written = torch.where(keep, written, canvas[rows])
         canvas[rows] = written if hidden is None else torch.where(hidden, mask_id, written)
         is_masked = (canvas == mask_id) & shown
