@@ -56,9 +56,14 @@ max_new_tokens = 0          # 0: what the task says, 256 if it says nothing
 steps = 0                   # denoising steps in total; 0: one a token
 block_length = 0            # tokens denoised together; 0: all (block diffusion: the model's own)
 temperature = "auto"        # auto: what the task says, or 0
+top_p = 1.0                 # draw from the most probable tokens that together exceed this; 1: from all
 remasking = "low_confidence"    # what is kept: low_confidence, random, entropy, margin, ancestral
+alg_temp = 0.0              # Dream's: draw the positions to keep from softmax(score / alg_temp); 0: keep the best
 threshold = 0.0             # keep every prediction with at least this probability instead of a fixed number a step; 0: off
 factor = 0.0                # Fast-dLLM's factor rule instead; 0: off
+entropy_bound = 0.0         # EB-Sampler's rule instead; 0: off
+suppress = ""               # tokens never to write: ids, names, eos or eot, separated by commas
+defer = ""                  # tokens to write last, likewise
 cache = "auto"              # none, prefix, dual (approximate), block (exact); auto: block for block diffusion, else none
 cfg_scale = 0.0             # classifier-free guidance, of generation and of log-likelihoods; 0: none
 schedule = ""               # tokens a step: even or timesteps; empty: the family's own
@@ -88,7 +93,7 @@ class Evaluator:
             raise FileNotFoundError(f"there is no {s['checkpoint']} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
         where, self.process, self.processes = common.init_process(s["device"], s["threads"])
         dtype = None if s["dtype"] == "auto" else getattr(torch, s["dtype"])
-        self.sampler = Sampler.load(s["checkpoint"], where, dtype, **{"adapter": s["adapter"]} if s["adapter"] else {})
+        self.sampler = Sampler.load(s["checkpoint"], where, dtype, s["adapter"] or None)
         self.model, self.max_len = self.sampler.model.eval(), self.sampler.config.max_len
         self.passes, self.tokens, self.notes, self.answers = 0, 0, {}, []
         self.model.register_forward_hook(self._count)
@@ -208,8 +213,8 @@ class Evaluator:
         """Whether greedy unmasking, one token a step, writes the target behind the prefix; for each of [(prefix, target)]."""
         def run(batch):
             L = len(pairs[batch[0]][1])
-            arguments = self.sampler.arguments(L, {**self.settings, "steps": 0, "block_length": 0, "threshold": 0.0, "factor": 0.0,
-                                                   "temperature": 0.0, "remasking": "low_confidence"}, chat=True)
+            arguments = self.sampler.arguments(L, {"steps": 0, "block_length": 0, "temperature": 0.0, "remasking": "low_confidence", "cache": "auto",
+                                                   "cfg_scale": self.settings["cfg_scale"], "schedule": "", "seed": 0}, chat=True)
             answers = self.sampler.run([list(pairs[i][0]) for i in batch], arguments)
             return [answer[len(pairs[i][0]):] == list(pairs[i][1]) for i, answer in zip(batch, answers)]
 
