@@ -50,7 +50,7 @@ confirm_run_unsafe_code = False     # allow tasks that run what the model writes
 # log-likelihoods
 num_samples = "auto"        # forward passes of an answer; auto: 8, where its rank is in doubt up to 120 (nelbo: 1, single answers: 32)
 estimator = "dealt"         # dealt, stratified, llada: how the hidden tokens are chosen, see diffusion.py
-batch_size = 8192           # tokens of a pass; many requests share it
+batch_size = 0              # tokens of a pass, which many requests share; 0: 2048 on a CPU, 16384 elsewhere
 # generation: the sampler, as in sample.py
 max_new_tokens = 0          # 0: what the task says, 256 if it says nothing
 steps = 0                   # denoising steps in total; 0: one a token
@@ -92,6 +92,7 @@ class Evaluator:
         if s["checkpoint"].startswith("out/") and not Path(s["checkpoint"]).is_dir():
             raise FileNotFoundError(f"there is no {s['checkpoint']} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
         where, self.process, self.processes = common.init_process(s["device"], s["threads"])
+        s["batch_size"] = s["batch_size"] or (2048 if where.type == "cpu" else 16384)
         dtype = None if s["dtype"] == "auto" else getattr(torch, s["dtype"])
         self.sampler = Sampler.load(s["checkpoint"], where, dtype, s["adapter"] or None)
         self.model, self.max_len = self.sampler.model.eval(), self.sampler.config.max_len
@@ -127,9 +128,12 @@ class Evaluator:
         tokens = tokenizer.encode(text) if self.sampler.mask_id in tokens else tokens
         return tokens if add_special_tokens is False or tokens[:len(head)] == head else head + tokens
 
-    def encode(self, context, answer):
-        """(prefix, target): lm-eval's own rule, by which spaces at the end of the context belong to the answer."""
-        prefix, target = self._encode_pair(context, answer) if context else (self.start, self.tok_encode(answer, add_special_tokens=False))
+    def tokens_of(self, context, answer):
+        """(prefix, target) by lm-eval's rule: spaces at the end of the context belong to the answer, and what they are together is split."""
+        spaces = len(context) - len(context.rstrip())
+        context, answer = context[:len(context) - spaces], context[len(context) - spaces:] + answer
+        prefix = self.tok_encode(context) if context else self.start
+        target = self.tok_encode(context + answer)[len(prefix):] if context else self.tok_encode(answer, add_special_tokens=False)
         if not target:
             self.note("an answer is empty, which is certain: log p = 0")
         if len(target) > self.max_len - len(self.start):
@@ -154,7 +158,7 @@ class Evaluator:
     def loglikelihood(self, requests, disable_tqdm=False):
         """[(log p(answer | context) in nats, whether greedy unmasking writes the answer)]. The second is worked out only where it can
         matter: where a document has one answer. With several they are compared by the first."""
-        pairs = [self.encode(*request.args) for request in requests]
+        pairs = [self.tokens_of(*request.args) for request in requests]
         documents = [(request.task_name, request.doc_id) for request in requests]
         choices = {}                                                # of each document: its distinct answers
         for document, pair, request in zip(documents, pairs, requests):
@@ -307,11 +311,9 @@ def check(s):
         raise ValueError(f"num_samples takes a number of at least 1 or auto, got {s['num_samples']!r}")
     if s["dtype"] not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, got {s['dtype']!r}")
-    for name in ("limit", "max_tokens", "seq_len", "max_new_tokens", "seed"):
+    for name in ("limit", "max_tokens", "seq_len", "max_new_tokens", "batch_size", "seed"):
         if s[name] < 0:
             raise ValueError(f"{name} must not be negative, got {s[name]}")
-    if s["batch_size"] < 1:
-        raise ValueError(f"batch_size must be at least 1, got {s['batch_size']}")
     return None if auto else int(s["num_samples"])
 
 
