@@ -14,6 +14,7 @@ lm-eval's own command line:
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import difflib
+import functools
 import json
 import logging
 import math
@@ -317,6 +318,7 @@ def check(s):
     return None if auto else int(s["num_samples"])
 
 
+@functools.cache
 def harness_model():
     """The Evaluator as a class of lm-eval, registered as `unmask`."""
     from lm_eval.api.model import TemplateLM

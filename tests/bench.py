@@ -419,11 +419,11 @@ def eval():
 
     print(f"standard error, from {8 if small else 16} streams, over {len(pairs)} requests of 2 to 20 tokens, relative to LLaDA's with as many passes")
     errors = {(name, n): spread_of(evaluator.model, pairs, 8 if small else 16, num_samples=n, estimator=name)[1]
-              for n in (8, 32) + (128,) * (not small) for name in ESTIMATORS}
+              for n in (8, 12, 32) + (128,) * (not small) for name in ESTIMATORS}
     for n in sorted({n for _, n in errors}):
         print(f"  {n:4} passes: " + ", ".join(f"{name} {(errors[name, n] / errors['llada', n]).mean():.3f}" for name in ESTIMATORS)
               + f"   (LLaDA's: {errors['llada', n].mean():.3f} nats)", flush=True)
-    print(f"  dealt with 8 passes / LLaDA's with 32: {errors['dealt', 8].mean() / errors['llada', 32].mean():.3f}")
+    print(f"  dealt with 12 passes / LLaDA's with 32: {errors['dealt', 12].mean() / errors['llada', 32].mean():.3f}")
 
     few, many = pairs[:4 if small else 20], 1000 if small else 10_000
     long, long_error = log_likelihood(evaluator.model, *zip(*few), num_samples=many, estimator="llada", seed=1)
@@ -433,19 +433,19 @@ def eval():
         print(f"bias of {name}, against {many:,} samples of LLaDA's: {int((z.abs() <= 2).sum())} of {len(few)} requests within 2 standard errors, "
               f"mean difference {(mean - long).mean():+.4f} +- {torch.hypot(spread / 4, long_error).square().sum().sqrt() / len(few):.4f} nats", flush=True)
 
-    rows = [json.loads(line) for line in (ROOT / "tests/tasks/stdlib_choice.jsonl").read_text().splitlines()]
+    # Which of four spans goes on? The true one, and three from elsewhere of the same 6 to 12 tokens.
+    documents = [(prefix[-40:], target) for prefix, target in requests_of(text, 10 if small else 150, 12, 6, seed=3)]
+    spans = requests_of(text, 3 * len(documents), 12, 12, seed=4)
+    choices = {("spans", i): {(tuple(prefix), tuple(other[:len(target)])): 1 for other in [target] + [span for _, span in spans[3 * i:3 * i + 3]]}
+               for i, (prefix, target) in enumerate(documents)}
     cost = {}
-    for num_samples in (120, None):
-        evaluator.num_samples, evaluator.tokens = num_samples, 0
-        choices = {}
-        for i, row in enumerate(rows):
-            encoded = [evaluator.tokens_of(f"Question: {row['question']}\nAnswer:", " " + choice) for choice in row["choices"]]
-            choices["choice", i] = {(tuple(prefix), tuple(target)): len(choice) for (prefix, target), choice in zip(encoded, row["choices"])}
+    for name, n, estimator in (("LLaDA's, 120 passes", 120, "llada"), ("dealt, 120 passes", 120, "dealt"), ("dealt, auto", None, "dealt")):
+        evaluator.num_samples, evaluator.settings["estimator"], evaluator.tokens = n, estimator, 0
         found = list(evaluator.score(choices).values())
-        right = [int(max(range(4), key=lambda c: found[4 * i + c])) == row["answer"] for i, row in enumerate(rows)]
-        cost[num_samples] = evaluator.tokens
-        print(f"stdlib_choice, {num_samples or 'auto'}: accuracy {sum(right) / len(right):.3f} +- {(statistics.variance(map(int, right)) / len(right)) ** 0.5:.3f}, "
-              f"{evaluator.tokens:,} tokens through the model ({evaluator.tokens / cost[120]:.2f})", flush=True)
+        right = [max(range(4), key=lambda c: found[4 * i + c]) == 0 for i in range(len(documents))]
+        cost[name] = evaluator.tokens
+        print(f"choice of 4, {name:20}: accuracy {sum(right) / len(right):.3f} +- {(statistics.variance(map(int, right)) / len(right)) ** 0.5:.3f}, "
+              f"{evaluator.tokens:,} tokens through the model ({evaluator.tokens / max(cost.values()):.2f})", flush=True)
 
     V, mask_id = 50304, 50303
     model = Transformer(Config(vocab_size=V, dim=384, n_layers=6, n_heads=6, mask_token_id=mask_id)).init_weights().eval()
@@ -455,7 +455,7 @@ def eval():
     times = interleaved({
         "yardstick": lambda: [published_log_likelihood(model, *pair, 32, generator) for pair in pairs[:few]],
         "ours, 32 passes": lambda: log_likelihood(model, *zip(*pairs), num_samples=32, batch_size=2048),
-        "ours, 8 passes": lambda: log_likelihood(model, *zip(*pairs), num_samples=8, batch_size=2048)}, rounds=1 if small else 3, warmup=0)
+        "ours, 12 passes": lambda: log_likelihood(model, *zip(*pairs), num_samples=12, batch_size=2048)}, rounds=1 if small else 3, warmup=0)
     base = few / times["yardstick"].median
     print(f"requests/s, V {V}, 6 layers, D 384, {len(pairs)} requests (the yardstick: {few} of them, 32 samples each)")
     for name, (median, _) in times.items():
