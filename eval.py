@@ -283,10 +283,10 @@ class Evaluator:
     # ---------------------------------------------------------------- chat
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        self.settings["apply_chat_template"] = True                 # an end of turn then ends an answer
         return self.sampler.tokenizer.render_chat(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template=False):
-        self.settings["apply_chat_template"] = bool(chat_template)
         return self.sampler.tokenizer.chat_templates.get("default", "")
 
     @property
@@ -320,12 +320,10 @@ def check(s):
 
 @functools.cache
 def harness_model():
-    """The Evaluator as a class of lm-eval, registered as `unmask`."""
+    """The Evaluator as a class of lm-eval's."""
     from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
     from lm_eval.utils import simple_parse_args_string
 
-    @register_model("unmask")
     class Unmask(Evaluator, TemplateLM):
         def __init__(self, **arguments):
             TemplateLM.__init__(self)
@@ -442,5 +440,6 @@ if __name__ == "__main__":
     for _chatty in ("lm_eval", "huggingface_hub"):
         logging.getLogger(_chatty).setLevel(logging.ERROR)
     main()
-else:
-    harness_model()
+else:                                                               # `import eval` is how lm-eval learns of --model unmask
+    from lm_eval.api.registry import register_model
+    register_model("unmask")(harness_model())
