@@ -12,7 +12,7 @@ of 2048, AdamW at 1e-4; with bd3lm those of -bd3lm: 512 tokens, blocks of 32.
     python convert_ar.py --init_from=out/scratch --dataset=pydocs       after python train_scratch.py --objective=ar
     torchrun --nproc_per_node=8 convert_ar.py --grad_accum=16  the published run
 
-Then: python sample.py --checkpoint=out/ar --chat
+Then: python sample.py --checkpoint=out/ar --chat          and --temperature=0.7 --remasking=random for a small model
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import override
+from data import checkpoints
 from data.chat import is_chat, open_dataset
-from data.checkpoints import find_checkpoint, read_config, tiny_config
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import block_loss, generate, mask_tokens, mdlm_loss, nelbo, sample_t
@@ -44,9 +44,10 @@ seed = 1337                 # order of the data and masks follow from it
 device = "auto"             # auto, cpu, cuda, mps
 dtype = "auto"              # auto, float32, bfloat16: precision of the matrix products; weights stay float32
 compile = "auto"            # auto (on a GPU), True, False: torch.compile
+fsdp = False                # with torchrun: spread weights and optimizer over the processes (FSDP2); False: each has all of them (DDP)
 checkpointing = False       # keep only the blocks' inputs for the backward pass: a third slower, a fraction of the memory
 threads = 0                 # CPU threads; 0: torch's choice
-# data: 0 and nothing take the value from `sizes` below, of a tiny start or of a published one
+# data: here and below, 0 and nothing take the value from `sizes`, of a tiny start or of a published one
 dataset = ""                # chat: pydocs_chat, alpaca, tulu3, smoltalk, opc, FILE.jsonl, mixed by +; text: as in train_scratch.py
 seq_len = 0                 # tokens in a sequence at most
 padding = "eos"             # eos: end-of-text tokens, part of the answer, so that its length is learned (LLaDA, appendix B.1); hidden: nobody sees it
@@ -60,11 +61,11 @@ objective = "mdlm"          # mdlm, bd3lm
 block_length = 0            # bd3lm: tokens in a block
 shift = False               # True: token i is predicted at position i - 1, as before; False: where it stands
 anneal_steps = 0            # mdlm: updates over which attention to the right opens, pair by pair at random; 0: at once
-max_weight = 0.0            # the loss weight is clipped here, the NELBO is not; 0: no clipping
+max_weight = 0.0            # the loss weight is clipped here, the NELBO is not; 0: no clipping, of a tiny start 10
 # optimizer
 batch_size = 0              # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
-optimizer = "adamw"         # adamw or, for small models, muon (AdamW for embeddings, head and norms)
+optimizer = ""              # adamw or, for small models, muon (AdamW for embeddings, head and norms)
 learning_rate = 0.0         # AdamW's peak
 muon_lr = 0.02              # Muon's peak
 weight_decay = 0.0          # of matrices
@@ -87,7 +88,7 @@ device, rank, world_size = common.init_process(device, threads)
 start, _, tiny_family = init_from.partition(":")
 tiny, longest = start == "tiny", 160
 if not tiny:
-    source, _ = read_config(find_checkpoint(init_from))             # before a data set is prepared for nothing
+    source, _ = checkpoints.read_config(checkpoints.find_checkpoint(init_from))             # before a data set is prepared for nothing
     longest = source.max_len
     if not source.causal:
         raise ValueError(f"{init_from} sees in both directions already ({source.family}): convert_bert.py is for encoders, finetune_llada.py for LLaDA "
@@ -95,6 +96,7 @@ if not tiny:
 sizes = {                   # tiny, published
     "dataset": ("pydocs_chat", "tulu3+smoltalk+opc"), "seq_len": (160, min(1024 if objective == "mdlm" else 512, longest)), "batch_size": (16, 16),
     "learning_rate": (3e-3, 1e-4), "block_length": (8, 32), "max_minutes": (1.2, 0.0),
+    "optimizer": ("muon", "adamw"), "max_weight": (10.0, 0.0),
 }
 for _name, _values in sizes.items():
     if not settings[_name] and not (_name == "max_minutes" and max_steps):
@@ -116,21 +118,24 @@ if min(learning_rate, muon_lr, epochs) <= 0:
     raise ValueError(f"learning_rate, muon_lr and epochs must be positive, got {learning_rate}, {muon_lr} and {epochs}")
 if not tiny and seq_len > longest:
     raise ValueError(f"{init_from} has positions for {longest} tokens, seq_len is {seq_len}: take --seq_len={longest}")
-autocast = common.autocast(device, dtype)
+sharded = fsdp and world_size > 1
+if sharded and optimizer == "muon":
+    raise ValueError("muon needs whole matrices: take --fsdp=False or --optimizer=adamw")
+# Sharded weights are cast when they are gathered.
+autocast = contextlib.nullcontext() if sharded else common.autocast(device, dtype)
 main = rank == 0                                                    # rank 0 writes and prints
 folder = common.make_folder(out_dir)
 
 # ---- data ----------------------------------------------------------------------------------------------------------------------
 # A checkpoint keeps its own tokenizer, with a mask token and those of the chat template where it has none.
-text = "bpe" if tiny else Tokenizer.from_pretrained(find_checkpoint(init_from))
+text = "bpe" if tiny else Tokenizer.from_pretrained(checkpoints.find_checkpoint(init_from))
 if not tiny:
     old_size = text.vocab_size
     text.add_mask_token()
     text.add_chat_tokens()
 if main:
     prepare(dataset, text, vocab_size)
-if world_size > 1:
-    dist.barrier()
+common.barrier()
 data_folder = prepare(dataset, text, vocab_size)
 text = Tokenizer.from_pretrained(data_folder) if tiny else text
 data, chat = open_dataset(dataset, data_folder, seq_len, padding, block_length if objective == "bd3lm" else 0), is_chat(dataset)
@@ -143,7 +148,7 @@ if not (max_steps or max_minutes):
 
 # ---- model ---------------------------------------------------------------------------------------------------------------------
 if tiny:
-    config = tiny_config(tiny_family or "qwen3", text, seq_len, dim, n_layers, n_heads)
+    config = checkpoints.tiny_config(tiny_family or "qwen3", text, seq_len, dim, n_layers, n_heads)
     if not config.causal:
         raise ValueError(f"{init_from} would not be an autoregressive model: convert_bert.py converts encoders")
     raw_model = Transformer(config).init_weights(seed)
@@ -159,7 +164,9 @@ raw_model.checkpoint_blocks = checkpointing
 raw_model.to(device)                                                # saved and sampled; `model` may be wrapped
 if common.is_on(compile, auto=device.type == "cuda"):
     raw_model.compile_blocks()
-model = DistributedDataParallel(raw_model) if world_size > 1 else raw_model
+if sharded:
+    common.shard(raw_model, device, common.matrix_dtype(device, dtype))
+model = DistributedDataParallel(raw_model) if world_size > 1 and not sharded else raw_model
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------------------
 matrices = [p for p in raw_model.blocks.parameters() if p.ndim == 2]
@@ -177,11 +184,15 @@ must_match = {name: settings[name] for name in ("init_from", "objective", "block
                                                 "beta2", "seed")}
 must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
 step, clock, losses = 0, common.Clock(), []
-if resume:
+if resume and sharded:
+    state_folder, state = common.read_record(folder / "train_state", must_match)
+    common.load_sharded(state_folder, raw_model, optimizers)
+elif resume:
     state = common.load_state(folder / "train_state.pt", must_match)
     raw_model.load_state_dict(state["model"])
     for o, saved in zip(optimizers, state["optimizers"]):
         o.load_state_dict(saved)
+if resume:
     step, clock, losses = state["step"], common.Clock(state["elapsed_s"]), state["losses"]
 elif main and (folder / "train_state.pt").exists():
     tqdm.write(f"replacing the run in {out_dir} (--resume=True would continue it)")
@@ -192,16 +203,21 @@ advice = f"lower learning_rate or muon_lr; the last checkpoint is in {out_dir}"
 
 
 def save():
-    """Everything needed to go on is in train_state.pt alone, so that a kill between two files cannot tear them apart."""
-    if not main:
-        return
-    if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):
+    """Everything needed to go on is in train_state.pt alone (if sharded, in the folder train_state), so that a kill between two files cannot
+    tear them apart."""
+    bad = not all(checkpoints.local_part(p).isfinite().all() for p in raw_model.parameters())
+    if common.mean_over_ranks(float(bad), device):
         raise FloatingPointError(f"the weights are not finite at step {step}: {advice}")
-    common.save_state(folder / "train_state.pt", {
-        "model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "elapsed_s": clock.seconds(),
-        "losses": losses, "settings": {**settings, **must_match}})
-    raw_model.save_pretrained(folder)
-    text.save_pretrained(folder)
+    state = {"step": step, "elapsed_s": clock.seconds(), "losses": losses, "settings": {**settings, **must_match}}
+    if sharded:
+        common.save_sharded(folder / "train_state", raw_model, optimizers, **state)
+    elif main:
+        tensors = {"model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        common.save_state(folder / "train_state.pt", {**tensors, **state})
+    whole = common.gathered(raw_model.state_dict())
+    if main:
+        checkpoints.save(raw_model, folder, whole)
+        text.save_pretrained(folder)
 
 
 def evaluate(sequences):
@@ -230,14 +246,16 @@ def tokens_per_s():
 
 
 def show_sample():
-    """The answer to a held-out question, or a text out of nothing, as far as the model has come."""
+    """The answer to a held-out question, or a text out of nothing, as far as the model has come. A sharded model needs all processes for it."""
     special = {token for token, added in text.backend.get_added_tokens_decoder().items() if added.special}
     prompt = data.prompt("val", step)[0] if chat else []
     n = min(sample_tokens, seq_len - len(prompt))
+    greedy = chat and not tiny                                      # a small model repeats itself then
     with autocast:
-        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if chat else 1.0, remasking="low_confidence" if chat else "random", seed=step)[0]
+        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if greedy else 0.7, remasking="low_confidence" if greedy else "random", seed=step)[0]
     answer = text.decode(itertools.takewhile(lambda token: token not in special, ids[len(prompt):]))
-    tqdm.write(f"step {step}: " + (f"{text.decode(prompt, skip_special_tokens=True)!r} -> {answer!r}" if chat else repr(answer)))
+    if main:
+        tqdm.write(f"step {step}: " + (f"{text.decode(prompt, skip_special_tokens=True)!r} -> {answer!r}" if chat else repr(answer)))
 
 
 # ---- loop ----------------------------------------------------------------------------------------------------------------------
@@ -262,8 +280,8 @@ while True:
             log.write(step=step, train_loss=sum(losses) / len(losses), val_nelbo=val_nelbo, val_stderr=val_stderr,
                       val_bpb=val_nelbo / math.log(2) / bytes_per_token,
                       tokens_per_s=tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
-            if sample_tokens:
-                show_sample()
+        if sample_tokens and (main or sharded):
+            show_sample()
         window_start, window_tokens, losses = clock.seconds(), 0, []
     if finished:
         break
@@ -284,7 +302,8 @@ while True:
             mask = mask_tokens((slices * batch_size, T), t.repeat_interleave(T // t.shape[1], 1), generator)         # [G, T]
         if step < anneal_steps:
             batch.attention_mask = opening_attention(batch.tokens, batch.attention_mask, step / anneal_steps)
-        sync = contextlib.nullcontext() if world_size == 1 or micro_step == grad_accum - 1 else model.no_sync()
+        # A sharded model adds up gradients where they belong, so it must exchange them each time; DDP does so in the last micro-step.
+        sync = contextlib.nullcontext() if world_size == 1 or sharded or micro_step == grad_accum - 1 else model.no_sync()
         with sync:
             with autocast:
                 if objective == "mdlm":
@@ -318,16 +337,17 @@ if stop:
         print(f"stopped at step {step}; --resume=True goes on from here")
 else:
     val_nelbo, val_stderr = evaluate(final_eval_sequences)
+    if sample_tokens and (main or sharded):
+        show_sample()
     if main:
         bpb = val_nelbo / math.log(2) / bytes_per_token
         log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=bpb,
                   tokens_per_s=tokens_per_s(), elapsed_s=clock.seconds())
         log.plot(folder / "loss.png")
-        if sample_tokens:
-            show_sample()
         if export:
-            raw_model.export_pretrained(export)
+            Transformer.from_pretrained(folder).export_pretrained(export)
             text.save_pretrained(export)
         print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {bpb:.3f} bits/byte")
 if world_size > 1:
+    common.barrier()
     dist.destroy_process_group()

@@ -181,13 +181,17 @@ class Cache:
 
 
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(C)) v over the keys that `mask` shows: None, "causal", bool broadcastable to [B, H, S, T], or a BlockMask.
+    """softmax(q k^T / sqrt(C)) v over the keys that `mask` shows: None, "causal", bool broadcastable to [B, H, S, T], a BlockMask, or a
+    list of pieces: (queries, a slice; keys that any of them sees, slices; bool of their sizes), which together are all queries in order.
 
     q [B, H, S, C], k and v [B, G, T, C] -> [B, H, S, C].
     """
     (H, S, C), (G, T) = q.shape[1:], k.shape[1:3]
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != G)
+    if isinstance(mask, list):                                      # on a CPU: what nobody sees costs nothing
+        part = lambda x, slices: torch.cat([x[:, :, s] for s in slices], dim=2)  # noqa: E731
+        return torch.cat([attend(q[:, :, queries], part(k, keys), part(v, keys), shown) for queries, keys, shown in mask], dim=2)
     causal = isinstance(mask, str)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and S * T <= 2**16:
         # Training short sequences in bf16 on a CPU: torch's fused kernel takes up to three times as long as the formula itself.
@@ -398,7 +402,7 @@ class Transformer(nn.Module):
         """tokens int64 [B, S] -> logits [B, S, V], raw and unshifted; with `select` only those rows, [N, V].
 
         attention_mask  [B, T], true (or 1) where a key may be seen; or, instead of the model's own order of attention, bool
-                        [1 or B, S, T], who sees whom, or a BlockMask.
+                        [1 or B, S, T], who sees whom, a BlockMask, or pieces as `attend` takes them.
         select          bool [B, S], or int64 [N]: indices into the flattened B * S rows.
         cache           a `Cache` of T positions to refresh at `positions` and to attend to; None: attend to `tokens` alone.
         positions       int64 [S] or [B, S]; None: 0, 1, 2...
@@ -445,9 +449,9 @@ class Transformer(nn.Module):
     def _masks(self, positions, attention_mask, cache):
         """(mask of global layers, mask of local layers): each None, "causal", a BlockMask or bool broadcastable to [B, H, S, T]."""
         config = self.config
-        if isinstance(attention_mask, BlockMask):
+        if isinstance(attention_mask, BlockMask | list):
             if config.local_window:
-                raise ValueError("a BlockMask cannot be combined with local attention: pass a bool mask")
+                raise ValueError("a BlockMask or pieces cannot be combined with local attention: pass a bool mask")
             return attention_mask, None
         mask = None
         if attention_mask is not None:

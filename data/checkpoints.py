@@ -373,16 +373,16 @@ def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
     ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "bos_token_id", "pad_token_id")}
     if FAMILIES[family].offset:                                     # its padding index places its positions: keep the usual one
         del ids["pad_token_id"]
-    size = dict(vocab_size=tokenizer.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, head_dim=dim // n_heads, hidden_dim=3 * dim,
-                max_len=max_len + 2 * FAMILIES[family].offset, **ids)
+    size = dict(vocab_size=tokenizer.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_heads, head_dim=dim // n_heads,
+                hidden_dim=3 * dim, max_len=max_len + 2 * FAMILIES[family].offset, **ids)
     keys = {field: (keys,) if isinstance(keys, str) else keys for field, keys in FAMILIES[family].keys.items()}
     raw = {key: size[field] for field in size for key in keys.get(field, ())}
     return Config(family=family, published=None if family == "unmask" else raw, **interpret(FAMILIES[family], raw)[0])
 
 
-def tiny_model(family, tokenizer, max_len, seed=0):
+def tiny_model(family, tokenizer, max_len, seed=0, **size):
     """A small random model of a family in which nothing is zero, as it is in new ones: a frozen zero would teach an adapter nothing."""
-    model, generator = Transformer(tiny_config(family, tokenizer, max_len)).init_weights(seed), torch.Generator().manual_seed(seed)
+    model, generator = Transformer(tiny_config(family, tokenizer, max_len, **size)).init_weights(seed), torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if name.endswith((".o.weight", ".down.weight", "head.weight")):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)

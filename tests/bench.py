@@ -311,6 +311,107 @@ print(peak() - before, (time.perf_counter() - start) / 3)
         print(f"{name:18} {megabytes:6.0f} MB, {base[0] / megabytes:4.1f} times less   {seconds:5.2f} s, {base[1] / seconds:4.2f} times faster")
 
 
+@command
+def block():
+    """A training step of block diffusion against one of masked diffusion, the same tokens: the small CPU model; on a GPU T 1024, blocks of 32."""
+    from diffusion import block_loss, mdlm_loss
+    gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16
+    sizes = [(1024, 16, 32, dict(dim=768, n_layers=12, n_heads=12))] if gpu else [(128, 16, 4, {}), (512, 4, 32, {})]
+    for T, B, length, config in sizes:
+        config = Config(vocab_size=2048, mask_token_id=2047, max_len=T, **{**dict(dim=192, n_layers=4, n_heads=4), **config})
+        model = Transformer(config).init_weights().to(device)
+        if gpu:
+            model.compile_blocks()                                  # flex_attention that is not compiled makes all scores
+        tokens = torch.randint(0, 2047, (B, T), device=device)
+
+        def step(loss, *arguments):
+            with torch.autocast(device.type, dtype):
+                loss(model, tokens, *arguments).loss.backward()
+            model.zero_grad(set_to_none=True)
+            if gpu:
+                torch.cuda.synchronize()
+
+        times = interleaved({"mdlm": lambda: step(mdlm_loss), "bd3lm": lambda: step(block_loss, length)}, rounds=9 if not gpu else 30, warmup=3)
+        wall, cpu = (times["bd3lm"][i] / times["mdlm"][i] for i in (0, 1))
+        print(f"T {T}, B {B}, blocks of {length}, D {config.dim}, bf16 on {device.type}: mdlm {times['mdlm'].median * 1e3:.1f} ms, "
+              f"bd3lm {times['bd3lm'].median * 1e3:.1f} ms, {wall:.2f} times as long ({cpu:.2f} in CPU time)", flush=True)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+            step(block_loss, length)
+            print(f"peak memory of a bd3lm step {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
+# ---- fine-tuning ------------------------------------------------------------------------------------------------------------
+
+_STEP = """
+import contextlib, json, sys, torch
+import torch.nn.functional as F
+from data.checkpoints import put_rows
+from lora import add_lora, init_lora
+from model import Config, Transformer
+torch.set_num_threads({threads})
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+def steps(config, T, B, rank, dtype, checkpointing, plain):
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        model = Transformer(Config(**config))
+        if rank:
+            add_lora(model.to(dtype), rank, 1.0)
+    for name, p in list(model.named_parameters()):
+        put_rows(model, name, torch.empty(p.shape, dtype=p.dtype).normal_(std=0.02, generator=generator))
+    model.checkpoint_blocks = checkpointing
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    autocast = contextlib.nullcontext() if rank or dtype == torch.float32 else torch.autocast("cpu", dtype, cache_enabled=False)
+    for _ in range(2):
+        tokens, rows = torch.randint(0, config["vocab_size"], (B, T), generator=generator), torch.arange(B * T)
+        with autocast:
+            if plain:
+                loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten(), reduction="none").sum()
+            else:
+                loss, _ = model(tokens, select=rows, targets=tokens.flatten(), weights=torch.ones(B * T))
+        loss.backward()
+        del loss
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+for case in json.loads(sys.argv[1]):
+    case["dtype"] = getattr(torch, case["dtype"])
+    steps(**case | dict(config=dict(vocab_size=300, dim=64, n_layers=1, n_heads=2), T=32))       # kernels and the like are there now
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")               # the high-water mark starts here
+    steps(**case)
+    print(status("VmHWM") - before)
+"""
+
+
+def step_memory(*cases):
+    """Peak bytes of training steps, weights and optimizer included, measured in a process of its own.
+
+    cases: dicts of `config` (of Config), T, B, rank (of LoRA; 0: everything), dtype (a name), checkpointing, plain (all logits at once).
+    """
+    out = subprocess.run([sys.executable, "-c", _STEP.replace("{threads}", str(THREADS)), json.dumps(cases)], cwd=ROOT, capture_output=True, text=True,
+                         check=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}).stdout
+    return [int(line) for line in out.split()]
+
+
+@command
+def finetune():
+    """Peak memory of one step, V 126464, D 512, 4 layers, T 1024, B 1: LoRA and full, ours against all logits at once, and as planned."""
+    from memory import plan_memory
+    config = dict(vocab_size=126464, dim=512, n_layers=4, n_heads=8, qk_norm=False)
+    base = dict(config=config, T=1024, B=1)
+    print("                        all logits       ours    planned   ours / all logits")
+    for dtype in ("float32", "bfloat16"):
+        for rank in (64, 0):
+            case = dict(base, rank=rank, dtype=dtype)
+            plain, ours = step_memory(dict(case, checkpointing=False, plain=True), dict(case, checkpointing=True, plain=False))
+            planned = plan_memory(Config(**config), 1024, 1, rank, dtype=getattr(torch, dtype)).peak
+            print(f"{f'LoRA {rank}' if rank else 'everything':12}{dtype:10} {plain / 1e6:8.0f} MB {ours / 1e6:7.0f} MB {planned / 1e6:7.0f} MB   {ours / plain:5.2f}",
+                  flush=True)
+
+
 # ---- sampling -----------------------------------------------------------------------------------------------------------------
 
 

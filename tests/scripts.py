@@ -73,12 +73,15 @@ def run(script, *arguments, **options):
     return Script(script, *arguments, **options).wait()
 
 
-def run_parallel(world_size, script, *arguments, before=None):
-    """The Results of all ranks, in the environment that torchrun makes."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+        return probe.getsockname()[1]
+
+
+def run_parallel(world_size, script, *arguments, before=None):
+    """The Results of all ranks, in the environment that torchrun makes."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     ranks = [Script(script, *arguments, environment=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, before=before) for r in range(world_size)]
     return [script.wait() for script in ranks]
 
