@@ -84,7 +84,8 @@ def show_errors_in_one_line():
         status = 2 if issubclass(kind, (ValueError, OSError, ImportError)) and not lost else 1
         if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):  # Ctrl-C, or a reader like `head` that has seen enough
             os._exit(130 if kind is KeyboardInterrupt else 0)
-        if os.environ.get("UNMASK_TRACEBACK") or not (issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError)) or lost):
+        known = issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)) or lost
+        if os.environ.get("UNMASK_TRACEBACK") or not known:
             return sys.__excepthook__(kind, error, traceback)
         for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []:
             bar.close()                                             # or the message would stand behind the progress bar
@@ -92,6 +93,8 @@ def show_errors_in_one_line():
         if lost:
             message = (f"process {os.environ.get('RANK')} lost another process of this run, which died or stopped answering for {TIMEOUT_S} s: its own "
                        f"message, if it left one, says why; --resume=True goes on from the last checkpoint ({message[:120]})")
+        if issubclass(kind, torch.OutOfMemoryError):
+            message = f"{message.split('. ')[0]}: take a smaller batch_size or seq_len (finetune_llada.py --plan tells what a step takes)"
         if _first_to_say(message, lost):
             print(f"error: {message}", file=sys.stderr)
         sys.stdout.flush()
@@ -144,7 +147,9 @@ def init_process(device="auto", threads=0):
         torch.set_num_threads(threads)
     if world_size > 1 and not dist.is_initialized():
         # When a process dies the others see a closed connection at once; when one hangs they wait this long for it.
+        hook = sys.excepthook
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
+        sys.excepthook = hook                                       # torch's own would take away what ours writes
         global _patient
         _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=4))
     return torch.device(device), rank, world_size

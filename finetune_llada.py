@@ -32,7 +32,7 @@ from data.chat import is_chat, open_dataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import generate, mask_tokens, nelbo, sample_t, sft_loss
-from lora import add_lora, check_merge, init_lora, published_modules, save_adapter, write_merged
+from lora import add_lora, check_target, init_lora, published_modules, save_adapter, write_merged
 from memory import report
 from model import Transformer
 
@@ -40,7 +40,7 @@ from model import Transformer
 # run
 init_from = "GSAI-ML/LLaDA-8B-Base"     # folder or hub id of LLaDA, Dream or one of our own models; tiny, tiny:Dream: small and random
 out_dir = "out/finetune"    # receives the adapter (or the model), the tokenizer, train_state, log.jsonl, loss.png
-merge = ""                  # folder for base + adapter in the family's layout: out_dir's adapter, or if there is none the one trained now
+merge = ""                  # folder for base + adapter in the family's layout: of the run in out_dir; if there is none, of the one that begins
 resume = False              # continue the run in out_dir, exactly; the number of processes may be another one
 seed = 1337                 # adapters, order of the data and masks follow from it
 device = "auto"             # auto, cpu, cuda
@@ -96,10 +96,8 @@ for _name in ("seq_len", "batch_size", "grad_accum", "eval_sequences", "final_ev
 for _name in ("lora_rank", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval", "sample_tokens", "seed", "ranks", "memory_gb"):
     if settings[_name] < 0:
         raise ValueError(f"{_name} must not be negative, got {settings[_name]}")
-if decay not in ("linear", "cosine") or not 0 <= cart <= 1:
-    raise ValueError(f"decay is linear or cosine and cart between 0 and 1, got {decay!r} and {cart}")
-if learning_rate <= 0 or epochs <= 0:
-    raise ValueError(f"learning_rate and epochs must be positive, got {learning_rate} and {epochs}")
+if decay not in ("linear", "cosine") or not 0 <= cart <= 1 or learning_rate <= 0 or epochs <= 0:
+    raise ValueError(f"decay is linear or cosine, cart between 0 and 1, learning_rate and epochs positive, got {decay!r}, {cart}, {learning_rate}, {epochs}")
 if plan:
     print(report(settings))
     sys.exit()
@@ -109,13 +107,16 @@ sharded = fsdp and world_size > 1
 # Frozen and sharded weights are in `compute` already; others are float32 and the products are cast, each weight when it is used.
 autocast = contextlib.nullcontext() if lora_rank or sharded or compute == torch.float32 else torch.autocast(device.type, compute, cache_enabled=False)
 main = rank == 0                                                    # rank 0 writes and prints
+check_target("out_dir", out_dir, init_from)
 folder = common.make_folder(out_dir)
 if merge:
-    check_merge(merge, init_from, out_dir)
-    if not resume and (folder / "adapter_model.safetensors").exists():
+    check_target("merge", merge, init_from, out_dir)
+    if not resume and any((folder / name).exists() for name in ("adapter_model.safetensors", "config.json")):
         if main:
             print(write_merged(out_dir, merge))
         sys.exit()
+if (folder / ("config.json" if lora_rank else "adapter_model.safetensors")).exists():
+    raise ValueError(f"{out_dir} holds {'a model' if lora_rank else 'an adapter'} of another run, which this one could be mistaken for: choose another out_dir")
 
 # ---- data ----------------------------------------------------------------------------------------------------------------------
 base = "tiny" if tiny else checkpoints.find_checkpoint(init_from)   # the checkpoint that is fine-tuned
@@ -140,8 +141,7 @@ val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
 bytes_per_token = data.val_bytes_per_token(val, text)
 data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
 slices = grad_accum * world_size
-common.check_ranks_agree(device, **{f"the data of {dataset}": data.fingerprint, **{name: settings[name] for name in settings if name != "device"}})
-
+common.check_ranks_agree(device, **{"the data": data.fingerprint, **{k: v for k, v in settings.items() if k not in ("dataset", "device", "threads")}})
 if not (max_steps or max_minutes):
     max_steps = max(1, round(epochs * data.examples["train"] / (batch_size * slices)))
 
@@ -195,8 +195,6 @@ elif main and (folder / "train_state").exists():
     tqdm.write(f"replacing the run in {out_dir} (--resume=True would continue it)")
 log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
 common.barrier()
-
-
 advice = f"lower learning_rate; the last checkpoint is in {out_dir}"
 
 

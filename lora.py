@@ -66,7 +66,7 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
             if not 0 <= rank <= min(linear.weight.shape):
                 raise ValueError(f"lora_rank {rank} does not fit blocks.{layer}.{place}, a matrix of {linear.out_features} x {linear.in_features}: "
                                  f"from 0 to {min(linear.weight.shape)} is possible")
-            setattr(parent, leaf, LoRALinear(linear, rank, alpha, dropout))
+            setattr(parent, leaf, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
     return model
 
 
@@ -176,17 +176,17 @@ def load_adapter(model, folder):
     return model
 
 
-def check_merge(target, *sources):
-    """ValueError if `target`, where a merged model is to be written, is a folder that its weights come from."""
+def check_target(setting, target, *sources):
+    """ValueError if the folder `target`, where weights are to be written, is one that they, or the base of an adapter, come from."""
     bases = [base for source in sources if (base := checkpoints.adapter_base(source))]
     for source in (*sources, *bases):
         if Path(target).expanduser().resolve() == Path(source).expanduser().resolve():
-            raise ValueError(f"merge={target} is where the weights come from, and they would be overwritten: choose another folder")
+            raise ValueError(f"{setting}={target} is where the weights come from, and they would be overwritten: choose another folder")
 
 
 def write_merged(folder, target):
     """Write the model in `folder`, its adapter merged into the base, in the family's published layout, with a tokenizer. Returns a line about it."""
-    check_merge(target, folder)
+    check_target("merge", target, folder)
     model, tokenizer = checkpoints.load(folder), Tokenizer.from_pretrained(folder)
     model.export_pretrained(target)
     if not (Path(target) / "tokenizer.json").exists() or tokenizer.vocab_size != Tokenizer.from_pretrained(target).vocab_size:

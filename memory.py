@@ -138,7 +138,7 @@ def report(settings):
         if name != "gathered" or ranks > 1:
             lines.append(f"  {name:12}{getattr(plan, name) / 1e9:9.3f}   {note}")
     spare = memory_gb - (plan.peak + MARGIN) / 1e9
-    return "\n".join([*lines, f"fits into {memory_gb:.0f} GB: " + (
+    return "\n".join([*lines, f"fits into {memory_gb:g} GB: " + (
         f"yes, {spare:.1f} GB to spare" if spare >= 0 else
         f"no, {-spare:.1f} GB are missing: take more processes, a smaller batch, shorter sequences, checkpointing or LoRA") + " (1 GB left to CUDA itself)"])
 
