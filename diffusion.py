@@ -574,7 +574,8 @@ def sample_tokens(logits, temperature, uniform):
     if temperature == 0:
         return logits.argmax(dim=-1)
     N, V = logits.shape
-    p = F.pad((logits / temperature).softmax(dim=-1), (0, -V % 512)).view(N, -1, 512)               # [N, pieces, 512]
+    p = (logits / temperature).softmax(dim=-1)
+    p = (F.pad(p, (0, -V % 512)) if V % 512 else p).view(N, -1, 512)                                # [N, pieces, 512]
     cumulative = p.sum(-1, dtype=torch.float64).cumsum(-1)                                          # [N, pieces]
     target = uniform.to(logits.device, torch.float64)[:, None] * cumulative[:, -1:]
     piece = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)   # [N, 1]
@@ -635,25 +636,16 @@ def timesteps(start, left, step, steps):
     return int(left * (1 - t[step + 1] / t[step]))
 
 
-STEP_SCHEDULES = {"even": even, "timesteps": timesteps}
-
-
 @functools.lru_cache(maxsize=8)
 def _times(steps):
     return torch.linspace(1, 1e-3, steps + 1)                       # float32, as Dream has it: `timesteps` rounds down
 
 
-def cap(eta, most):
-    """ReMDM's capped schedule: sigma = min(eta, most)."""
-    return min(eta, most)
+STEP_SCHEDULES = {"even": even, "timesteps": timesteps}
 
 
-def rescale(eta, most):
-    """ReMDM's rescaled schedule: sigma = eta * most."""
-    return eta * most
-
-
-REMASK_SCHEDULES = {"cap": cap, "rescale": rescale}
+# ReMDM's schedules (section 4.1): sigma, the chance that a written token is masked again, of eta and the largest possible sigma.
+REMASK_SCHEDULES = {"cap": min, "rescale": lambda eta, most: eta * most}
 
 
 @functools.lru_cache(maxsize=2**12)
@@ -662,8 +654,8 @@ def reverse_step(step, steps, eta=0.0, schedule="cap"):
 
         write = (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t),   0 <= sigma <= min(1, (1 - alpha_s) / alpha_t),   alpha_t = 1 - t
 
-    Whatever sigma, a share alpha_s is written at s (ReMDM, Wang et al. 2025, 2503.00307, section 3; the schedules of sigma:
-    section 4.1). sigma = 0 is the reverse process of masked diffusion, write = (t - s) / t (MDLM, eq. 7). The last step writes all.
+    Whatever sigma, a share alpha_s is written at s (ReMDM, Wang et al. 2025, 2503.00307, section 3). sigma = 0 is the reverse
+    process of masked diffusion, write = (t - s) / t (MDLM, eq. 7). The last step writes all.
     """
     if step >= steps - 1:
         return 1.0, 0.0
@@ -747,40 +739,36 @@ class Sampling:
 
     @property
     def adaptive(self):
-        """Whether the predictions decide how many of them a step keeps."""
-        return not (self.threshold is None and self.factor is None and self.entropy_bound is None)
+        """The rules in use by which the predictions decide how many of them a step keeps."""
+        return [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
 
     def check(self, config, sequences):
-        exact = config.causal or config.block_length or self.cache == "block"
-        blind = REMASKING.get(self.remasking, entropy) is None
-        longest = max(map(len, sequences), default=0)
-        for token in (token for tokens in (*sequences, self.suppress, self.defer) for token in tokens):
-            if not 0 <= token < config.vocab_size + bool(config.causal):
-                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
-        rules = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None] + ["alg_temp"] * bool(self.alg_temp)
+        for tokens, size in [(tokens, config.vocab_size + bool(config.causal)) for tokens in sequences] + [
+                (tokens, config.vocab_size) for tokens in (self.suppress, self.defer)]:
+            for token in tokens:
+                if not 0 <= token < size:
+                    raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
+        for low, high, names in ((0, math.inf, "temperature cfg_scale entropy_bound alg_temp"), (0, 1, "threshold top_p remask"),
+                                 (1, math.inf, "top_k"), (1, 10**6, "steps")):
+            for name in names.split():
+                value, limits = getattr(self, name), f"be between {low} and {high}" if high < math.inf else f"be at least {low}" if low else "not be negative"
+                if value is not None and not low <= value <= high:
+                    raise ValueError(f"{name} must {limits}, got {value}")
+        for name, choices in (("remasking", REMASKING), ("cache", (None, "prefix", "dual", "block")), ("schedule", (None, *STEP_SCHEDULES)),
+                              ("remask_schedule", REMASK_SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+        exact, blind = config.causal or config.block_length or self.cache == "block", REMASKING[self.remasking] is None
+        longest, rules = max(map(len, sequences), default=0), self.adaptive + ["alg_temp"] * bool(self.alg_temp)
         for wrong, message in (
             (longest > config.max_len, f"{longest} tokens, prompt and completion, exceed the model's context of {config.max_len}"),
-            (not 1 <= self.steps <= 10**6, f"steps must be between 1 and a million, got {self.steps}"),
-            (not self.temperature >= 0, f"temperature must not be negative, got {self.temperature}"),
-            (self.remasking not in REMASKING, f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}"),
-            (self.threshold is not None and not 0 <= self.threshold <= 1, f"threshold must be between 0 and 1, got {self.threshold}"),
             (self.factor is not None and not self.factor > 0, f"factor must be positive, got {self.factor}"),
-            (self.entropy_bound is not None and not self.entropy_bound >= 0, f"entropy_bound must not be negative, got {self.entropy_bound}"),
-            (self.alg_temp is not None and not self.alg_temp >= 0, f"alg_temp must not be negative, got {self.alg_temp}"),
-            (self.top_p is not None and not 0 <= self.top_p <= 1, f"top_p must be between 0 and 1, got {self.top_p}"),
-            (self.top_k is not None and self.top_k < 1, f"top_k must be at least 1, got {self.top_k}"),
-            (not 0 <= self.remask <= 1, f"remask must be between 0 and 1, got {self.remask}"),
-            (self.remask_schedule not in REMASK_SCHEDULES,
-             f"remask_schedule must be one of {', '.join(REMASK_SCHEDULES)}, got {self.remask_schedule!r}"),
             (self.remask and (self.remasking != "ancestral" or config.causal), "remask needs remasking ancestral, and no autoregressive model"),
             (len(rules) > 1, f"{' and '.join(rules)} exclude each other"),
             ({"threshold", "factor"} & {*rules} and self.remasking != "low_confidence", "threshold and factor need low_confidence"),
             (blind and (rules or self.defer), f"{(rules or ['defer'])[0]} needs a rule that asks the model, not {self.remasking}"),
-            (self.cache not in (None, "prefix", "dual", "block"), f"cache must be None, 'prefix', 'dual' or 'block', got {self.cache!r}"),
             (self.cache in ("prefix", "dual") and exact, f"cache {self.cache!r} is for bidirectional models; this one takes 'block'"),
-            (not self.cfg_scale >= 0, f"cfg_scale must not be negative, got {self.cfg_scale}"),
             (self.cfg_scale > 0 and (self.cache or exact), "cfg_scale works without a cache and for bidirectional models only"),
-            (self.schedule not in (None, *STEP_SCHEDULES), f"schedule must be one of {', '.join(STEP_SCHEDULES)}, got {self.schedule!r}"),
             (isinstance(self.seed, list | tuple) and len(self.seed) != len(sequences),
              f"a list of seeds has one for each row, {len(sequences)}, got {self.seed}"),
         ):
@@ -911,8 +899,7 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
             hidden = inside & ~given[rows] & ~eligible & (u < sigma)
             eligible = keep
         score, written = torch.zeros(eligible.shape, dtype=torch.float64), canvas[rows]
-        looks = bool(eligible.any())
-        if looks:
+        if looks := bool(eligible.any()):
             logits = look(canvas, rows, eligible, current)                                          # [N, V]
             passes += 1
             # A prediction may be the mask token itself, and the position stays open. In a block's last step that is ruled out.
@@ -924,7 +911,7 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
             if keep is None or how.on_step is not None:             # whoever watches a blind choice wants a colour
                 score[eligible] = how.score(logits, chosen).cpu()
         if keep is None:
-            keep = how.keep(score, eligible, reveal, logits, lambda: _draw(streams, rows, eligible))  
+            keep = how.keep(score, eligible, reveal, logits, lambda: _draw(streams, rows, eligible))
         written = torch.where(keep, written, canvas[rows])
         canvas[rows] = written if hidden is None else torch.where(hidden, mask_id, written)
         is_masked = (canvas == mask_id) & shown
@@ -978,8 +965,7 @@ class _Row:
 
 def _streams(seed, B):
     """A generator for each row; `seed` as in `Sampling`."""
-    if seed is None:
-        seed = torch.seed()
+    seed = torch.seed() if seed is None else seed
     pairs = [(seed, b) for b in range(B)] if isinstance(seed, int) else [(s, 0) for s in seed]
     return [torch.Generator().manual_seed((s * 1_000_003 + b) % 2**63) for s, b in pairs]
 

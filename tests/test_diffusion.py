@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import diffusion
 from diffusion import ar_loss, block_loss, generate, infill, log_likelihood, mask_tokens, mdlm_loss, nelbo, sample_t, sample_tokens, weight
-from model import Config, Transformer
+from model import Config, Transformer, project
 
 MASK = 11
 
@@ -780,6 +780,16 @@ def test_every_rule_gives_a_row_of_a_batch_what_it_gets_alone(options, config):
     together = infill(model, gaps, 9, 3, seed=seeds, **options)
     assert together == [infill(model, [g], 9, 3, seed=s, **options)[0] for g, s in zip(gaps, seeds)]
     assert all(MASK not in answer and all(a == g for a, g in zip(answer, gap) if g != MASK) for gap, answer in zip(gaps, together))
+
+
+def test_few_rows_of_a_large_head_are_the_same_product():
+    for bias in (True, False):
+        head = torch.nn.Linear(32, 2**15, bias=bias)
+        for shape in ((1, 32), (64, 32), (65, 32), (2, 7, 32), (0, 32)):
+            x = torch.randn(shape)
+            with torch.no_grad():
+                torch.testing.assert_close(project(head, x), head(x), rtol=1e-5, atol=1e-5)
+            assert project(head, x).requires_grad, "training takes the product that has a gradient"
 
 
 def test_ancestral_sampling_flips_every_coin():
