@@ -160,27 +160,34 @@ class Evaluator:
         """[(log p(answer | context) in nats, whether greedy unmasking writes the answer)]. The second is worked out only where it can
         matter: where a document has one answer. With several they are compared by the first."""
         pairs = [self.tokens_of(*request.args) for request in requests]
-        documents = [(request.task_name, request.doc_id) for request in requests]
+        documents = [self.document(request, i) for i, request in enumerate(requests)]
         choices = {}                                                # of each document: its distinct answers
         for document, pair, request in zip(documents, pairs, requests):
             choices.setdefault(document, {})[(tuple(pair[0]), tuple(pair[1]))] = len(request.args[1])
-        values = self.score(choices)
-        single = {i: pair for i, (document, pair) in enumerate(zip(documents, pairs)) if len(choices[document]) == 1}
+        one = {document: found for document, found in choices.items() if len(found) == 1}
+        values = self.score(one) | self.score({document: found for document, found in choices.items() if document not in one})
+        single = {i: pair for i, (document, pair) in enumerate(zip(documents, pairs)) if document in one}
         greedy = dict(zip(single, self.greedy(list(single.values()))))
         return [(values[document, tuple(prefix), tuple(target)], greedy.get(i, False))
                 for i, (document, (prefix, target)) in enumerate(zip(documents, pairs))]
 
+    @staticmethod
+    def document(request, number):
+        """(task, document) that a request belongs to; one that does not say so is a document of its own."""
+        task, document = getattr(request, "task_name", None), getattr(request, "doc_id", None)
+        return task, f"request {number}" if document is None else document
+
     def score(self, choices):
         """{(document, prefix, target): log p} for choices {document: {(prefix, target): characters}}.
 
-        "auto" gives all 8 passes and then 16, 32 and 64 more to answers that are not yet 2 standard errors away from the best, by log p
+        "auto" gives all 8 passes (32 where nothing is compared) and then 16, 32 and 64 more to answers that are not yet 2 standard errors away from the best, by log p
         or by log p per character (acc and acc_norm), and to that best one. The answers of a document draw the same sets.
         """
         items = [(document, *pair) for document in choices for pair in choices[document]]
         auto, ask = self.num_samples is None, list(range(len(items)))
         value, variance, count = torch.zeros(3, len(items), dtype=torch.float64)
         for number, n in enumerate((8, 16, 32, 64) if auto else (self.num_samples,)):
-            n = 32 if auto and number == 0 and all(len(pairs) == 1 for pairs in choices.values()) else n
+            n = 32 if auto and all(len(pairs) == 1 for pairs in choices.values()) else n
             streams = [zlib.crc32(repr(items[i][0]).encode()) * 8 + number for i in ask]
             new, error = log_likelihood(self.model, [items[i][1] for i in ask], [items[i][2] for i in ask], n, self.settings["seed"],
                                         self.settings["estimator"], self.settings["cfg_scale"], streams, self.settings["batch_size"], self.share)
@@ -194,7 +201,7 @@ class Evaluator:
                 break
         found = {item: value[i].item() for i, item in enumerate(items)}
         self.answers += [{"task": document[0], "document": document[1], "tokens": len(target), "nats": found[document, prefix, target],
-                          "stderr": math.sqrt(variance[i]), "samples": int(count[i])} for i, (document, prefix, target) in enumerate(items)]
+                          "stderr": None if variance[i].isnan() else math.sqrt(variance[i]), "samples": int(count[i])} for i, (document, prefix, target) in enumerate(items)]
         return found
 
     @staticmethod
@@ -247,10 +254,10 @@ class Evaluator:
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
             for part, window in enumerate(get_rolling_token_windows(tokens, start, self.max_len - 1, 1)):
                 prefix, target = make_disjoint_window(window)
-                choices[request.task_name, request.doc_id, number, part] = {(tuple(t for t in prefix if t is not None), tuple(target)): 1}
+                choices[(*self.document(request, number), part, number)] = {(tuple(t for t in prefix if t is not None), tuple(target)): 1}
         totals = [0.0] * len(requests)
         for (document, *_), value in self.score(choices).items():
-            totals[document[2]] += value
+            totals[document[-1]] += value
         return totals
 
     # ---------------------------------------------------------------- generation
@@ -365,21 +372,21 @@ def load_tasks(names):
     manager = TaskManager(include_path=include_path or None, include_defaults=False)
     if not all(manager.match_tasks([name]) for name in names):      # reading lm-eval's 14,000 takes ten seconds: only if need be
         manager = TaskManager(include_path=include_path or None)
-    loaded = []
+    loaded = {}
     for name in names:
         if not manager.match_tasks([name]):
             near = difflib.get_close_matches(name, ["nelbo", *manager.all_tasks], 3, 0.5)
             raise ValueError(f"no task called {name!r}" + f"; did you mean {' or '.join(near)}?" * bool(near) + " (lm-eval's `lm_eval ls tasks` lists all)")
         for task in manager.match_tasks([name]):
             try:
-                loaded.append(manager.load([task]))
+                loaded[task] = manager.load([task])
             except (OSError, ValueError, ImportError, RuntimeError) as error:
                 raise ValueError(f"the data of task {task} cannot be loaded ({type(error).__name__}: {error}). Off-line, run it once where there is a "
                                  f"network, with --limit=1, and copy ~/.cache/huggingface (or $HF_HOME) here") from None
-    for name, task in ((name, task) for part in loaded for name, task in part["tasks"].items()):
+    for name, task in ((name, task) for part in loaded.values() for name, task in part["tasks"].items()):
         if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
             raise ValueError(f"task {name} runs what the model writes: add --confirm_run_unsafe_code if this machine may be harmed")
-    return [item for part in loaded for item in (part["groups"] or part["tasks"]).values()], manager
+    return [item for task, part in loaded.items() for item in ([part["groups"][task]] if task in part["groups"] else part["tasks"].values())], manager
 
 
 def run_tasks(evaluator, names):
@@ -390,7 +397,7 @@ def run_tasks(evaluator, names):
                               limit=(int(limit) if limit >= 1 else limit) or None, apply_chat_template=apply_chat_template,
                               confirm_run_unsafe_code=confirm_run_unsafe_code, log_samples=False)
     for task in results["results"] if results else ():              # beside lm-eval's error, of which documents, that of the sets
-        errors = [answer["stderr"] for answer in evaluator.answers if answer["task"] == task]
+        errors = [answer["stderr"] for answer in evaluator.answers if answer["task"] == task and answer["stderr"] is not None]
         if errors:
             results["results"][task]["nats_error,none"] = sum(errors) / len(errors)
     return results

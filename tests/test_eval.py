@@ -92,6 +92,18 @@ def test_lm_evals_own_command_line(checkpoint, tmp_path):
     assert "|stdlib_choice|" in result.out
 
 
+def test_groups_of_tasks(checkpoint, tmp_path):
+    """A group in a group: each task once, and the groups in a table of their own."""
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(open("tests/tasks/stdlib_choice.yaml").read().replace("task: stdlib_choice", f"task: {name}"))
+    aggregate = "aggregate_metric_list:\n  - metric: acc\n"
+    (tmp_path / "inner.yaml").write_text(f"group: inner\ntask: [a]\n{aggregate}")
+    (tmp_path / "outer.yaml").write_text(f"group: outer\ntask: [inner, b]\n{aggregate}")
+    result = run("eval.py", f"--checkpoint={checkpoint}", f"--include_path={tmp_path}", "--tasks=outer", "--limit=1", "--num_samples=1", "--device=cpu")
+    assert result.status == 0, result.err
+    assert "|outer" in result.out and "- inner" in result.out and "Groups" in result.out
+
+
 def test_code_runs_only_when_that_is_confirmed(checkpoint, tmp_path):
     (tmp_path / "unsafe.yaml").write_text("task: unsafe\ndataset_path: json\ndataset_kwargs:\n  data_files: {test: tests/tasks/stdlib_cloze.jsonl}\n"
                                           "test_split: test\noutput_type: generate_until\nunsafe_code: true\ndoc_to_text: '{{code}}'\n"
@@ -155,6 +167,15 @@ def test_log_likelihood_of_requests(checkpoint):
     assert [is_greedy for _, is_greedy in greedy] == [True, written == written[::-1]]
     both = lm.loglikelihood(requests_of("loglikelihood", ("The", written), ("The", "qq"), documents=[0, 0]))
     assert [is_greedy for _, is_greedy in both] == [False, False] and both[0][0] == pytest.approx(greedy[0][0], rel=1e-5)
+
+
+def test_requests_without_a_document_stand_alone(checkpoint):
+    lm = lm_of(checkpoint)
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in (("The", "x"), ("The", "cat"))]
+    found = lm.loglikelihood(requests)
+    assert [value for value, _ in found] == pytest.approx(log_likelihood(lm.model, [list(b"The")] * 2, [list(b"x"), list(b"cat")])[0].tolist(), rel=1e-5)
+    assert lm.loglikelihood([Instance("loglikelihood", {}, ("The", lm.generate_until(
+        requests_of("generate_until", ("The", {"max_gen_toks": 2})))[0]), 0)])[0][1]
 
 
 def test_auto_asks_more_only_where_the_rank_is_in_doubt(checkpoint):
