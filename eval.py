@@ -27,6 +27,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import override
+from data.chat import open_dataset
 from data.checkpoints import find_checkpoint, write_atomically
 from data.loader import TokenDataset
 from data.prepare import prepare
@@ -38,7 +39,7 @@ checkpoint = "out/scratch"  # a folder that a recipe wrote, a published checkpoi
 adapter = ""                # a folder with a LoRA adapter to add to it
 # what to measure
 tasks = "nelbo"             # names of lm-eval's tasks and groups, with commas; nelbo: the bound on `dataset`
-dataset = "pydocs"          # nelbo: a data set of data/prepare.py, or a text file or folder; its validation split is measured
+dataset = "pydocs"          # nelbo: a data set as the recipes take it, or a text file or folder; its validation split is measured
 max_tokens = 2**18          # nelbo: so many tokens of it at most
 seq_len = 0                 # nelbo: tokens of a window; 0: the model's context, 1024 at most
 limit = 0.0                 # first so many documents of each task, below 1 a share of them; 0: all
@@ -351,16 +352,19 @@ def harness_model():
 
 # ---- the bound on a text -------------------------------------------------------------------------------------------------------
 def text_bound(evaluator):
-    """(nats per token, its standard error, bytes per token, tokens measured) of the validation split of `dataset`."""
-    folder = find_checkpoint(checkpoint)
+    """(nats per token, its standard error, bytes per token, tokens measured) of the validation split of `dataset`; of conversations the answers."""
+    checkpoint_folder = find_checkpoint(checkpoint)
     if not evaluator.process:
-        prepare(dataset, folder)
+        prepare(dataset, checkpoint_folder)
     common.barrier()
-    data = TokenDataset(prepare(dataset, folder))
-    length = min(seq_len or 1024, evaluator.max_len, len(data.val))
-    windows = data.windows("val", length, max(max_tokens, length)).to(next(evaluator.model.parameters()).device)
-    value, error = nelbo(evaluator.model, windows, evaluator.num_samples or 1, seed, map=evaluator.share)
-    return value, error, data.bytes_per_token("val"), windows.numel()
+    folder = prepare(dataset, checkpoint_folder)
+    length = min(seq_len or 1024, evaluator.max_len, len(TokenDataset(folder).val))
+    data = open_dataset(dataset, folder, length, padding="hidden")
+    batch = data.val_batch(max(1, max_tokens // length)).to(next(evaluator.model.parameters()).device)
+    value, error = nelbo(evaluator.model, batch.tokens, evaluator.num_samples or 1, seed, maskable=batch.maskable, attention_mask=batch.attention_mask,
+                         map=evaluator.share)
+    count = batch.tokens.numel() if batch.maskable is None else int(batch.maskable.sum())
+    return value, error, data.val_bytes_per_token(batch, evaluator.sampler.tokenizer), count
 
 
 # ---- lm-eval's tasks -----------------------------------------------------------------------------------------------------------
