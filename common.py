@@ -165,6 +165,15 @@ def barrier():
         dist.barrier(group=_patient)
 
 
+def gather(thing):
+    """Every process's `thing`, anything that can be pickled, as a list on all of them, however long one of them works."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing, group=_patient)
+    return things
+
+
 def matrix_dtype(device, dtype):
     """torch.float32 or torch.bfloat16 for the setting "float32", "bfloat16", or "auto": bfloat16 where the device is faster with it."""
     if dtype == "auto":

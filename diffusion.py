@@ -17,6 +17,7 @@ model.Transformer does and has its `config`. Randomness comes from generators on
 """
 import functools
 import math
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -252,12 +253,19 @@ def token_nll(model, tokens, rows, targets, weights, **arguments):
         fill = (0, -len(rows) % 64)
         total, nll = model(tokens, select=F.pad(rows, fill), targets=F.pad(targets, fill), weights=F.pad(weights, fill), **arguments)
         return total, nll[:len(rows)]
-    select = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device).flatten()
-    select[rows] = True
-    logits = model(tokens, select=select.view(tokens.shape), **arguments)                           # [N or fewer, V]
-    logits = logits[(select.cumsum(0) - 1)[rows]].float()                                           # [N, V]
+    logits = row_logits(model, tokens, rows, **arguments)                                           # [N, V]
     nll = F.cross_entropy(logits, targets, reduction="none")
     return (nll * weights).sum(), nll.detach()
+
+
+def row_logits(model, tokens, rows, **arguments):
+    """Logits float32 [N, V] at the flat rows [N] of a pass over `tokens`."""
+    if isinstance(_unwrap(model), Transformer):
+        return model(tokens, select=rows, **arguments).float()
+    select = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
+    select[rows] = True
+    logits = model(tokens, select=select.view(tokens.shape), **arguments)                           # [N or fewer, V]
+    return logits[(select.cumsum(0) - 1)[rows]].float()
 
 
 def _unwrap(model):
@@ -281,7 +289,7 @@ def mask_token_id(model):
 
 
 @torch.no_grad()
-def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, attention_mask=None):
+def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, attention_mask=None, map=map):
     """(bound in nats per token, its standard error) for tokens int64 [N, T]; exact for an autoregressive model.
 
     Masks exactly k of T tokens, k uniform on 1..T, and weighs by T / k: the same bound with less variance than times and
@@ -291,11 +299,12 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
     maskable        bool [N, T], what is scored given the rest: the responses of conversations. Then nats and tokens are summed over
                     all rows before they are divided, and the error is that of this ratio. Raises ValueError if there is none.
     attention_mask  bool [N, T], false for padding behind a row's end, which nobody sees.
+    map             what runs the passes: the builtin, or one that divides them among processes.
     """
-    N = len(tokens)
+    N, config, passes = len(tokens), _config(model), []
     maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
     generator = torch.Generator().manual_seed(seed)
-    draws = 1 if _config(model).causal else num_samples
+    draws = 1 if config.causal else num_samples
     nats, counts = torch.zeros(N, draws, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
     for sample in range(draws):
         for start in range(0, N, batch_size):
@@ -304,8 +313,15 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
             if attention_mask is not None:                          # no wider than the longest row of this batch
                 width = int(attention_mask[rows].sum(1).max())
                 shown = attention_mask[rows, :width]
-            estimate, count = _bound(model, tokens[rows, :width], maskable[rows, :width], generator, shown)
-            nats[rows, sample], counts[rows] = estimate.double().cpu(), count.double().cpu()
+            mask, weights, counts[rows] = _hide(config, maskable[rows, :width], generator)
+            passes.append((sample, rows, width, shown, mask, weights))
+
+    def run(work):                                                  # -> estimates of -log p in nats, [B]
+        _, rows, width, shown, mask, weights = work
+        return (masked_nll(model, tokens[rows, :width], mask, shown) * weights.to(tokens.device)).sum(1).double().cpu()
+
+    for (sample, rows, *_), estimate in zip(passes, map(run, passes)):
+        nats[rows, sample] = estimate
     if not counts.sum():
         raise ValueError("there is no token to score")
     value = nats.sum() / (counts.sum() * draws)
@@ -317,68 +333,231 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
 
 
 @torch.no_grad()
-def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, batch_size=32):
+def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, estimator="dealt", cfg_scale=0.0, streams=None, batch_size=4096, map=map):
     """(log p(target | prefix) in nats float64 [N], standard errors [N]); prefixes and targets are lists of lists of tokens.
 
-    A lower bound by LLaDA's estimator (eq. 6): only the target is masked, k of its tokens at a time. Exact, with error 0, for
-    autoregressive models and targets of one token. Requests of like length share a pass.
+    Exact, with error 0, for autoregressive models and targets of one token. Else LLaDA's lower bound (eq. 6): the average over
+    all sets S of k target tokens, then over k = 1..L, of L / k * sum over i in S of log p(x_i | all but S). It is exact where
+    num_samples passes can go through all 2^L - 1 sets, else an estimate. A block-diffusion model is asked block by block.
+
+    estimator   which sets: a key of ESTIMATORS.
+    cfg_scale   > 0: logits of the prefix masked, plus (1 + cfg_scale) times the difference made by the prefix (LLaDA, eq. 16).
+    streams     an int for each request; requests of one stream and length draw the same sets. None: by their tokens.
+    batch_size  tokens of a pass. Texts of like length share it, each with several of its sets.
+    map         what runs the passes: the builtin, or one that divides them among processes.
+    The errors are nan where there is one sample only. Raises ValueError for arguments that cannot be, naming them.
     """
-    device = next(model.parameters()).device
+    config, device = _config(model), next(model.parameters()).device
+    prefixes, targets = [list(p) for p in prefixes], [list(t) for t in targets]
     lengths = [len(p) + len(t) for p, t in zip(prefixes, targets, strict=True)]
-    exact = [_config(model).causal or len(t) == 1 for t in targets]
-    work = sorted(((lengths[i], i) for i in range(len(targets)) for _ in range(1 if exact[i] else num_samples)), reverse=True)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [[] for _ in targets]
-    for start in range(0, len(work), batch_size):
-        batch = [i for _, i in work[start:start + batch_size]]
-        tokens = torch.zeros(len(batch), max(max(lengths[i] for i in batch), 1), dtype=torch.int64)
-        maskable, attention_mask = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
-        for row, i in enumerate(batch):
-            tokens[row, :lengths[i]] = torch.tensor(list(prefixes[i]) + list(targets[i]), dtype=torch.int64)
-            maskable[row, len(prefixes[i]):lengths[i]] = True
-            attention_mask[row, :lengths[i]] = True
-        nats, _ = _bound(model, tokens.to(device), maskable, generator, None if attention_mask.all() else attention_mask.to(device))
-        for row, i in enumerate(batch):
-            drawn[i].append(-nats[row].item())
-    values = [torch.tensor(d, dtype=torch.float64) for d in drawn]
-    errors = [d.std() / math.sqrt(len(d)) if len(d) > 1 else d.new_zeros(()) for d in values]
-    return torch.stack([d.mean() for d in values]), torch.stack(errors)
+    for wrong, message in (
+        (num_samples < 1, f"num_samples must be at least 1, got {num_samples}"),
+        (estimator not in ESTIMATORS, f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}"),
+        (cfg_scale < 0, f"cfg_scale must not be negative, got {cfg_scale}"),
+        (cfg_scale > 0 and (config.causal or config.block_length), "cfg_scale is for bidirectional models only"),
+        (max(lengths, default=0) > config.max_len, f"{max(lengths, default=0)} tokens, prefix and target, exceed the context of {config.max_len}"),
+    ):
+        if wrong:
+            raise ValueError(message)
+
+    designs, rows = [], []                                          # of each text: the sets of each block; masks of its rows, bool [M, L]
+    for i, (prefix, target) in enumerate(zip(prefixes, targets)):
+        stream = zlib.crc32(repr((prefix, target)).encode()) if streams is None else streams[i]
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+        designs.append([_design(config, len(prefix), L, num_samples, estimator, generator) for L in _block_sizes(config, len(prefix), len(target))])
+        height = max((len(design.masks) for design in designs[i]), default=0)
+        rows.append(torch.cat([F.pad(d.masks, (0, 0, 0, height - len(d.masks))) for d in designs[i]], dim=1) if height else [])
+
+    def run(batch):                                                 # [(text, row), ...] -> the nll of their targets, [B] of float32 [L]
+        width = max(lengths[i] for i, _ in batch)
+        tokens, given, mask = torch.zeros(len(batch), width, dtype=torch.int64), *torch.zeros(2, len(batch), width, dtype=torch.bool)
+        for b, (i, row) in enumerate(batch):
+            tokens[b, :lengths[i]] = torch.tensor(prefixes[i] + targets[i])
+            given[b, :len(prefixes[i])], mask[b, len(prefixes[i]):lengths[i]] = True, rows[i][row]
+        shown = torch.arange(width) < torch.tensor([lengths[i] for i, _ in batch])[:, None]
+        nll = masked_nll(model, tokens.to(device), mask, None if shown.all() else shown.to(device), given, cfg_scale).cpu()
+        return [nll[b, len(prefixes[i]):lengths[i]].clone() for b, (i, _) in enumerate(batch)]
+
+    passes, work = [], sorted(((i, row) for i in range(len(rows)) for row in range(len(rows[i]))), key=lambda item: -lengths[item[0]])
+    for i, row in work:                                             # the first text of a pass is its longest
+        if not passes or (len(passes[-1]) + 1) * lengths[passes[-1][0][0]] > batch_size:
+            passes.append([])
+        passes[-1].append((i, row))
+    nll = {item: found for batch, results in zip(passes, map(run, passes)) for item, found in zip(batch, results)}
+    values, errors = torch.zeros(2, len(targets), dtype=torch.float64)
+    for i, parts in enumerate(designs):
+        start, table = 0, torch.stack([nll[i, row] for row in range(len(rows[i]))]).double() if parts else None             # [M, L]
+        for design in parts:                                        # blocks draw independently: their variances add up
+            M, L = design.masks.shape
+            value, error = design.estimate(table[:M, start:start + L])
+            values[i], errors[i], start = values[i] - value, torch.hypot(errors[i], error), start + L
+    return values, errors
 
 
-def _bound(model, tokens, maskable, generator, attention_mask=None):
-    """(one estimate of -log p in nats [B], tokens counted [B]) of the maskable tokens of each row, given the others."""
-    config, (B, T) = _config(model), tokens.shape
+# How the sets of hidden tokens are chosen. LLaDA draws k and then k tokens, independently each time. Three things make the same
+# number of passes say more (tests/bench.py eval measures them). "stratified" spreads k evenly. "dealt" deals the tokens like cards, so
+# that consecutive sets complement each other and every token is asked equally often; and it asks about each token how much easier
+# it is than with the whole target hidden, a number that one pass knows exactly (a control variate, and the stratum k = L as well).
+# Where there are no more sets than passes, all are taken.
+
+
+@dataclass
+class Design:
+    """Sets of hidden tokens and what to make of the answers. Each group of sets is an estimate by itself, independent of the others."""
+    masks: torch.Tensor                 # bool [M, L]: the different sets
+    row: torch.Tensor                   # int64 [n]: which of them each sample is
+    weights: torch.Tensor               # float64 [n]: of the sum of a sample's nll in the estimate of its group
+    group: torch.Tensor                 # int64 [n]
+    control: torch.Tensor | None = None     # float64 [groups, L]: weights of the nll with all hidden, sample 0
+    exact: bool = False
+
+    def estimate(self, nll):
+        """(-log p, its standard error) from nll [M, L], which is 0 where nothing was hidden."""
+        groups = torch.zeros(int(self.group.max()) + 1, dtype=torch.float64).index_add(0, self.group, nll.sum(1)[self.row] * self.weights)
+        if self.control is not None:
+            groups = groups + self.control @ nll[self.row[0]]
+        if len(groups) == 1:
+            return groups[0], torch.tensor(0.0 if self.exact else math.nan)
+        return groups.mean(), groups.std() / math.sqrt(len(groups))
+
+
+def _design(config, prefix_length, L, n, estimator, generator):
+    if config.causal or L == 1:                                     # the chain rule; nothing predicts the very first token
+        masks = torch.arange(L)[None] >= int(config.causal and not prefix_length)
+        return Design(masks, torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64), exact=True)
+    masks, weights, group, *control = ESTIMATORS[estimator](L, n, generator)
+    masks, row = masks.unique(dim=0, return_inverse=True)           # a set drawn twice is asked once
+    return Design(masks, row, weights, group, *control, exact=estimator != "llada" and 2**L - 1 <= n)
+
+
+def _block_sizes(config, start, L):
+    """How many of the L tokens from position `start` on lie in each block."""
+    if not config.block_length or config.causal:
+        return [L] if L else []
+    cuts = [start, *range((start // config.block_length + 1) * config.block_length, start + L, config.block_length), start + L]
+    return [b - a for a, b in zip(cuts, cuts[1:])] if L else []
+
+
+def every_set(L):
+    """All 2^L - 1 sets, a set of k with weight (k-1)! (L-k)! / L!."""
+    masks = (torch.arange(1, 2**L)[:, None] >> torch.arange(L) & 1).bool()
+    weights = torch.tensor([1 / (k * math.comb(L, k)) for k in masks.sum(1).tolist()], dtype=torch.float64)
+    return masks, weights, torch.zeros(len(masks), dtype=torch.int64)
+
+
+def llada_sets(L, n, generator):
+    """k uniform on 1..L, then a set of k (LLaDA, eq. 6). Each sample is a group."""
+    k = torch.randint(1, L + 1, (n,), generator=generator)
+    return _subsets(k, L, generator), L / k.double(), torch.arange(n)
+
+
+def stratified_sets(L, n, generator):
+    """The same with k evenly spread over the samples of a group."""
+    if 2**L - 1 <= n:
+        return every_set(L)
+    group, k, _ = _spread(torch.ones(L), n, generator)
+    return _subsets(k, L, generator), L / k.double() / group.bincount()[group], group
+
+
+def dealt_sets(L, n, generator):
+    """k evenly spread and smaller ones more often, sets dealt from a deck, differences from the nll with all hidden (sample 0)."""
+    if 2**L - 1 <= n:
+        return every_set(L)
+    if n < 3:
+        return llada_sets(L, n, generator)
+    group, k, p = _spread(torch.arange(1, L) ** -0.5, n - 1, generator)                             # a set of k says more the larger k is
+    masks = torch.cat([_deal(k[group == g].tolist(), L, generator) for g in group.unique()])        # [n - 1, L]
+    weights = (1 / k.double() / p[k - 1]) / group.bincount()[group]                                 # of the strata 1..L-1, for 1/L of each
+    # How much of the nll with all hidden is subtracted: the more, the more is hidden. What is subtracted comes back as its exact mean.
+    share = (1 + torch.arange(1, L, dtype=torch.float64) / L) / 2                                   # [L - 1]
+    taken = torch.zeros(int(group.max()) + 1, L, dtype=torch.float64).index_add(0, group, (weights * share[k - 1])[:, None] * masks)
+    control = (1 + share.sum()) / L - taken                                                         # [groups, L]
+    everything = torch.ones(1, L, dtype=torch.bool)
+    return torch.cat((everything, masks)), F.pad(weights, (1, 0)), F.pad(group, (1, 0)), control
+
+
+ESTIMATORS = {"llada": llada_sets, "stratified": stratified_sets, "dealt": dealt_sets}
+
+
+def _spread(density, n, generator):
+    """(group, k, p): n numbers k = 1.. with probabilities p proportional to density, evenly spread within each of 4 to 8 groups."""
+    groups = min(n, max(4, min(8, n // 16)))
+    group = torch.arange(n) * groups // n                           # [n], sorted
+    size = group.bincount()
+    place = torch.arange(n) - (size.cumsum(0) - size)[group]        # in its group
+    p = density.double() / density.sum()
+    u = (torch.rand(groups, generator=generator, dtype=torch.float64)[group] + place) / size[group]
+    return group, torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=len(p) - 1) + 1, p
+
+
+def _subsets(k, L, generator):
+    """bool [n, L]: k [n] of L, each subset alike."""
+    return torch.rand(len(k), L, generator=generator).argsort(1).argsort(1) < k[:, None]
+
+
+def _deal(sizes, L, generator):
+    """bool [n, L]: hands of these sizes from a deck of L cards that is shuffled anew whenever it runs out.
+
+    A hand by itself is a subset like any other of its size, as the cards are alike to the dealer; together they go through the deck evenly.
+    """
+    masks, deck = torch.zeros(len(sizes), L, dtype=torch.bool), []
+    for mask, size in zip(masks, sizes):
+        hand, deck = deck[:size], deck[size:]
+        if len(hand) < size:
+            fresh, held = torch.randperm(L, generator=generator).tolist(), set(hand)
+            hand += [card for card in fresh if card not in held][:size - len(hand)]
+            held = set(hand) - held
+            deck = [card for card in fresh if card not in held]
+        mask[hand] = True
+    return masks
+
+
+def _hide(config, maskable, generator):
+    """(mask bool [B, T], weights [B, T], tokens counted [B]): exactly k of the maskable tokens of a row or a block, k uniform, weight L / k."""
+    B, T = maskable.shape
     if config.causal:
-        block = T
         mask = maskable & (torch.arange(T) > 0)                                                     # nothing predicts the first token
-        counted, scale, inputs = mask.sum(1), torch.ones(B, T), tokens
-    else:
-        block = config.block_length or T
-        pad = -T % block                                                                            # the last block may be short
-        groups = F.pad(maskable, (0, pad)).view(B, -1, block)                                       # [B, blocks, block]
-        size = groups.sum(-1)
-        grid = (torch.rand((), generator=generator) + torch.arange(size.numel()) / size.numel()) % 1
-        k = (grid[torch.randperm(size.numel(), generator=generator)].view(size.shape) * size).long().clamp(max=size - 1) + 1
-        order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0).argsort(-1).argsort(-1)
-        mask = (order < k[..., None]) & groups                                                      # exactly k of each block
-        scale = (size / k).nan_to_num()[..., None].expand(groups.shape).reshape(B, -1)[:, :T]       # [B, T]
-        mask, counted = mask.reshape(B, -1)[:, :T], maskable.sum(1)
-        inputs = torch.where(mask.to(tokens.device), mask_token_id(model), tokens)
+        return mask, torch.ones(B, T), mask.sum(1)
+    block = config.block_length or T
+    groups = F.pad(maskable, (0, -T % block)).view(B, -1, block)                                    # [B, blocks, block]; the last may be short
+    size = groups.sum(-1)
+    grid = (torch.rand((), generator=generator) + torch.arange(size.numel()) / size.numel()) % 1
+    k = (grid[torch.randperm(size.numel(), generator=generator)].view(size.shape) * size).long().clamp(max=size - 1) + 1
+    order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0).argsort(-1).argsort(-1)
+    mask = (order < k[..., None]) & groups                                                          # exactly k of each block
+    scale = (size / k).nan_to_num()[..., None].expand(groups.shape)
+    return mask.reshape(B, -1)[:, :T], scale.reshape(B, -1)[:, :T], maskable.sum(1)
+
+
+def masked_nll(model, tokens, mask, attention_mask=None, given=None, cfg_scale=0.0):
+    """-log p in nats, float32 [B, T], of the tokens [B, T] at `mask`, which are hidden from the model; 0 elsewhere.
+
+    A block-diffusion model sees the blocks before a token's own without masks: one pass over [noisy, clean], as in training. An
+    autoregressive model sees the tokens before. `given` [B, T] with cfg_scale: the prefix, for classifier-free guidance.
+    """
+    config, (B, T), device = _config(model), tokens.shape, tokens.device
+    block, mask = config.block_length or T, mask.to(device)
+    inputs = tokens if config.causal else torch.where(mask, mask_token_id(model), tokens)
     arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
-    if config.block_length and not config.causal:                   # one pass over [noisy, clean]; what fills the last block is hidden
-        inputs, tokens, mask, scale = (F.pad(x, (0, pad)) for x in (inputs, tokens, mask, scale))
-        shown = torch.ones(B, T, dtype=torch.bool, device=tokens.device) if attention_mask is None else attention_mask
-        shown = F.pad(shown, (0, pad)).repeat(1, 2)[:, None, :]                                     # [B, 1, 2T]
-        visible = block_attention(T + pad, block, tokens.device, dense=True)
-        visible = visible & shown | torch.eye(visible.shape[-1], dtype=torch.bool, device=tokens.device)
+    if config.block_length and not config.causal:                   # what fills the last block is hidden
+        inputs, tokens, mask = (F.pad(x, (0, -T % block)) for x in (inputs, tokens, mask))
+        shown = torch.ones(B, T, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
+        shown = F.pad(shown, (0, -T % block)).repeat(1, 2)[:, None, :]                              # [B, 1, 2T]
+        visible = block_attention(tokens.shape[1], block, device, dense=True) & shown
+        visible = visible | torch.eye(visible.shape[-1], dtype=torch.bool, device=device)
         inputs = torch.cat((inputs, tokens), dim=1)
-        arguments = {"attention_mask": visible, "positions": torch.arange(T + pad, device=tokens.device).repeat(2)}
-    masked = mask.flatten().nonzero()[:, 0].to(tokens.device)
-    rows = prediction_rows(masked, tokens.shape[1], inputs.shape[1], config.shift or config.causal, block)
-    _, nll = token_nll(model, inputs, rows, tokens.flatten()[masked], torch.ones(len(masked), device=tokens.device), **arguments)
-    nats = torch.zeros(tokens.numel(), device=tokens.device)
-    nats[masked] = nll * scale.to(tokens.device).flatten()[masked]
-    return nats.view(B, -1).sum(1), counted
+        arguments = {"attention_mask": visible, "positions": torch.arange(tokens.shape[1], device=device).repeat(2)}
+    masked = mask.flatten().nonzero()[:, 0]
+    rows, targets = prediction_rows(masked, tokens.shape[1], inputs.shape[1], config.shift or config.causal, block), tokens.flatten()[masked]
+    if cfg_scale:
+        conditional = row_logits(model, inputs, rows, **arguments)                                  # [N, V]
+        unconditional = row_logits(model, torch.where(given.to(device), mask_token_id(model), inputs), rows, **arguments)
+        found = F.cross_entropy(unconditional + (cfg_scale + 1) * (conditional - unconditional), targets, reduction="none")
+    else:
+        _, found = token_nll(model, inputs, rows, targets, torch.ones(len(masked), device=device), **arguments)
+    nll = torch.zeros(tokens.numel(), device=device)
+    nll[masked] = found.float()
+    return nll.view(tokens.shape)[:, :T]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -395,7 +574,8 @@ def sample_tokens(logits, temperature, uniform):
     if temperature == 0:
         return logits.argmax(dim=-1)
     N, V = logits.shape
-    p = F.pad((logits / temperature).softmax(dim=-1), (0, -V % 512)).view(N, -1, 512)               # [N, pieces, 512]
+    p = (logits / temperature).softmax(dim=-1)
+    p = (F.pad(p, (0, -V % 512)) if V % 512 else p).view(N, -1, 512)                                # [N, pieces, 512]
     cumulative = p.sum(-1, dtype=torch.float64).cumsum(-1)                                          # [N, pieces]
     target = uniform.to(logits.device, torch.float64)[:, None] * cumulative[:, -1:]
     piece = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)   # [N, 1]
@@ -430,8 +610,19 @@ def margin(logits, chosen):
 
 
 # What a rule scores high is kept; the rest is masked again. None: chosen blindly, before the model is asked. "random" keeps as
-# many as the schedule says, "ancestral" each with probability (t - s) / t, which samples the reverse process (MDLM, eq. 7).
+# many as the schedule says, "ancestral" each with probability (t - s) / t, which samples the reverse process (MDLM, eq. 7; Dream's "origin").
 REMASKING = {"low_confidence": low_confidence, "entropy": entropy, "margin": margin, "random": None, "ancestral": None}
+
+
+def filter_logits(logits, top_p=None, top_k=None):
+    """logits [N, V] with -inf for all but the most probable tokens: as few as together exceed top_p, then top_k of them at most (Dream)."""
+    if top_p is not None and top_p < 1:
+        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        outside = F.pad(p.cumsum(-1)[:, :-1] > top_p, (1, 0))                                       # [N, V], in descending order
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), -torch.inf)
+    if top_k is not None and top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    return logits
 
 
 def even(start, left, step, steps):
@@ -441,21 +632,47 @@ def even(start, left, step, steps):
 
 def timesteps(start, left, step, steps):
     """Time falls evenly from 1 to 1e-3; a step from t to s reveals the integer part of left * (1 - s / t) (Dream)."""
-    return int(left * reveal_probability(step, steps))
+    t = _times(steps)
+    return int(left * (1 - t[step + 1] / t[step]))
 
 
-def reveal_probability(step, steps):
-    """(t - s) / t: the chance that the reverse process reveals a masked token in the step from t to s (MDLM, eq. 7), float32."""
-    t = torch.linspace(1, 1e-3, steps + 1)
-    return 1 - t[step + 1] / t[step]
+@functools.lru_cache(maxsize=8)
+def _times(steps):
+    return torch.linspace(1, 1e-3, steps + 1)                       # float32, as Dream has it: `timesteps` rounds down
 
 
 STEP_SCHEDULES = {"even": even, "timesteps": timesteps}
 
 
+# ReMDM's schedules (section 4.1): sigma, the chance that a written token is masked again, of eta and the largest possible sigma.
+REMASK_SCHEDULES = {"cap": min, "rescale": lambda eta, most: eta * most}
+
+
+@functools.lru_cache(maxsize=2**12)
+def reverse_step(step, steps, eta=0.0, schedule="cap"):
+    """(chance that a mask is written, chance sigma that a written token is masked again) in the step from time t to s, floats.
+
+        write = (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t),   0 <= sigma <= min(1, (1 - alpha_s) / alpha_t),   alpha_t = 1 - t
+
+    Whatever sigma, a share alpha_s is written at s (ReMDM, Wang et al. 2025, 2503.00307, section 3). sigma = 0 is the reverse
+    process of masked diffusion, write = (t - s) / t (MDLM, eq. 7). The last step writes all.
+    """
+    if step >= steps - 1:
+        return 1.0, 0.0
+    t, s = _times(steps)[step:step + 2].tolist()
+    sigma = REMASK_SCHEDULES[schedule](eta, 1.0 if s >= 1 - t else s / (1 - t))
+    return (t - s + sigma * (1 - t)) / t, sigma
+
+
 def keep_best(score, eligible, count):
     """bool [B, T]: the `count` [B] eligible positions with the highest score [B, T]."""
     return eligible & (_rank(score, eligible) < count[:, None])
+
+
+def perturb(score, alg_temp, uniform):
+    """score / alg_temp plus Gumbel noise: the n best of it are n draws without replacement from softmax(score / alg_temp), as Dream's
+    alg_temp wants them (Kool et al. 2019, 1903.06059). uniform: numbers in [0, 1), of the shape of score."""
+    return score / alg_temp - (-uniform.clamp(min=1e-300).log()).log()
 
 
 def keep_confident(score, eligible, threshold):
@@ -473,6 +690,15 @@ def keep_factor(score, eligible, factor):
     return eligible & (rank < fails[:, None])
 
 
+def keep_entropy_bound(score, entropies, eligible, gamma):
+    """The most of the best, U, for which sum of H over U - max of H over U <= gamma, H [B, T] their entropies in nats: a bound on the
+    information that they have about each other, which predicting them at once neglects (EB-Sampler, Ben-Hamu et al. 2025, 2505.24857)."""
+    rank = _rank(score, eligible)
+    ranked = torch.zeros_like(entropies).scatter(1, rank, entropies.masked_fill(~eligible, 0))      # [B, T], best first
+    bound = ranked.cumsum(1) - ranked.cummax(1).values                                              # grows with every position
+    return eligible & (bound <= gamma).gather(1, rank)
+
+
 def _rank(score, eligible):
     """int64 [B, T]: 0 for the highest eligible score of a row, 1 for the next...; equal scores from left to right."""
     return score.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -488,24 +714,105 @@ class Step:
     lengths: torch.Tensor       # int64 [B]: the rest of a row is padding
 
 
+@dataclass(kw_only=True)
+class Sampling:
+    """How to sample: the keyword arguments of `generate` and `infill`. `check` raises ValueError for what cannot be, naming it."""
+    steps: int                      # denoising steps, over all blocks together
+    block_length: int               # tokens denoised together
+    temperature: float = 0.0        # 0: the most probable token; else an exact sample of softmax(logits / temperature)
+    remasking: str = "low_confidence"   # which predictions a step keeps: a key of REMASKING
+    threshold: float = None         # keep all with at least this score instead of a fixed number; then `steps` counts no more
+    factor: float = None            # Fast-dLLM's rule instead: keep_factor
+    cache: str = None               # "prefix", "dual" (Fast-dLLM: approximate, other keys are as old as the block), "block" (exact)
+    cfg_scale: float = 0.0          # logits of the prompt masked plus (1 + cfg_scale) times the difference made by it (LLaDA, eq. 16)
+    schedule: str = None            # tokens a step, a key of STEP_SCHEDULES; None: the family's own
+    seed: int = None                # row r draws from the stream (seed, r); a list: from (seed[r], 0), what it draws alone; None: anew
+    on_step: callable = None        # called with a `Step` after each denoising step
+    top_p: float = None             # sample from the most probable tokens only, see filter_logits; confidence is then that of the
+    top_k: int = None               # filtered softmax(logits / temperature), for Dream always, else of softmax(logits)
+    alg_temp: float = None          # draw the positions to keep from softmax(score / alg_temp), see perturb (Dream)
+    entropy_bound: float = None     # keep as many as this bound in nats allows instead of a fixed number: keep_entropy_bound
+    remask: float = 0.0             # eta > 0, with "ancestral": tokens written in the block may be masked again, see reverse_step (ReMDM)
+    remask_schedule: str = "cap"    # or "rescale": a key of REMASK_SCHEDULES
+    suppress: list = ()             # tokens that are never written (LLaDA, appendix B.4: logits_eos_inf)
+    defer: list = ()                # tokens that are written last: no confidence in them (LLaDA, B.4: confidence_eos_eot_inf)
+
+    @property
+    def adaptive(self):
+        """The rules in use by which the predictions decide how many of them a step keeps."""
+        return [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
+
+    def check(self, config, sequences):
+        for tokens, size in [(tokens, config.vocab_size + bool(config.causal)) for tokens in sequences] + [
+                (tokens, config.vocab_size) for tokens in (self.suppress, self.defer)]:
+            for token in tokens:
+                if not 0 <= token < size:
+                    raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
+        for low, high, names in ((0, math.inf, "temperature cfg_scale entropy_bound alg_temp"), (0, 1, "threshold top_p remask"),
+                                 (1, math.inf, "top_k"), (1, 10**6, "steps")):
+            for name in names.split():
+                value, limits = getattr(self, name), f"be between {low} and {high}" if high < math.inf else f"be at least {low}" if low else "not be negative"
+                if value is not None and not low <= value <= high:
+                    raise ValueError(f"{name} must {limits}, got {value}")
+        for name, choices in (("remasking", REMASKING), ("cache", (None, "prefix", "dual", "block")), ("schedule", (None, *STEP_SCHEDULES)),
+                              ("remask_schedule", REMASK_SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+        exact, blind = config.causal or config.block_length or self.cache == "block", REMASKING[self.remasking] is None
+        longest, rules = max(map(len, sequences), default=0), self.adaptive + ["alg_temp"] * bool(self.alg_temp)
+        for wrong, message in (
+            (longest > config.max_len, f"{longest} tokens, prompt and completion, exceed the model's context of {config.max_len}"),
+            (self.factor is not None and not self.factor > 0, f"factor must be positive, got {self.factor}"),
+            (self.remask and (self.remasking != "ancestral" or config.causal), "remask needs remasking ancestral, and no autoregressive model"),
+            (len(rules) > 1, f"{' and '.join(rules)} exclude each other"),
+            ({"threshold", "factor"} & {*rules} and self.remasking != "low_confidence", "threshold and factor need low_confidence"),
+            (blind and (rules or self.defer), f"{(rules or ['defer'])[0]} needs a rule that asks the model, not {self.remasking}"),
+            (self.cache in ("prefix", "dual") and exact, f"cache {self.cache!r} is for bidirectional models; this one takes 'block'"),
+            (self.cfg_scale > 0 and (self.cache or exact), "cfg_scale works without a cache and for bidirectional models only"),
+            (isinstance(self.seed, list | tuple) and len(self.seed) != len(sequences),
+             f"a list of seeds has one for each row, {len(sequences)}, got {self.seed}"),
+        ):
+            if wrong:
+                raise ValueError(message)
+
+    def distribution(self, logits, family):
+        """(logits [N, V], temperature): what tokens are drawn from and confidence is read from."""
+        if self.suppress:
+            logits[:, list(self.suppress)] = -torch.inf
+        if family == "Dream" or self.top_p is not None or self.top_k is not None:
+            return filter_logits(logits / (self.temperature or 1), self.top_p, self.top_k), float(self.temperature > 0)
+        return logits, self.temperature
+
+    def score(self, logits, chosen):
+        """float64 [N]: what the rule says of the chosen tokens; blind rules show their probability. Deferred tokens come last."""
+        if self.defer:                                              # LLaDA reads the others' confidence without them, too
+            logits = logits.index_fill(1, torch.tensor(self.defer, device=logits.device), -torch.inf)
+        score = (REMASKING[self.remasking] or low_confidence)(logits, chosen).double()
+        return score.masked_fill(torch.isin(chosen, torch.tensor(self.defer, device=chosen.device)), -1e9) if self.defer else score
+
+    def keep(self, score, eligible, reveal, logits, draw):
+        """bool [A, T]: the predictions that stay. reveal: int [A], for rules that do not decide that themselves; draw(): uniform [A, T]."""
+        if self.threshold is not None:
+            return keep_confident(score, eligible, self.threshold)
+        if self.factor is not None:
+            return keep_factor(score, eligible, self.factor)
+        if self.entropy_bound is not None:
+            entropies = torch.zeros_like(score)
+            entropies[eligible] = -entropy(logits, None).double().cpu()
+            return keep_entropy_bound(score, entropies, eligible, self.entropy_bound)
+        return keep_best(perturb(score, self.alg_temp, draw()) if self.alg_temp else score, eligible, reveal)
+
+
 def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, temperature=0.0, remasking="low_confidence", threshold=None,
-             factor=None, cache=None, cfg_scale=0.0, schedule=None, seed=None, on_step=None):
+             factor=None, cache=None, cfg_scale=0.0, schedule=None, seed=None, on_step=None, **more):
     """Continue each prompt by max_new_tokens: list of token lists -> list of token lists, prompt and completion.
 
     Blocks of block_length are denoised from left to right, in `steps` steps over all blocks together (LLaDA, section 2.4 and
     appendix B.4). Prompts may differ in length; each gets what it would get alone. An empty prompt generates unconditionally.
+    What the arguments mean and which `more` there are: `Sampling`.
 
-    temperature  0: the most probable token; else an exact sample of softmax(logits / temperature).
-    remasking    which predictions a step keeps: a key of REMASKING.
-    threshold    keep all with at least this score instead of a fixed number, `factor` likewise; `steps` counts no more then.
-    cache        None; "prefix" or "dual" (Fast-dLLM: approximate, keys of other positions are as old as the block); "block"
-                 (block diffusion: exact). Autoregressive models always decode token by token with an exact cache.
-    cfg_scale    > 0: logits of the prompt masked, plus (1 + cfg_scale) times the difference made by the prompt (LLaDA, eq. 16).
-    schedule     "even" or "timesteps"; None: the family's own.
-    seed         row r of the batch draws from its own stream (seed, r); None: a new one each time.
-    on_step      called with a `Step` after each denoising step.
     A block-diffusion model uses its own block_length, blocks counted from the end of the prompt. It stops behind the block that
-    holds an end of text, an autoregressive model behind the end of text itself.
+    holds an end of text, an autoregressive model, which decodes token by token with an exact cache, behind the end of text itself.
     Raises ValueError for arguments that cannot be, naming them.
     """
     if max_new_tokens < 1:
@@ -524,15 +831,15 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, tem
         if start == [None]:
             raise ValueError("an autoregressive model without a bos or eos token cannot start from an empty prompt")
     starts = [[] if prompt else start for prompt in prompts]
+    how = Sampling(steps=steps, block_length=block_length, temperature=temperature, remasking=remasking, threshold=threshold, factor=factor,
+                   cache=cache, cfg_scale=cfg_scale, schedule=schedule, seed=seed, on_step=on_step, **more)
     answers = _denoise(model, [s + list(p) + [mask_id] * max_new_tokens for s, p in zip(starts, prompts)], mask_id,
-                       [len(s) + len(p) for s, p in zip(starts, prompts)], steps, block_length, temperature, remasking, threshold, factor,
-                       cache, cfg_scale, schedule, seed, on_step, end=config.eos_token_id)
+                       [len(s) + len(p) for s, p in zip(starts, prompts)], how, end=config.eos_token_id)
     return [answer[len(s):] for s, answer in zip(starts, answers)]
 
 
-def infill(model, sequences, steps=128, block_length=None, temperature=0.0, remasking="low_confidence", threshold=None, factor=None,
-           cache=None, cfg_scale=0.0, schedule=None, seed=None, on_step=None):
-    """Fill every mask token of each sequence, wherever it stands; arguments as in `generate`. block_length None: one block.
+def infill(model, sequences, steps=128, block_length=None, **more):
+    """Fill every mask token of each sequence, wherever it stands; `more` arguments as in `generate`. block_length None: one block.
 
     Blocks are counted from a sequence's start. Raises ValueError for a sequence without a mask token.
     """
@@ -544,46 +851,18 @@ def infill(model, sequences, steps=128, block_length=None, temperature=0.0, rema
             raise ValueError(f"sequence {i} has no mask token: there is nothing to fill")
     if block_length is not None and block_length < 1:
         raise ValueError(f"block_length must be at least 1, got {block_length}")
-    return _denoise(model, [list(s) for s in sequences], mask_id, [0] * len(sequences), steps,
-                    block_length or max(map(len, sequences), default=1), temperature, remasking, threshold, factor, cache, cfg_scale,
-                    schedule, seed, on_step)
-
-
-def _check_sampling(config, sequences, steps, temperature, remasking, threshold, factor, cache, cfg_scale, schedule):
-    exact = config.causal or config.block_length or cache == "block"
-    longest = max(map(len, sequences), default=0)
-    for sequence in sequences:
-        for token in sequence:
-            if not 0 <= token < config.vocab_size + bool(config.causal):
-                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
-    for wrong, message in (
-        (longest > config.max_len, f"{longest} tokens, prompt and completion, exceed the model's context of {config.max_len}"),
-        (not 1 <= steps <= 10**6, f"steps must be between 1 and a million, got {steps}"),
-        (temperature < 0 or temperature != temperature, f"temperature must not be negative, got {temperature}"),
-        (remasking not in REMASKING, f"remasking must be one of {', '.join(REMASKING)}, got {remasking!r}"),
-        (threshold is not None and not 0 <= threshold <= 1, f"threshold must be between 0 and 1, got {threshold}"),
-        (factor is not None and factor <= 0, f"factor must be positive, got {factor}"),
-        (factor is not None and threshold is not None, "threshold and factor exclude each other"),
-        ((factor is not None or threshold is not None) and remasking != "low_confidence", "threshold and factor need low_confidence"),
-        (cache not in (None, "prefix", "dual", "block"), f"cache must be None, 'prefix', 'dual' or 'block', got {cache!r}"),
-        (cache in ("prefix", "dual") and exact, f"cache {cache!r} is for bidirectional models; this one takes 'block'"),
-        (cfg_scale < 0, f"cfg_scale must not be negative, got {cfg_scale}"),
-        (cfg_scale > 0 and (cache or exact), "cfg_scale works without a cache and for bidirectional models only"),
-        (schedule not in (None, *STEP_SCHEDULES), f"schedule must be one of {', '.join(STEP_SCHEDULES)}, got {schedule!r}"),
-    ):
-        if wrong:
-            raise ValueError(message)
+    how = Sampling(steps=steps, block_length=block_length or max(map(len, sequences), default=1), **more)
+    return _denoise(model, [list(s) for s in sequences], mask_id, [0] * len(sequences), how)
 
 
 @torch.no_grad()
-def _denoise(model, sequences, mask_id, first, steps, block_length, temperature, remasking, threshold, factor, cache, cfg_scale, schedule,
-             seed, on_step, end=None):
+def _denoise(model, sequences, mask_id, first, how, end=None):
     """The one loop: predict the masked tokens of each row's current block, keep some, until no mask is left.
 
     first: int [B], where a row's first block begins; end: the token that ends a row when its order is left to right, or None.
     """
     config, B = _config(model), len(sequences)
-    _check_sampling(config, sequences, steps, temperature, remasking, threshold, factor, cache, cfg_scale, schedule)
+    how.check(config, sequences)
     if not B:
         return []
     lengths, first = torch.tensor([len(s) for s in sequences]), torch.tensor(first)
@@ -593,102 +872,109 @@ def _denoise(model, sequences, mask_id, first, steps, block_length, temperature,
     shown = position < lengths[:, None]
     is_masked = (canvas == mask_id) & shown
     given = shown & ~is_masked
-    cache = "block" if config.causal else cache
+    cache = "block" if config.causal else how.cache
     left_to_right = cache == "block" or config.block_length > 0     # a block never sees the blocks right of it
-    block_of = (position - first[:, None]) // (1 if config.causal else config.block_length or block_length)        # [B, T], negative left of `first`
-    to_do = [block_of[b][is_masked[b]].unique().tolist() for b in range(B)]                         # the blocks that each row will visit
-    adaptive = threshold is not None or factor is not None
-    if not (config.causal or adaptive) and steps < max(map(len, to_do)):
-        raise ValueError(f"{steps} steps are too few for {max(map(len, to_do))} blocks: each needs at least one")
-    schedule = schedule or ("timesteps" if config.family == "Dream" or remasking == "ancestral" else "even")
-    seed = torch.seed() if seed is None else seed
-    streams = [torch.Generator().manual_seed((seed * 1_000_003 + b) % 2**63) for b in range(B)]
-    look = _Passes(model, T, cache, cfg_scale, given, shown, lengths, block_of, left_to_right, mask_id)
-    states = [_Row(b, -(-steps // max(len(blocks), 1)), blocks) for b, blocks in enumerate(to_do)]
+    block_of = (position - first[:, None]) // (1 if config.causal else config.block_length or how.block_length)     # [B, T], negative left of `first`
+    to_do = [list(zip(*(x.tolist() for x in block_of[b][is_masked[b]].unique(return_counts=True)))) for b in range(B)]
+    if not (config.causal or how.adaptive) and how.steps < max(map(len, to_do)):
+        raise ValueError(f"{how.steps} steps are too few for {max(map(len, to_do))} blocks: each needs at least one")
+    schedule = STEP_SCHEDULES[how.schedule or ("timesteps" if config.family == "Dream" else "even")]
+    states = [_Row(b, blocks, how, schedule) for b, blocks in enumerate(to_do)]
+    streams = _streams(how.seed, B)
+    look = _Passes(model, T, cache, how.cfg_scale, given, shown, lengths, block_of, left_to_right, mask_id)
     passes = 0
     while True:
-        work = [state for state in states if state.next(is_masked, block_of, STEP_SCHEDULES[schedule], adaptive)]
+        left = (is_masked & (block_of == torch.tensor([state.block for state in states])[:, None])).sum(1).tolist()
+        work = [state for state in states if state.next(left[state.row])]
         if not work:                                                # finished rows cost nothing
             return [canvas[b, :lengths[b]].tolist() for b in range(B)]
         rows, current = torch.tensor([state.row for state in work]), torch.tensor([state.block for state in work])      # [A]
         reveal, final = torch.tensor([state.reveal for state in work]), torch.tensor([state.final for state in work])
-        eligible = is_masked[rows] & (block_of[rows] == current[:, None])                           # [A, T]
-        keep = None
-        if REMASKING[remasking] is None:                            # chosen blindly: look only at what will be revealed
-            u = torch.ones(eligible.shape, dtype=torch.float64)
-            u[eligible] = _draw(streams, rows, eligible)
-            chance = torch.tensor([state.chance for state in work])
-            keep = keep_best(u, eligible, reveal) if remasking == "random" else eligible & (u < chance[:, None])
+        inside = (block_of[rows] == current[:, None]) & shown[rows]
+        eligible, hidden, keep = inside & is_masked[rows], None, None                               # [A, T]
+        if REMASKING[how.remasking] is None:                        # chosen blindly: look only at what will be revealed
+            u = _draw(streams, rows, inside & ~given[rows] if how.remask else eligible)
+            write, sigma = torch.tensor([state.chances for state in work], dtype=torch.float64).T[..., None]            # [A, 1]
+            keep = keep_best(u, eligible, reveal) if how.remasking == "random" else eligible & (u < write)
+            hidden = inside & ~given[rows] & ~eligible & (u < sigma)
             eligible = keep
-            if not keep.any():
-                continue
-        logits = look(canvas, rows, eligible, current)                                              # [N, V]
-        passes += 1
-        # A prediction may be the mask token itself, and the position stays open. In a block's last step that is ruled out.
-        if mask_id < logits.shape[1]:
-            logits[:, mask_id].masked_fill_(final[eligible.nonzero()[:, 0]].to(logits.device), -torch.inf)
-        chosen = sample_tokens(logits, temperature, _draw(streams, rows, eligible) if temperature else None)
-        score = torch.zeros(eligible.shape, dtype=torch.float64)
-        if keep is not None and on_step is not None:                # nobody asked the score, but whoever watches wants a colour
-            score[eligible] = low_confidence(logits, chosen).cpu()
-        elif keep is None:
-            score[eligible] = REMASKING[remasking](logits, chosen).double().cpu()
-            if threshold is not None:
-                keep = keep_confident(score, eligible, threshold)
-            elif factor is not None:
-                keep = keep_factor(score, eligible, factor)
-            else:
-                keep = keep_best(score, eligible, reveal)
-        written = torch.zeros(eligible.shape, dtype=torch.int64)
-        written[eligible] = chosen.cpu()
-        canvas[rows] = torch.where(keep, written, canvas[rows])
+        score, written = torch.zeros(eligible.shape, dtype=torch.float64), canvas[rows]
+        if looks := bool(eligible.any()):
+            logits = look(canvas, rows, eligible, current)                                          # [N, V]
+            passes += 1
+            # A prediction may be the mask token itself, and the position stays open. In a block's last step that is ruled out.
+            if mask_id < logits.shape[1]:
+                logits[:, mask_id].masked_fill_(final[eligible.nonzero()[:, 0]].to(logits.device), -torch.inf)
+            logits, temperature = how.distribution(logits, config.family)
+            chosen = sample_tokens(logits, temperature, _draw(streams, rows, eligible)[eligible] if temperature else None)
+            written[eligible] = chosen.cpu()
+            if keep is None or how.on_step is not None:             # whoever watches a blind choice wants a colour
+                score[eligible] = how.score(logits, chosen).cpu()
+        if keep is None:
+            keep = how.keep(score, eligible, reveal, logits, lambda: _draw(streams, rows, eligible))
+        written = torch.where(keep, written, canvas[rows])
+        canvas[rows] = written if hidden is None else torch.where(hidden, mask_id, written)
         is_masked = (canvas == mask_id) & shown
         if left_to_right and end is not None:
             for state in work:
                 state.stop_at(end, canvas, is_masked, block_of, lengths, shown)
-        if on_step is not None:
+        if how.on_step is not None and looks:
             revealed, confidence = torch.zeros_like(is_masked), torch.zeros(B, T, dtype=torch.float64)
-            revealed[rows], confidence[rows] = keep, score * keep
-            on_step(Step(passes, canvas[:, :-1].clone(), revealed[:, :-1], confidence[:, :-1], lengths.clone()))
+            revealed[rows], confidence[rows] = keep, torch.where(keep, score, 0)
+            how.on_step(Step(passes, canvas[:, :-1].clone(), revealed[:, :-1], confidence[:, :-1], lengths.clone()))
 
 
 class _Row:
     """Where one row of the batch stands: its block, and the step in it. Rows of a batch advance independently."""
 
-    def __init__(self, row, steps, blocks):
-        self.row, self.steps, self.blocks = row, steps, blocks      # steps: for each block; blocks: those still to visit
-        self.block = self.reveal = self.final = self.chance = None
+    def __init__(self, row, blocks, how, schedule):
+        self.row, self.blocks, self.how, self.schedule = row, blocks, how, schedule     # blocks: (index, masked tokens) of those to visit
+        self.steps = -(-how.steps // max(len(blocks), 1))           # for each block
+        self.block, self.start = blocks.pop(0) if blocks else (0, 0)
+        self.step = self.reveal = self.final = 0
+        self.chances = 1.0, 0.0
 
-    def next(self, is_masked, block_of, count, adaptive):
-        """Advance to the next step that reveals anything; false when the row is done. Sets reveal, chance and final for it."""
-        while self.blocks or self.block is not None:
-            if self.block is None:
-                self.block, self.step, self.start = self.blocks.pop(0), 0, None
-            left = int((is_masked[self.row] & (block_of[self.row] == self.block)).sum())
-            if not left:
-                self.block = None
-                continue
-            self.start = left if self.start is None else self.start
-            last = self.start - 1 if adaptive else min(self.steps, self.start) - 1 if count is even else self.steps - 1
-            self.final = self.step >= last
-            self.reveal = left if self.final else count(self.start, left, self.step, self.steps) if not adaptive else 1
-            self.chance = 1.0 if self.final or adaptive else float(reveal_probability(self.step, self.steps))
+    def next(self, left):
+        """Advance to the next step that changes anything; false when the row is done. Sets reveal, chances and final for it.
+
+        left: the masked tokens of its block.
+        """
+        while True:
+            if self.step >= self.steps if self.how.remask else not left:
+                if not self.blocks:
+                    return False
+                (self.block, left), self.step = self.blocks.pop(0), 0
+                self.start = left
+            last = self.start if self.how.adaptive else min(self.steps, self.start) if self.schedule is even else self.steps
+            self.final, self.reveal = self.step >= last - 1, left
+            if self.how.remasking == "ancestral":
+                self.final, self.chances = self.step >= self.steps - 1, reverse_step(self.step, self.steps, self.how.remask, self.how.remask_schedule)
+            elif not (self.final or self.how.adaptive):
+                self.reveal = self.schedule(self.start, left, self.step, self.steps)
             self.step += 1
-            if self.reveal:
+            if self.reveal or self.how.remask:
                 return True
-        return False
 
     def stop_at(self, end, canvas, is_masked, block_of, lengths, shown):
         """If the block is finished and holds an end of text, it is the row's last."""
         inside = (block_of[self.row] == self.block) & shown[self.row]
-        if (canvas[self.row][inside] == end).any() and not (is_masked[self.row] & inside).any():
+        if (canvas[self.row][inside] == end).any() and not (is_masked[self.row] & inside).any() and (self.final or not self.how.remask):
             shown[self.row] &= block_of[self.row] <= self.block
             lengths[self.row], self.blocks = int(shown[self.row].sum()), []
 
 
-def _draw(streams, rows, eligible):
-    """Uniform numbers, one for each eligible position of each row, float64 [N], every row from its own stream."""
-    return torch.cat([torch.rand(int(n), generator=streams[b], dtype=torch.float64) for b, n in zip(rows.tolist(), eligible.sum(1))])
+def _streams(seed, B):
+    """A generator for each row; `seed` as in `Sampling`."""
+    seed = torch.seed() if seed is None else seed
+    pairs = [(seed, b) for b in range(B)] if isinstance(seed, int) else [(s, 0) for s in seed]
+    return [torch.Generator().manual_seed((s * 1_000_003 + b) % 2**63) for s, b in pairs]
+
+
+def _draw(streams, rows, where):
+    """Uniform numbers at `where` [A, T], every row's from its own stream, float64; 1 elsewhere."""
+    u = torch.ones(where.shape, dtype=torch.float64)
+    u[where] = torch.cat([torch.rand(n, generator=streams[b], dtype=torch.float64) for b, n in zip(rows.tolist(), where.sum(1).tolist())])
+    return u
 
 
 class _Passes:

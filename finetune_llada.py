@@ -64,10 +64,10 @@ lora_alpha = 64.0           # they count lora_alpha / lora_rank times
 lora_dropout = 0.0          # of their input
 lora_targets = "q,k,v,o,gate,up,down"   # the matrices that get one
 cart = 0.0                  # Dream's weights that look at the neighbours, with this p (0.1 in its configuration); 0: LLaDA's 1/t
-# optimizer
+# optimizer: 0 likewise
 batch_size = 0              # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
-learning_rate = 0.0         # AdamW's peak; 0: from `sizes`, a tenth of it if everything learns
+learning_rate = 0.0         # AdamW's peak
 weight_decay = 0.0          # of matrices
 beta2 = 0.999               # AdamW's second moment
 grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
@@ -86,10 +86,12 @@ settings = override(globals())
 # ---- process, precision --------------------------------------------------------------------------------------------------------
 start, _, tiny_family = init_from.partition(":")
 tiny = start == "tiny"
-sizes = {"seq_len": (160, 1024), "batch_size": (16, 1), "learning_rate": (5e-3, 2e-4), "max_minutes": (1.2, 0.0)}          # tiny, published
+sizes = {                   # tiny, published
+    "seq_len": (160, 1024), "batch_size": (16, 1), "max_minutes": (1.2, 0.0), "learning_rate": (5e-3, 2e-4) if lora_rank else (3e-3, 2.5e-5),
+}
 for _name, _values in sizes.items():
     if not settings[_name] and not (_name == "max_minutes" and max_steps):
-        settings[_name] = globals()[_name] = _values[not tiny] * (0.1 if _name == "learning_rate" and not lora_rank else 1)
+        settings[_name] = globals()[_name] = _values[not tiny]
 for _name in ("seq_len", "batch_size", "grad_accum", "eval_sequences", "final_eval_sequences"):
     if settings[_name] < 1:
         raise ValueError(f"{_name} must be at least 1, got {settings[_name]}")
@@ -119,15 +121,15 @@ if (folder / ("config.json" if lora_rank else "adapter_model.safetensors")).exis
     raise ValueError(f"{out_dir} holds {'a model' if lora_rank else 'an adapter'} of another run, which this one could be mistaken for: choose another out_dir")
 
 # ---- data ----------------------------------------------------------------------------------------------------------------------
-base = "tiny" if tiny else checkpoints.find_checkpoint(init_from)   # the checkpoint that is fine-tuned
+base, text = "tiny", "bpe"                                          # the checkpoint that is fine-tuned and its tokenizer
 if not tiny:
+    base = checkpoints.find_checkpoint(init_from)
     if checkpoints.adapter_base(base):
         raise ValueError(f"{init_from} is an adapter: --merge it into its base first and start from the result")
     source, _ = checkpoints.read_config(base)                       # before a data set is prepared for nothing
     if source.causal or source.block_length:
         raise ValueError(f"{init_from} is {'an autoregressive' if source.causal else 'a block-diffusion'} model ({source.family}): see convert_ar.py")
-text = "bpe" if tiny else Tokenizer.from_pretrained(base)
-if not tiny:
+    text = Tokenizer.from_pretrained(base)
     text.add_chat_tokens()
     if source.mask_token_id is None:
         text.add_mask_token()
@@ -152,8 +154,8 @@ if tiny or text.vocab_size > source.vocab_size:
     if main and not resume:
         made = checkpoints.tiny_model(tiny_family or "llada", text, seq_len, seed) if tiny else Transformer.from_pretrained(init_from)
         made.resize_vocabulary(text.vocab_size, new=range(made.config.vocab_size, text.vocab_size))
-        made.config.mask_token_id, made.config.eos_token_id, made.source = text.mask_token_id, text.eos_token_id, None
-        made.export_pretrained(base)
+        made.source = None                                          # the tokenizer is written here
+        (made.export_pretrained if tiny else made.save_pretrained)(base)
         text.save_pretrained(base)
     common.barrier()
 raw_model, weights = checkpoints.open_checkpoint(base)              # no memory yet
@@ -254,8 +256,8 @@ for _signal in (signal.SIGINT, signal.SIGTERM):                     # Ctrl-C, or
     signal.signal(_signal, lambda *_: stop.append(True))
 bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
 if main:
-    sizes = [sum(p.numel() for p in parameters) for parameters in (raw_model.parameters(), trained)]
-    tqdm.write(f"{sizes[0]:,} parameters, {sizes[1]:,} of them learn, {config.family} on {device}; {data.summary()}")
+    tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} learn, {config.family} on {device}; "
+               + data.summary())
 window_start, window_tokens = clock.seconds(), 0
 while True:
     elapsed = common.from_rank_0(clock.seconds(), device)
@@ -338,5 +340,4 @@ else:
             print(write_merged(out_dir, merge))
         print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {bpb:.3f} bits/byte")
 if world_size > 1:
-    common.barrier()
     dist.destroy_process_group()

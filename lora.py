@@ -185,10 +185,13 @@ def check_target(setting, target, *sources):
 
 
 def write_merged(folder, target):
-    """Write the model in `folder`, its adapter merged into the base, in the family's published layout, with a tokenizer. Returns a line about it."""
+    """Write the model in `folder`, its adapter merged into the base, in the family's published layout, with a tokenizer. Returns a line about it.
+
+    Our own models are written as they are: the layout that they export to, Qwen3's, stands for an autoregressive model.
+    """
     check_target("merge", target, folder)
     model, tokenizer = checkpoints.load(folder), Tokenizer.from_pretrained(folder)
-    model.export_pretrained(target)
+    (model.save_pretrained if model.config.family == "unmask" else model.export_pretrained)(target)
     if not (Path(target) / "tokenizer.json").exists() or tokenizer.vocab_size != Tokenizer.from_pretrained(target).vocab_size:
         tokenizer.save_pretrained(target)
     return f"wrote {target}: {model.config.family}, {sum(p.numel() for p in model.parameters()):,} parameters, {model.embed.weight.dtype}"

@@ -38,9 +38,17 @@ serve = 0                   # port on 127.0.0.1 for the web page and /v1/complet
 steps = 0                   # denoising steps in total; 0: one a token
 block_length = 0            # tokens denoised together, block after block from the left; 0: all (block diffusion: the model's own)
 temperature = "auto"        # 0: the most probable token; auto: 0.7 for models of train_scratch.py, else and in chats 0
+top_p = 1.0                 # draw from the most probable tokens that together exceed this; 1: from all
+top_k = 0                   # draw from that many most probable tokens; 0: from all
 remasking = "auto"          # what is kept: low_confidence, random, entropy, margin, ancestral; auto: random where temperature's auto is 0.7
+alg_temp = 0.0              # Dream's: draw the positions to keep from softmax(score / alg_temp); 0: keep the best
 threshold = 0.0             # keep every prediction with at least this probability instead of a fixed number a step; 0: off
 factor = 0.0                # Fast-dLLM's factor rule instead; 0: off
+entropy_bound = 0.0         # EB-Sampler's rule instead: as many as this bound in nats allows, 0.1 for instance; 0: off
+remask = 0.0                # ReMDM's eta: with ancestral remasking, tokens of the block may be masked again; 0: what is written stays
+remask_schedule = "cap"     # cap: with this chance a step; rescale: with this share of the largest possible
+suppress = ""               # tokens never to write: ids, names, eos or eot, separated by commas
+defer = ""                  # tokens to write last, likewise
 cache = "auto"              # none, prefix, dual (approximate), block (exact); auto: block for block diffusion, else none
 cfg_scale = 0.0             # classifier-free guidance; 0: none
 schedule = ""               # tokens a step: even or timesteps; empty: the family's own
@@ -150,7 +158,7 @@ def watched(begin=0):
 def write_html(path, trace):
     """The run as one self-contained page."""
     data = json.dumps({"title": checkpoint, "settings": {k: v for k, v in arguments.items() if v is not None}, "messages": trace.messages})
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = (Path(__file__).with_name("serve") / "page.html").read_text(encoding="utf-8")
     page = page.replace("/*TRACE*/ null", data.replace("<", "\\u003c"))     # no text can end the script element
     write_atomically(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
 
@@ -212,7 +220,7 @@ if chat:
 
 # ---- serve ---------------------------------------------------------------------------------------------------------------------
 if serve:
-    from serve import serve_forever
+    from serve.server import serve_forever
     serve_forever(sampler, settings)
     sys.exit()
 

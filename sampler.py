@@ -1,6 +1,6 @@
 """A checkpoint that can be asked: text -> tokens with masks -> text, and a record of every step on the way.
 
-sample.py (terminal, chat, trace) and serve.py (web page, OpenAI's API) are two faces of `Sampler`; the mathematics is in diffusion.py.
+sample.py (terminal, chat, trace) and serve/ (web page, OpenAI's API) are two faces of `Sampler`; the mathematics is in diffusion.py.
 """
 import functools
 import math
@@ -15,6 +15,8 @@ from diffusion import REMASKING, generate, infill
 from lora import load_adapter, merge_lora
 from model import Transformer
 
+OFF = {"threshold": 0.0, "factor": 0.0, "entropy_bound": 0.0, "top_p": 1.0, "top_k": 0, "alg_temp": 0.0, "remask": 0.0, "remask_schedule": "cap",
+       "suppress": "", "defer": ""}                                 # the settings of rules that are not used
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")                            # [MASK], or [MASK:12] for twelve tokens
 
 
@@ -129,10 +131,10 @@ class Sampler:
     def arguments(self, count, settings, gaps=False, chat=False):
         """The keyword arguments of diffusion.generate, or infill if `gaps`, for `count` new tokens.
 
-        settings: steps, block_length, temperature, remasking, threshold, factor, cache, cfg_scale, schedule, seed as sample.py's
+        settings: steps, block_length, temperature, remasking, cache, cfg_scale, schedule, seed and those in OFF, as sample.py's
         constants have them; 0, "" and "auto" leave the choice to us, and this is the choice.
         """
-        s, ours = settings, self.config.family == "unmask" and not chat
+        s, ours = {**OFF, **settings}, self.config.family == "unmask" and not chat
         if s["temperature"] == "auto":
             temperature = 0.7 if ours else 0.0                      # small models repeat themselves when greedy
         else:
@@ -142,14 +144,30 @@ class Sampler:
                 raise ValueError(f"temperature takes a number or auto, got {s['temperature']!r}") from None
         remasking, cache = s["remasking"], s["cache"]
         if remasking == "auto":
-            remasking = "random" if ours and not (s["threshold"] or s["factor"]) else "low_confidence"
+            asks = any(s[rule] for rule in ("threshold", "factor", "entropy_bound", "alg_temp", "defer"))       # needs a rule that asks the model
+            remasking = "ancestral" if s["remask"] else "random" if ours and not asks else "low_confidence"
         if cache == "auto":
             cache = "block" if self.config.block_length and not self.config.causal else None        # exact, so why not
         chosen = {"steps": s["steps"] or count,                     # one token a step
                   "block_length": s["block_length"] or (None if gaps else count),                   # all at once
-                  "temperature": temperature, "remasking": remasking, "threshold": s["threshold"] or None, "factor": s["factor"] or None,
-                  "cache": cache or None, "cfg_scale": s["cfg_scale"], "schedule": s["schedule"] or None, "seed": s["seed"]}
+                  "temperature": temperature, "remasking": remasking, "cache": cache or None, "cfg_scale": s["cfg_scale"],
+                  "schedule": s["schedule"] or None, "seed": s["seed"], "remask": s["remask"], "remask_schedule": s["remask_schedule"],
+                  "top_p": None if s["top_p"] == 1 else s["top_p"],
+                  **{name: s[name] or None for name in ("threshold", "factor", "entropy_bound", "top_k", "alg_temp")},
+                  **{name: self.named_tokens(name, s[name]) for name in ("suppress", "defer")}}
         return chosen if gaps else {"max_new_tokens": count, **chosen}
+
+    def named_tokens(self, setting, text):
+        """The ids, a tuple, of tokens in a comma-separated text: ids, names such as <|im_end|>, eos (ends of text) or eot (of a turn)."""
+        tokens, vocabulary = set(), self.tokenizer.backend
+        for name in filter(None, (part.strip() for part in text.split(","))):
+            if name in ("eos", "eot"):
+                tokens |= self.ends if name == "eos" else self.end_of_turn
+            elif (token := int(name) if name.isascii() and name.isdigit() and len(name) < 10 else vocabulary.token_to_id(name)) is not None:
+                tokens.add(token)
+            else:
+                raise ValueError(f"{setting} takes ids or names of tokens, eos or eot, separated by commas, got {name!r}")
+        return tuple(sorted(tokens))
 
     def fit(self, prompt, max_new_tokens, most=128):
         """How many tokens to generate behind a prompt: what was asked for, or if that is 0 what fits, `most` at most."""

@@ -2,15 +2,18 @@
 
 Candidates are compared in one run, in turns, so that whatever else the machine does hits all of them alike.
 """
+import http.client
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,13 +22,15 @@ sys.path.insert(0, str(ROOT))
 # glibc gives large freed blocks back to the system and asks for them anew at the next step. Whether it does is luck, hits either
 # candidate and can cost more than all that is compared (the same silu took 19 or 398 ms). So it is told to keep what it has; it
 # reads that when a process starts, hence the second start.
-KEEP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "200000000"}
+KEEP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "200000000",
+        "GOMP_SPINCOUNT": "10000"}      # and threads that wait do not keep the cores from each other, see common.py
 if __name__ == "__main__" and "MALLOC_TRIM_THRESHOLD_" not in os.environ and sys.argv[1:2] != ["load"]:
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
 
 import torch  # noqa: E402
 
-from model import Config, Transformer  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from model import Cache, Config, Transformer  # noqa: E402
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))     # of the machine's cores
 COMMANDS = {}
@@ -415,53 +420,250 @@ def finetune():
 # ---- sampling -----------------------------------------------------------------------------------------------------------------
 
 
-def published_llada_loop(model, prompt, new_tokens, steps, block_length, temperature, mask_id):
-    """LLaDA's loop done plainly: every logit of the canvas each step, float64 Gumbel noise and softmax over all of them."""
+def published_choice(x, logits, first, end, mask_id, temperature, count):
+    """What LLaDA's and Fast-dLLM's loops do with logits [1, S, V] of positions first...: softmax (and noise) in float64 over all of them."""
+    token = logits
+    if temperature:
+        noise = torch.rand(logits.shape, dtype=torch.float64)
+        token = logits.double().exp() / (-torch.log(noise)) ** temperature
+    token = token.argmax(-1)
+    confidence = logits.double().softmax(-1).gather(-1, token[..., None])[0, :, 0]                  # [S]
+    confidence[end - first:] = -torch.inf
+    confidence[x[0, first:first + len(confidence)] != mask_id] = -torch.inf
+    keep = confidence.topk(count).indices
+    x[0, first + keep] = token[0, keep]
+
+
+def published_loop(model, prompt, new_tokens, block_length, temperature, mask_id, passes=10**6):
+    """LLaDA's loop done plainly, a token a step: every logit of the canvas. The tokens, and the seconds a pass took, of at most `passes`."""
+    x, start, done = torch.tensor([prompt + [mask_id] * new_tokens]), time.perf_counter(), 0
+    while (x == mask_id).any() and done < passes:
+        end = len(prompt) + (done // block_length + 1) * block_length
+        published_choice(x, model(x), 0, end, mask_id, temperature, 1)
+        done += 1
+    return x[0].tolist(), (time.perf_counter() - start) / done
+
+
+def published_cache_loop(model, prompt, new_tokens, block_length, cache, mask_id):
+    """Fast-dLLM's loop done plainly: a full pass at the start of each block, then the block (dual) or all from it on (prefix), all logits."""
     x = torch.tensor([prompt + [mask_id] * new_tokens])
-    blocks = new_tokens // block_length
-    for block in range(blocks):
-        end = len(prompt) + (block + 1) * block_length
-        for step in range(steps // blocks):
-            is_masked = x == mask_id
-            logits = model(x)
-            noisy = logits
-            if temperature:
-                noise = torch.rand(logits.shape, dtype=torch.float64)
-                noisy = logits.double().exp() / (-torch.log(noise)) ** temperature
-            token = noisy.argmax(-1)
-            confidence = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
-            confidence[:, end:] = -torch.inf
-            confidence = torch.where(is_masked, confidence, -torch.inf)
-            share, rest = divmod(block_length, steps // blocks)
-            keep = confidence[0].topk(share + (step < rest)).indices
-            x[0, keep] = token[0, keep]
+    keys = Cache(model.config, 1, x.shape[1])
+    for begin in range(len(prompt), x.shape[1], block_length):
+        end = begin + block_length
+        for step in range(block_length):
+            first, last = (0, x.shape[1]) if not step else (begin, end if cache == "dual" else x.shape[1])
+            logits = model(x[:, first:last], cache=keys, positions=torch.arange(first, last))
+            published_choice(x, logits, first, end, mask_id, 0, 1)
     return x[0].tolist()
+
+
+SAMPLE_MASK = 126336
+
+
+def sample_model(vocab_size=126464, mask_id=SAMPLE_MASK, max_len=512):
+    model = Transformer(Config(vocab_size=vocab_size, dim=256, n_layers=4, n_heads=4, qk_norm=False, mask_token_id=mask_id, max_len=max_len))
+    torch.nn.init.normal_(model.init_weights().head.weight, std=0.05)
+    return model, torch.randint(0, vocab_size - 200, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def sample_published(tokens):
+    from diffusion import generate
+    model, prompt = sample_model()
+    for temperature, rounds, goal in ((0.0, 1, 6), (0.7, 1, 20)):
+        ours, theirs = [], []
+        for _ in range(rounds + 1):                                 # the published loop between two runs of ours
+            start = time.perf_counter()
+            mine = generate(model, [prompt], tokens, tokens, 32, temperature, seed=0)[0]
+            ours.append((time.perf_counter() - start) / tokens)
+            if len(theirs) < rounds:                                # each of its passes costs the same: at 0.7, where they are long, a block will do
+                text, seconds = published_loop(model, prompt, tokens, 32, temperature, SAMPLE_MASK, 10**6 if not temperature else 32)
+                theirs.append(seconds)
+        assert temperature or mine == text, "the tokens differ"
+        ours, theirs = min(ours), min(theirs)
+        print(f"temperature {temperature}: published loop {1 / theirs:7.2f} tokens/s, ours {1 / ours:7.2f}, {theirs / ours:5.1f} x (goal {goal})"
+              + ", identical tokens" * (not temperature), flush=True)
+
+
+def sample_cache(tokens):
+    from diffusion import generate
+    model, prompt = sample_model()
+    for cache in ("prefix", "dual"):
+        ours = lambda: generate(model, [prompt], tokens, tokens, 32, cache=cache)[0]
+        theirs = lambda: published_cache_loop(model, prompt, tokens, 32, cache, SAMPLE_MASK)
+        assert ours() == theirs(), "the tokens differ"
+        times = interleaved({"theirs": theirs, "ours": ours}, rounds=2, warmup=0)
+        print(f"{cache} cache: all rows {tokens / times['theirs'].median:7.2f} tokens/s, ours {tokens / times['ours'].median:7.2f}, "
+              f"{times['theirs'].median / times['ours'].median:5.2f} x (goal 2), identical tokens", flush=True)
+
+
+def sample_batch(tokens):
+    from diffusion import generate
+    model, prompt = sample_model(260, 257)
+    prompt = prompt[:32]
+    for cache in (None, "dual"):
+        batch = lambda n: generate(model, [prompt] * n, tokens, tokens, 32, cache=cache, seed=0)
+        times = interleaved({"1": lambda: batch(1), "8": lambda: batch(8)}, rounds=3, warmup=1)
+        print(f"D 256, bytes, cache {cache}: batch 1 {tokens / times['1'].median:.0f} tokens/s, batch 8 {8 * tokens / times['8'].median:.0f}, "
+              f"{8 * times['1'].median / times['8'].median:.2f} x (goal 2.5)", flush=True)
 
 
 @command
 @torch.inference_mode()
 def sample():
-    """LLaDA's sampler, ours against its published loop: V 126464, D 256, 4 layers, prompt 64, 128 tokens in 128 steps, blocks of 32."""
-    from diffusion import generate
-    V, mask_id = 126464, 126336
-    model = Transformer(Config(vocab_size=V, dim=256, n_layers=4, n_heads=4, qk_norm=False, mask_token_id=mask_id, max_len=512)).init_weights()
-    torch.nn.init.normal_(model.head.weight, std=0.05)
-    prompt = torch.randint(0, 126000, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    ours = lambda temperature=0.0, cache=None: generate(model, [prompt], 128, 128, 32, temperature, cache=cache, seed=0)[0]
-    theirs = lambda temperature=0.0: published_llada_loop(model, prompt, 128, 128, 32, temperature, mask_id)
-    assert ours() == theirs(), "the tokens differ"
-    print("identical tokens at temperature 0")
-    times = interleaved({"published loop": theirs, "ours": ours, "ours, prefix cache": lambda: ours(cache="prefix"), "ours, dual cache": lambda: ours(
-        cache="dual")}, rounds=3, warmup=0) | interleaved({"published loop, temperature 0.7": lambda: theirs(0.7), "ours, temperature 0.7": lambda: ours(
-            0.7)}, rounds=2, warmup=0)
+    """LLaDA's sampler, V 126464, D 256, 4 layers, prompt 64, 128 tokens in as many steps, blocks of 32; `sample published|cache|batch [tokens]`."""
+    parts = {"published": sample_published, "cache": sample_cache, "batch": sample_batch}
+    for name in [part for part in sys.argv[2:3] if part in parts] or parts:
+        parts[name](int(sys.argv[3]) if len(sys.argv) > 3 else 128)
+
+
+def ask(port, body, path="/v1/completions"):
+    """(status, completion tokens, seconds) of a request."""
+    start, connection = time.perf_counter(), http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    tokens = json.loads(text)["usage"]["completion_tokens"] if response.status == 200 and text[:1] == b"{" else 0
+    return response.status, tokens, time.perf_counter() - start
+
+
+@command
+def serve():
+    """sample.py --serve, D 256 bytes: 1 and 32 clients, with and without seeds; 500 mixed requests, errors, memory; `serve [new tokens]`."""
+    new_tokens = int(sys.argv[2]) if len(sys.argv) > 2 else 32
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        sample_model(260, 257)[0].save_pretrained(folder)
+        Tokenizer.bytes().save_pretrained(folder)
+        server = subprocess.Popen([sys.executable, "sample.py", f"--checkpoint={folder}", f"--serve={port}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            server.stdout.readline()                                # it listens
+            body = {"prompt": "Once upon a time", "max_tokens": new_tokens, "temperature": 0.7, "suppress": "eos"}
+            ask(port, body)
+            for clients, seeded in ((1, False), (32, False), (32, True)):
+                with ThreadPoolExecutor(clients + 1) as pool:
+                    start, count = time.perf_counter(), max(clients, 8)
+                    answers = pool.map(lambda i: ask(port, {**body, **({"seed": i} if seeded else {})}), range(count))    # noqa: B023
+                    page = pool.submit(lambda: time.sleep(0.2) or ask(port, None, "/")).result()
+                    answers = list(answers)
+                seconds = time.perf_counter() - start
+                assert all(status == 200 for status, _, _ in answers) and page[0] == 200
+                print(f"{clients:2} clients{', seeded' * seeded:8}: {sum(n for _, n, _ in answers) / seconds:7.1f} tokens/s, longest answer "
+                      f"{max(s for _, _, s in answers):5.2f} s, the page meanwhile {page[2] * 1e3:.0f} ms", flush=True)
+            memory = lambda: next(int(line.split()[1]) for line in open(f"/proc/{server.pid}/status") if line.startswith("VmRSS")) / 1024
+            kinds = [("/v1/completions", {"prompt": "ab"}), ("/v1/completions", {"prompt": "", "stream": True}), ("/generate", {"prompt": "a[MASK:4]b"}),
+                     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}), ("/v1/completions", {"prompt": "a", "seed": 1, "n": 2})]
+            mixed = lambda i: ask(port, {**kinds[i % 5][1], "max_tokens": 8}, kinds[i % 5][0])[0]
+            with ThreadPoolExecutor(32) as pool:
+                list(pool.map(mixed, range(200)))                   # until every buffer has its size
+                before = memory()
+                wrong = sum(status != 200 for status in pool.map(mixed, range(500)))
+            print(f"500 mixed requests of 32 clients: {wrong} errors, memory {before:.0f} MB before and {memory():.0f} MB after")
+        finally:
+            server.terminate()
+            server.wait()
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------------------
+
+
+def published_log_likelihood(model, prefix, target, num_samples, generator):
+    """The yardstick: LLaDA's estimator (eq. 6), one request at a time repeated as the batch, all logits."""
+    L, mask_id = len(target), model.config.mask_token_id
+    tokens = torch.tensor(prefix + target).repeat(num_samples, 1)
+    k = torch.randint(1, L + 1, (num_samples, 1), generator=generator)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    mask[:, len(prefix):] = torch.rand(num_samples, L, generator=generator).argsort(1).argsort(1) < k
+    logits = model(torch.where(mask, mask_id, tokens))
+    nll = torch.nn.functional.cross_entropy(logits[mask].float(), tokens[mask], reduction="none")
+    return -(nll * (L / k).expand(tokens.shape)[mask]).sum().item() / num_samples
+
+
+def requests_of(tokens, n, longest, shortest=1, seed=0):
+    """n pairs (context of 30 to 100 tokens, answer of up to `longest`) out of a corpus."""
+    generator = torch.Generator().manual_seed(seed)
+    number = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
+    pairs = []
+    for _ in range(n):
+        context, answer, start = number(30, 100), number(shortest, longest), number(0, len(tokens) - 128)
+        pairs.append((tokens[start:start + context].tolist(), tokens[start + context:start + context + answer].tolist()))
+    return pairs
+
+
+def spread_of(model, pairs, repeats, **options):
+    """(mean of log_likelihood over streams [N], its standard deviation from stream to stream [N])."""
+    from diffusion import log_likelihood
+    prefixes, targets = zip(*(pair for pair in pairs for _ in range(repeats)))
+    values, _ = log_likelihood(model, prefixes, targets, streams=range(len(targets)), **options)
+    return values.view(-1, repeats).mean(1), values.view(-1, repeats).std(1)
+
+
+def pydocs_model(folder):
+    """The Evaluator of a checkpoint trained on pydocs; made here in a minute and a half if `folder` has none."""
+    from eval import Evaluator
+    if not Path(folder, "config.json").exists():
+        subprocess.run([sys.executable, "train_scratch.py", "--max_minutes=1.5", "--dim=96", "--n_heads=3", f"--out_dir={folder}"], cwd=ROOT, check=True)
+    return Evaluator(checkpoint=str(folder))
+
+
+@command
+@torch.inference_mode()
+def eval():
+    """log_likelihood against LLaDA's: standard errors, bias, requests/s, "auto"; `eval FOLDER [small]` with a model of pydocs."""
+    from data.loader import TokenDataset
+    from data.prepare import prepare
+    from diffusion import ESTIMATORS, log_likelihood
+    small, folder = "small" in sys.argv, sys.argv[2] if len(sys.argv) > 2 else "/tmp/unmask-bench-eval"
+    evaluator = pydocs_model(folder)
+    text = torch.from_numpy(TokenDataset(prepare("pydocs", folder)).val[:].astype("int64"))
+    pairs = [(prefix[-100:], target) for prefix, target in requests_of(text, 10 if small else 100, 20, 2)]
+
+    print(f"standard error, from {8 if small else 16} streams, over {len(pairs)} requests of 2 to 20 tokens, relative to LLaDA's with as many passes")
+    errors = {(name, n): spread_of(evaluator.model, pairs, 8 if small else 16, num_samples=n, estimator=name)[1]
+              for n in (8, 12, 32) + (128,) * (not small) for name in ESTIMATORS}
+    for n in sorted({n for _, n in errors}):
+        print(f"  {n:4} passes: " + ", ".join(f"{name} {(errors[name, n] / errors['llada', n]).mean():.3f}" for name in ESTIMATORS)
+              + f"   (LLaDA's: {errors['llada', n].mean():.3f} nats)", flush=True)
+    print(f"  dealt with 12 passes / LLaDA's with 32: {errors['dealt', 12].mean() / errors['llada', 32].mean():.3f}")
+
+    few, many = pairs[:4 if small else 20], 1000 if small else 10_000
+    long, long_error = log_likelihood(evaluator.model, *zip(*few), num_samples=many, estimator="llada", seed=1)
+    for name in ("llada", "dealt"):
+        mean, spread = spread_of(evaluator.model, few, 16, num_samples=32, estimator=name, seed=2)
+        z = (mean - long) / torch.hypot(spread / 4, long_error)
+        print(f"bias of {name}, against {many:,} samples of LLaDA's: {int((z.abs() <= 2).sum())} of {len(few)} requests within 2 standard errors, "
+              f"mean difference {(mean - long).mean():+.4f} +- {torch.hypot(spread / 4, long_error).square().sum().sqrt() / len(few):.4f} nats", flush=True)
+
+    # Which of four spans goes on? The true one, and three from elsewhere of the same 6 to 12 tokens.
+    documents = [(prefix[-40:], target) for prefix, target in requests_of(text, 10 if small else 150, 12, 6, seed=3)]
+    spans = requests_of(text, 3 * len(documents), 12, 12, seed=4)
+    choices = {("spans", i): {(tuple(prefix), tuple(other[:len(target)])): 1 for other in [target] + [span for _, span in spans[3 * i:3 * i + 3]]}
+               for i, (prefix, target) in enumerate(documents)}
+    cost = {}
+    for name, n, estimator in (("LLaDA's, 120 passes", 120, "llada"), ("dealt, 120 passes", 120, "dealt"), ("dealt, auto", None, "dealt")):
+        evaluator.num_samples, evaluator.settings["estimator"], evaluator.tokens = n, estimator, 0
+        found = list(evaluator.score(choices).values())
+        right = [max(range(4), key=lambda c: found[4 * i + c]) == 0 for i in range(len(documents))]
+        cost[name] = evaluator.tokens
+        print(f"choice of 4, {name:20}: accuracy {sum(right) / len(right):.3f} +- {(statistics.variance(map(int, right)) / len(right)) ** 0.5:.3f}, "
+              f"{evaluator.tokens:,} tokens through the model ({evaluator.tokens / max(cost.values()):.2f})", flush=True)
+
+    V, mask_id = 50304, 50303
+    model = Transformer(Config(vocab_size=V, dim=384, n_layers=6, n_heads=6, mask_token_id=mask_id)).init_weights().eval()
+    words = torch.randint(0, mask_id, (100_000,), generator=torch.Generator().manual_seed(0))
+    pairs, few = requests_of(words, 16 if small else 200, 20), 4 if small else 24
+    generator = torch.Generator().manual_seed(0)
+    times = interleaved({
+        "yardstick": lambda: [published_log_likelihood(model, *pair, 32, generator) for pair in pairs[:few]],
+        "ours, 32 passes": lambda: log_likelihood(model, *zip(*pairs), num_samples=32, batch_size=2048),
+        "ours, 12 passes": lambda: log_likelihood(model, *zip(*pairs), num_samples=12, batch_size=2048)}, rounds=1 if small else 3, warmup=0)
+    base = few / times["yardstick"].median
+    print(f"requests/s, V {V}, 6 layers, D 384, {len(pairs)} requests (the yardstick: {few} of them, 32 samples each)")
     for name, (median, _) in times.items():
-        base = times["published loop, temperature 0.7" if "0.7" in name else "published loop"].median
-        print(f"{name:34} {128 / median:7.1f} tokens/s   {base / median:5.1f} x", flush=True)
-    byte = Transformer(Config(vocab_size=260, dim=256, n_layers=4, n_heads=4, mask_token_id=257)).init_weights()
-    torch.nn.init.normal_(byte.head.weight, std=0.05)
-    batch = lambda n: generate(byte, [[1] * 32] * n, 128, 128, 32, seed=0)
-    times = interleaved({"batch 1": lambda: batch(1), "batch 8": lambda: batch(8)}, rounds=3, warmup=1)
-    print(f"batch 8 gives {8 * times['batch 1'].median / times['batch 8'].median:.2f} times the tokens/s of batch 1 (D 256, bytes)")
+        speed = (few if name == "yardstick" else len(pairs)) / median
+        print(f"  {name:16} {speed:8.2f}   {speed / base:5.2f} x")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import diffusion
 from diffusion import ar_loss, block_loss, generate, infill, log_likelihood, mask_tokens, mdlm_loss, nelbo, sample_t, sample_tokens, weight
-from model import Config, Transformer
+from model import Config, Transformer, project
 
 MASK = 11
 
@@ -137,8 +137,8 @@ def test_bound_by_enumeration_of_all_masks_and_all_orders():
     assert by_mask == pytest.approx(by_order, rel=1e-5)
     value, error = nelbo(model, x.repeat(4000, 1), seed=0, batch_size=4000)
     assert abs(value * 3 - by_mask) < 4 * error * 3
-    values, errors = log_likelihood(model, [[]], [x[0].tolist()], num_samples=4000, batch_size=2000)
-    assert abs(-values[0] - by_mask) < 4 * errors[0]
+    values, errors = log_likelihood(model, [[]], [x[0].tolist()], num_samples=7)                    # enough for all seven
+    assert -values[0].item() == pytest.approx(by_mask, rel=1e-5) and errors[0] == 0
 
 
 def test_a_uniform_model_costs_log_v():
@@ -252,6 +252,56 @@ def test_log_likelihood_is_exact_where_it_can_be():
     model = tiny()
     values, errors = log_likelihood(model, prefixes[2:], targets[2:])
     assert errors[0] == 0 and values[0].item() == pytest.approx(model(torch.tensor([prefixes[2] + [MASK]])).log_softmax(-1)[0, -1, 7].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_length": 4}, {"shift": True}])
+@pytest.mark.parametrize("estimator", diffusion.ESTIMATORS)
+def test_estimators_are_unbiased_and_their_errors_honest(estimator, settings):
+    """Of a target whose sets can all be listed: the mean over streams is the exact bound, the spread what the errors say."""
+    model, prefixes, targets, n = tiny(**settings), [[1, 2, 3]], [[3, 1, 4, 1, 5]], 300
+    exact, error = log_likelihood(model, prefixes, targets, num_samples=31)
+    assert error[0] == 0
+    values, errors = log_likelihood(model, prefixes * n, targets * n, num_samples=10, estimator=estimator, streams=range(n), batch_size=20_000)
+    spread = values.std().item()
+    assert abs(values.mean() - exact[0]) < 3.5 * spread / math.sqrt(n)
+    assert 0.85 < errors.square().mean().sqrt() / spread < 1.15
+
+
+def test_dealt_sets_beat_lladas():
+    model, (prefixes, targets) = tiny(), ([[1, 2, 3]] * 200, [[3, 1, 4, 1, 5, 9, 2, 6]] * 200)
+    spread = {name: log_likelihood(model, prefixes, targets, num_samples=24, estimator=name, streams=range(200), batch_size=20_000)[0].std().item()
+              for name in ("llada", "dealt")}
+    assert spread["dealt"] < 0.6 * spread["llada"]
+
+
+def test_a_request_does_not_depend_on_its_company():
+    model, prefixes, targets = tiny(), [[1, 2, 3], [4], [], [5, 6]], [[3, 1, 4, 1, 5, 9], [2, 6], [1, 1, 1, 2, 3, 4], []]
+    together, errors = log_likelihood(model, prefixes, targets, num_samples=8, batch_size=100)
+    for i in range(4):
+        alone, error = log_likelihood(model, prefixes[i:i + 1], targets[i:i + 1], num_samples=8, batch_size=1)
+        assert alone[0].item() == pytest.approx(together[i].item(), rel=1e-5) and error[0].item() == pytest.approx(errors[i].item(), abs=1e-4)
+    assert together[3] == 0 and errors[3] == 0                      # nothing is certain
+    passes = []
+    log_likelihood(model, prefixes, targets, num_samples=8, map=lambda run, work: [passes.append(len(w)) or run(w) for w in work])
+    assert len(passes) == 1 and sum(passes) <= 8 + 3 + 8            # a set that is drawn twice is asked once
+
+
+def test_guidance_equals_the_formula():
+    """LLaDA's eq. 16: logits without the prefix plus (1 + scale) times the difference that it makes."""
+    model, prefix, target = tiny(), [1, 2, 3], [4]
+    (value,), _ = log_likelihood(model, [prefix], [target], cfg_scale=0.5)
+    with_prefix, without = model(torch.tensor([prefix + [MASK]]))[0, -1], model(torch.tensor([[MASK] * 4]))[0, -1]
+    assert value.item() == pytest.approx((without + 1.5 * (with_prefix - without)).log_softmax(-1)[4].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(num_samples=0), "num_samples must be at least 1"), (dict(estimator="best"), "estimator must be one of llada, stratified, dealt"),
+    (dict(cfg_scale=-1.0), "cfg_scale must not be negative")])
+def test_log_likelihood_says_what_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(tiny(), [[1]], [[2, 3]], **arguments)
+    with pytest.raises(ValueError, match="exceed the context of 64"):
+        log_likelihood(tiny(max_len=64), [[1] * 60], [[2] * 5])
 
 
 def test_losses_of_the_fixtures(fixture_path):
@@ -504,6 +554,252 @@ def test_every_step_reveals_what_it_says_and_reads_no_other_row():
     assert rows == [2] * 6                                          # chosen blindly: only what is revealed is looked at
 
 
+# ---- Dream's filters, LLaDA's suppression, ReMDM, EB-Sampler, seeds ---------------------------------------------------------------
+
+
+def test_filters_keep_the_tokens_that_dream_keeps():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        logits = torch.randn(1, 12, generator=generator) * 2
+        top_p, top_k = float(torch.rand((), generator=generator)), int(torch.randint(1, 14, (), generator=generator))
+        p, kept, total = logits.softmax(-1)[0], [], 0.0
+        for token in p.argsort(descending=True).tolist():           # a token stays as long as what stands before it is not beyond top_p
+            if total > top_p:
+                break
+            kept.append(token)
+            total += p[token].item()
+        for options, expected in ((dict(top_p=top_p), kept), (dict(top_k=top_k), p.argsort(descending=True)[:top_k].tolist()),
+                                  (dict(top_p=top_p, top_k=top_k), kept[:top_k]), (dict(top_p=1.0), range(12)), (dict(top_p=0.0), kept[:1])):
+            filtered = diffusion.filter_logits(logits, **options)[0]
+            assert filtered.isfinite().nonzero()[:, 0].tolist() == sorted(expected)
+            assert torch.equal(filtered[filtered.isfinite()], logits[0, sorted(expected)])
+
+
+class Independent(torch.nn.Module):
+    """A model that predicts p [T, V] at each position, whatever it sees."""
+
+    def __init__(self, p, mask_id=None, **config):
+        super().__init__()
+        self.config = Config(vocab_size=p.shape[1], dim=2, n_layers=1, n_heads=1, mask_token_id=p.shape[1] - 1 if mask_id is None else mask_id,
+                             **config)
+        self.logits = torch.nn.Parameter(p.log(), requires_grad=False)
+
+    def forward(self, tokens, attention_mask=None, select=None):
+        logits = self.logits.expand(*tokens.shape, -1)
+        return logits if select is None else logits[select]
+
+
+def steps_of(model, n, **options):
+    """Every Step of filling n masks, one a step."""
+    seen = []
+    infill(model, [[model.config.mask_token_id] * n], n, on_step=seen.append, **options)
+    return seen
+
+
+def differs(counts, p):
+    """The largest deviation of counts from a multinomial with probabilities p, in standard deviations."""
+    n = counts.sum(-1, keepdim=True)
+    return ((counts - n * p).abs() / (n * p * (1 - p)).sqrt().clamp(min=1e-9)).max().item()
+
+
+def counted(rows, T, V):
+    return torch.stack([torch.tensor([row[i] for row in rows]).bincount(minlength=V) for i in range(T)]).double()
+
+
+def probabilities(T, V, seed=0, mask=True):
+    p = torch.rand(T, V, generator=torch.Generator().manual_seed(seed)) ** 2
+    p[:, -1] *= not mask
+    return p / p.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("options", [dict(top_p=0.6), dict(top_k=2), dict(top_p=0.8, top_k=3), dict(suppress=[1, 2]), dict(suppress=[0], top_k=2)], ids=str)
+@pytest.mark.parametrize("how", ["generate", "infill"])
+def test_filtered_tokens_are_drawn_with_their_probabilities(options, how):
+    p, temperature = probabilities(3, 7), 0.7
+    tempered = (p.log() / temperature)
+    tempered[:, options.get("suppress", [])] = -torch.inf
+    expected = torch.stack([diffusion.filter_logits(row[None], options.get("top_p"), options.get("top_k"))[0].softmax(-1) for row in tempered])
+    model, n = Independent(p), 3000
+    rows = (generate(model, [[]] * n, 3, 1, 3, temperature=temperature, seed=1, **options) if how == "generate" else
+            infill(model, [[6] * 3] * n, 1, temperature=temperature, seed=1, **options))
+    counts = counted(rows, 3, 7)
+    assert differs(counts, expected.double()) < 4.5 and not counts[expected == 0].any()
+
+
+def test_confidence_is_that_of_the_filtered_tokens_where_dream_samples():
+    p, seen = probabilities(3, 7), []
+    call = lambda **options: generate(Independent(p, family=options.pop("family", "unmask")), [[]], 3, 1, 3, on_step=seen.append, **options)  # noqa: E731
+    call(), call(top_k=2), call(family="Dream", temperature=0.5, seed=0), call(temperature=0.5, seed=0)
+    best = p.sort(descending=True).values
+    torch.testing.assert_close(seen[0].confidence[0], best[:, 0].double())
+    torch.testing.assert_close(seen[1].confidence[0], (best[:, 0] / best[:, :2].sum(1)).double())
+    chosen = seen[2].tokens[0][:, None]
+    torch.testing.assert_close(seen[2].confidence[0], (p**2 / (p**2).sum(1, keepdim=True)).gather(1, chosen)[:, 0].double())
+    torch.testing.assert_close(seen[3].confidence[0], p.gather(1, seen[3].tokens[0][:, None])[:, 0].double())
+
+
+@pytest.mark.parametrize("rule", ["low_confidence", "entropy", "margin"])
+def test_alg_temp_draws_positions_from_the_softmax_of_their_scores(rule):
+    """The first two positions of four, by counting against draws without replacement, p_a p_b / (1 - p_a) + p_b p_a / (1 - p_b)."""
+    p, alg_temp, n, seen = probabilities(4, 7, seed=3), 0.3, 4000, []
+    generate(Independent(p), [[]] * n, 4, 2, 4, remasking=rule, alg_temp=alg_temp, seed=5, on_step=seen.append)
+    score = diffusion.REMASKING[rule](p.log(), p.argmax(-1)).double()
+    chance = (score / alg_temp).softmax(-1)
+    pairs = list(itertools.combinations(range(4), 2))
+    expected = torch.tensor([chance[a] * chance[b] * (1 / (1 - chance[a]) + 1 / (1 - chance[b])) for a, b in pairs])
+    counts = torch.tensor([float(seen[0].revealed[:, [a, b]].all(1).sum()) for a, b in pairs])
+    assert counts.sum() == n and differs(counts, expected) < 4.5
+    cold = generate(Independent(p), [[]], 4, 4, 4, remasking=rule, alg_temp=1e-6, seed=5, on_step=seen.append)
+    assert [s.revealed[0].nonzero().item() for s in seen[-4:]] == score.argsort(descending=True).tolist() and cold
+    assert generate(Independent(p), [[]], 4, 4, 4, alg_temp=0.0) == generate(Independent(p), [[]], 4, 4, 4)
+
+
+def test_suppressed_tokens_never_come_and_deferred_ones_come_last():
+    model, prompt = never_mask(tiny(vocab_size=40, seed=3)), [1, 2, 3]
+    plain = generate(model, [prompt], 16, 16, 16)[0][3:]
+    common = max(set(plain), key=plain.count)
+    for options in (dict(), dict(temperature=1.0, seed=0), dict(remasking="random", seed=0), dict(threshold=0.2), dict(cache="dual", block_length=4)):
+        assert common not in generate(model, [prompt], 16, **{**dict(steps=16, block_length=16), **options}, suppress=[common])[0][3:]
+        assert common not in infill(model, [[1, *[MASK] * 8, 2]], suppress=[common], seed=0)[0][1:9]
+    p = torch.full((3, 7), 0.02)
+    p[0, 5], p[1, 4], p[2, 4] = 0.9, 0.6, 0.5                       # the end of text, 5, is the surest of all
+    for rule in ("low_confidence", "entropy", "margin"):
+        order = lambda **options: [s.revealed[0].nonzero().item() for s in steps_of(Independent(p), 3, remasking=rule, **options)]  # noqa: B023, E731
+        assert order() == [0, 1, 2] and order(defer=[5]) == [1, 2, 0] and order(defer=[5, 4]) == [0, 1, 2]
+        assert order(defer=[5], alg_temp=0.01, seed=0) == [1, 2, 0]
+
+
+def test_deferring_equals_llada_s_published_loop():
+    """confidence_eos_eot_inf at temperature 0, where its two tensors are one: the logits of both tokens are -inf before the softmax."""
+    model, prompt, n = never_mask(tiny(vocab_size=40, seed=4)), [1, 2, 3, 4], 12
+    plain = generate(model, [prompt], n, n, n)[0][4:]
+    ends = sorted(set(plain), key=plain.count)[-2:]
+    x = torch.tensor([prompt + [MASK] * n])
+    for _ in range(n):
+        logits = model(x).double()
+        token = logits.argmax(-1)
+        logits[..., ends] = -torch.inf
+        confidence = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
+        confidence[x != MASK] = -1
+        if confidence.max() == 0:                                   # nothing but ends is left: any order, and ours is from the left
+            x[0, (x[0] == MASK).nonzero()[0]] = token[0, (x[0] == MASK).nonzero()[0]]
+        else:
+            x[0, confidence[0].argmax()] = token[0, confidence[0].argmax()]
+    assert generate(model, [prompt], n, n, n, defer=ends)[0] == x[0].tolist()
+
+
+def test_entropy_bound_keeps_the_largest_set_under_the_bound():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        n, gamma = int(torch.randint(1, 9, (), generator=generator)), float(torch.rand((), generator=generator)) * 2
+        score, entropies = torch.rand(2, 1, 10, generator=generator, dtype=torch.float64)
+        eligible = torch.zeros(1, 10, dtype=torch.bool)
+        eligible[0, torch.randperm(10, generator=generator)[:n]] = True
+        order = sorted(eligible[0].nonzero()[:, 0].tolist(), key=lambda i: -score[0, i])
+        sets = [order[:k] for k in range(1, n + 1)]
+        largest = [s for s in sets if sum(entropies[0, s]) - max(entropies[0, s]) <= gamma][-1]
+        assert diffusion.keep_entropy_bound(score, entropies, eligible, gamma)[0].nonzero()[:, 0].tolist() == sorted(largest)
+    p, seen = probabilities(6, 9, seed=2), []
+    H = -(p * (p + 1e-10).log()).sum(-1)
+    generate(Independent(p), [[]], 6, 6, 6, remasking="entropy", entropy_bound=float(H.sort().values[:3].sum()), on_step=seen.append)
+    assert int(seen[0].revealed.sum()) == 4 and len(seen) < 6       # three of the lowest and the next, which is the maximum
+    seen.clear()
+    generate(Independent(p), [[]], 6, 6, 6, entropy_bound=0.0, on_step=seen.append)
+    assert len(seen) == 6                                           # never less than one
+
+
+@pytest.mark.parametrize("schedule,eta", [("cap", 0.05), ("rescale", 0.5), ("rescale", 1.0), ("cap", 0.0)])
+def test_remasking_leaves_the_share_of_masks_and_the_tokens_as_they_are(schedule, eta):
+    n, steps, p, masked, changed = 1500, 8, probabilities(4, 7), {}, 0
+    model = Independent(p)
+
+    def watch(step):
+        nonlocal changed
+        masked[len(masked) + 1] = (step.tokens == 6).double().mean().item()
+    rows = generate(model, [[]] * n, 4, steps, 4, temperature=1.0, remasking="ancestral", remask=eta, remask_schedule=schedule, seed=2, on_step=watch)
+    t = torch.linspace(1, 1e-3, steps + 1)
+    for step in range(1, steps):
+        assert abs(masked[step] - t[step]) < 4.5 * math.sqrt(t[step] * (1 - t[step]) / (4 * n)), step
+    assert masked[steps] == 0 and differs(counted(rows, 4, 7), p.double()) < 4.5
+    for step in range(steps):                                       # the written share alpha_s follows from alpha_t
+        write, sigma = diffusion.reverse_step(step, steps, eta, schedule)
+        s = 0.0 if step == steps - 1 else float(t[step + 1])
+        assert write * t[step] + (1 - sigma) * (1 - t[step]) == pytest.approx(1 - s, abs=1e-6) and 0 <= write <= 1 + 1e-9
+        assert sigma == pytest.approx(0.0 if step == steps - 1 else min(eta, 1.0) if schedule == "cap" and step == 0 else sigma)
+
+
+@pytest.mark.parametrize("how", ["generate", "infill"])
+def test_remasking_samples_the_joint_distribution_and_rewrites(how):
+    model, n, before, rewritten, V = ExactPosterior(), 1500, None, 0, 3
+    model.joint = (model.joint + 0.01) / (model.joint + 0.01).sum()                        # no cell that a chi-square test could not count
+
+    def watch(step):
+        nonlocal before, rewritten
+        rewritten += 0 if before is None else int(((before != V) & (step.tokens == V)).sum())
+        before = step.tokens
+    options = dict(temperature=1.0, remasking="ancestral", remask=0.02, seed=0, on_step=watch)
+    rows = generate(model, [[]] * n, 3, 60, 3, **options) if how == "generate" else infill(model, [[V] * 3] * n, 60, **options)
+    counts = torch.zeros(model.joint.shape, dtype=torch.float64)
+    for row in rows:
+        counts[tuple(row)] += 1
+    expected = n * model.joint
+    assert ((counts - expected) ** 2 / expected).sum() < 26 + 5 * 7.2 and rewritten > n / 2
+
+
+def test_remasking_never_touches_what_was_given_or_other_blocks():
+    model, given, seen = tiny(vocab_size=40), [1, MASK, 3, MASK, MASK, 6, MASK, MASK], []
+    for options in (dict(), dict(cache="dual"), dict(cache="prefix"), dict(cache="block")):
+        seen.clear()
+        answer = infill(model, [given], 40, 4, temperature=1.0, remasking="ancestral", remask=0.5, remask_schedule="rescale", seed=1, on_step=seen.append,
+                        **options)[0]
+        assert MASK not in answer and all(a == g for a, g in zip(answer, given) if g != MASK)
+        states = torch.stack([s.tokens[0] for s in seen])
+        second = next(i for i, state in enumerate(states) if (state[4:] != torch.tensor(given[4:])).any())
+        assert (states[second:, :4] == torch.tensor(answer[:4])).all(), "a finished block stays"
+        assert ((states[:-1] != MASK) & (states[1:] == MASK)).any(), "a token was masked again"
+    exact = [generate(tiny(vocab_size=40, block_length=4), [[1, 2]], 8, 40, temperature=1.0, remasking="ancestral", remask=0.4, seed=3, cache=cache)
+             for cache in ("block", None)]
+    assert exact[0] == exact[1]
+
+
+RULES = [dict(top_p=0.8, temperature=1.0), dict(top_k=3, temperature=0.5, remasking="entropy"), dict(alg_temp=0.5), dict(alg_temp=0.3, temperature=1.0),
+         dict(suppress=[5, 6]), dict(defer=[5, 6, 7]), dict(entropy_bound=1.0), dict(entropy_bound=0.5, remasking="entropy", cache="dual"),
+         dict(remasking="ancestral", remask=0.3, temperature=1.0), dict(remasking="ancestral", remask=0.5, remask_schedule="rescale", cache="prefix")]
+
+
+@pytest.mark.parametrize("options", RULES, ids=str)
+@pytest.mark.parametrize("config", [dict(), dict(shift=True, family="Dream")], ids=str)
+def test_every_rule_gives_a_row_of_a_batch_what_it_gets_alone(options, config):
+    model, seeds = tiny(vocab_size=40, seed=1, **config), [3, 1, 4]
+    prompts = [p for p in RAGGED if p]
+    together = generate(model, prompts, 12, 9, 4, seed=seeds, **options)
+    assert together == [generate(model, [p], 12, 9, 4, seed=s, **options)[0] for p, s in zip(prompts, seeds)]
+    assert generate(model, prompts, 12, 9, 4, seed=3, **options)[0] == together[0]
+    assert all(MASK not in answer and answer[:len(p)] == p and len(answer) == len(p) + 12 for p, answer in zip(prompts, together))
+    gaps = [[1, MASK, 3, MASK, MASK, 6], [2, 4, MASK], [5, 6, 7, 8, MASK, 1, 2, 3, MASK]]
+    together = infill(model, gaps, 9, 3, seed=seeds, **options)
+    assert together == [infill(model, [g], 9, 3, seed=s, **options)[0] for g, s in zip(gaps, seeds)]
+    assert all(MASK not in answer and all(a == g for a, g in zip(answer, gap) if g != MASK) for gap, answer in zip(gaps, together))
+
+
+def test_few_rows_of_a_large_head_are_the_same_product():
+    for bias in (True, False):
+        head = torch.nn.Linear(32, 2**15, bias=bias)
+        for shape in ((1, 32), (64, 32), (65, 32), (2, 7, 32), (0, 32)):
+            x = torch.randn(shape)
+            with torch.no_grad():
+                torch.testing.assert_close(project(head, x), head(x), rtol=1e-5, atol=1e-5)
+            assert project(head, x).requires_grad, "training takes the product that has a gradient"
+
+
+def test_ancestral_sampling_flips_every_coin():
+    """The share of masks falls as the time does even when a step reveals less than a token a row."""
+    n, steps, masked = 400, 20, []
+    generate(Independent(probabilities(4, 7)), [[]] * n, 4, steps, 4, remasking="ancestral", seed=0, on_step=lambda s: masked.append((s.tokens == 6).double().mean()))
+    for t, share in zip(torch.linspace(1, 1e-3, steps + 1)[1:-1], masked):
+        assert abs(share - t) < 5 * math.sqrt(t * (1 - t) / (4 * n))
+
+
 BAD = [
     (dict(prompts=[[1, MASK]]), "mask token at position 1"), (dict(prompts=[[1, 40]]), "outside the vocabulary"),
     (dict(max_new_tokens=0), "max_new_tokens"), (dict(max_new_tokens=80, block_length=8), "exceed the model's context of 64"),
@@ -511,7 +807,12 @@ BAD = [
     (dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(remasking="best"), "remasking must be one of"),
     (dict(threshold=1.5), "threshold"), (dict(factor=0.0), "factor"), (dict(factor=1.0, threshold=0.5), "exclude"),
     (dict(threshold=0.5, remasking="random"), "low_confidence"), (dict(cache="magic"), "cache"), (dict(cfg_scale=-1.0), "cfg_scale"),
-    (dict(cfg_scale=1.0, cache="dual"), "without a cache"), (dict(schedule="fast"), "schedule")]
+    (dict(cfg_scale=1.0, cache="dual"), "without a cache"), (dict(schedule="fast"), "schedule"), (dict(top_p=1.5), "top_p must be"), (dict(top_k=0), "top_k"),
+    (dict(alg_temp=-1.0), "alg_temp must not"), (dict(alg_temp=1.0, remasking="random"), "needs a rule that asks"), (dict(alg_temp=1.0, factor=1.0), "exclude"),
+    (dict(entropy_bound=-0.1), "entropy_bound must not"), (dict(entropy_bound=0.1, threshold=0.5), "exclude"), (dict(defer=[1], remasking="random"), "asks the model"),
+    (dict(remask=0.1), "remask needs"), (dict(remask=2.0, remasking="ancestral"), "remask must be"), (dict(remask_schedule="conf"), "remask_schedule must be one of"),
+    (dict(suppress=[40]), "outside the vocabulary"), (dict(defer=[-1]), "outside the vocabulary"), (dict(seed=[1, 2]), "one for each row, 1, got"),
+    (dict(top_p=math.nan), "top_p"), (dict(entropy_bound=math.nan), "entropy_bound")]
 
 
 @pytest.mark.parametrize("options,message", BAD, ids=[m for _, m in BAD])

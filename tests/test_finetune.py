@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench import step_memory
 from safetensors.torch import load_file
 from scripts import Script, free_port, run, run_parallel
-from tiny import tiny_model
+from tiny import tiny_checkpoint, tiny_model
 
 from data import checkpoints
 from data.tokenizer import Tokenizer
@@ -107,11 +107,11 @@ def test_tiny_llada_from_nothing_to_a_merged_model(chats, tmp_path):
     """README's first command, shorter; then sample.py with the adapter, as a folder of its own, and merged: the same answer."""
     out, merged = tmp_path / "out", tmp_path / "merged"
     result = succeed(run(SCRIPT, "--init_from=tiny", f"--dataset={chats}", "--vocab_size=300", "--dtype=float32", "--threads=1", f"--out_dir={out}",
-                         "--max_steps=60", "--eval_interval=20", "--batch_size=8", "--seq_len=64", "--sample_tokens=8", "--lora_rank=8",
+                         "--max_steps=30", "--eval_interval=10", "--batch_size=8", "--seq_len=64", "--sample_tokens=8", "--lora_rank=8",
                          "--lora_targets=q,v,up,down"))
     assert re.fullmatch(r"val nelbo \d+\.\d{4} \+- \d+\.\d{4} nats/token, \d+\.\d{3} bits/byte", result.out.splitlines()[-1])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in log] == [20, 40, 60] and log[-1]["val_nelbo"] < log[0]["val_nelbo"] and len(re.findall("step .*->", result.out)) == 3
+    assert [row["step"] for row in log] == [10, 20, 30] and log[-1]["val_nelbo"] < log[0]["val_nelbo"] and len(re.findall("step .*->", result.out)) == 3
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "train_state", "base"} <= {file.name for file in out.iterdir()}
 
     before = learned(out)
@@ -146,6 +146,17 @@ def test_tiny_dream_in_full(chats, tmp_path):
     text.write_text("the cat sat on the mat. " * 400)
     succeed(run(SCRIPT, f"--init_from={out}", f"--dataset={text}", "--lora_rank=2", "--max_steps=3", "--dtype=float32", *small,
                 f"--out_dir={tmp_path / 'text'}"))
+
+
+def test_one_of_our_own_models(tiny, tmp_path):
+    """It lacks the tokens of a chat: they are added, and the base that has them stands beside the adapter."""
+    tiny_checkpoint(tmp_path / "scratch", vocab_size=258)
+    succeed(run(SCRIPT, *tiny(tmp_path / "out", f"--init_from={tmp_path / 'scratch'}", "--max_steps=2")))
+    succeed(run(SCRIPT, f"--out_dir={tmp_path / 'out'}", f"--merge={tmp_path / 'merged'}"))
+    shutil.move(tmp_path / "out", tmp_path / "moved")               # the adapter names its base by where it lies beside it
+    for folder in (tmp_path / "moved", tmp_path / "merged"):
+        sampler = Sampler.load(folder)
+        assert sampler.config.vocab_size == 260 and not sampler.config.causal and len(sampler.end_of_turn) == 1 and sampler.mask_id == 257
 
 
 # ---------------------------------------------------------------- many processes, kills

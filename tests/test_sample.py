@@ -62,10 +62,19 @@ def test_a_prompt_from_a_file(checkpoint, tmp_path):
 @pytest.mark.parametrize("options", [
     "--temperature=1 --remasking=entropy", "--remasking=margin --temperature=0.5 --block_length=4", "--remasking=ancestral --steps=30",
     "--threshold=0.9 --cache=prefix --block_length=4", "--factor=1 --cache=dual --block_length=4", "--cfg_scale=1.5 --cache=none",
-    "--schedule=timesteps --dtype=bfloat16"])
+    "--schedule=timesteps --dtype=bfloat16", "--top_p=0.5 --top_k=9 --alg_temp=0.2", "--entropy_bound=2 --remasking=entropy",
+    "--remask=0.3 --remask_schedule=rescale --steps=20", "--suppress=eos,65,<|mask|> --defer=eot"])
 def test_every_option_of_the_sampler(checkpoint, options):
     out = sample(checkpoint, "--prompt=ab", "--max_new_tokens=8", *options.split())
     assert out.startswith("ab") and REPORT.search(out)
+
+
+def test_remasking_is_seen_and_a_suppressed_letter_is_not(checkpoint):
+    out = sample(checkpoint, "--prompt=ab", "--max_new_tokens=16", "--steps=40", "--remask=0.5", "--remask_schedule=rescale", "--show")
+    masks = [line.count("░") for line in out.split("\n") if line.startswith("step")]
+    assert sorted(masks, reverse=True) != masks and masks[-1] == 0, "a token was masked again"
+    suppressed = ",".join(str(ord(letter)) for letter in "eaoiunt")
+    assert not set("eaoiunt") & set(sample(checkpoint, "--max_new_tokens=60", f"--suppress={suppressed}", "--seed=2").partition("\n\n")[0])
 
 
 def test_autoregressive_and_block_diffusion_models(tmp_path):
@@ -178,9 +187,7 @@ def test_the_trace_of_a_block_model_ends_where_its_text_ends():
         sampler.model.head.weight[256] = 1                          # end of text or not, as the sign of a sum decides
         sampler.model.head.weight[65] = -1
     trace = Trace(sampler)
-    settings = {"steps": 0, "block_length": 0, "temperature": "1", "remasking": "auto", "threshold": 0.0, "factor": 0.0, "cache": "auto",
-                "cfg_scale": 0.0, "schedule": "", "seed": 0}
-    answers = sampler.run([[65, 65], [66] * 5], sampler.arguments(40, settings), on_step=trace)
+    answers = sampler.run([[65, 65], [66] * 5], sampler.arguments(40, {**sample_settings(), "temperature": "1"}), on_step=trace)
     assert [len(row) for row in trace.rows] == [len(answer) for answer in answers] == trace.messages[-1]["lengths"]
     assert min(map(len, answers)) < 42
     assert trace.canvas == answers and trace.finish().messages[-1]["pieces"] == [sampler.pieces(answer) for answer in answers]
@@ -241,6 +248,17 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
     ("--cache=big", "cache must be"),
     ("--remasking=best", "remasking must be one of"),
     ("--schedule=fast", "schedule must be one of"),
+    ("--top_p=-0.1", "top_p must be between 0 and 1"),
+    ("--top_k=-1", "top_k must be at least 1"),
+    ("--alg_temp=-1", "alg_temp must not be negative"),
+    ("--alg_temp=1 --remasking=ancestral", "needs a rule that asks the model"),
+    ("--entropy_bound=-1", "entropy_bound must not be negative"),
+    ("--entropy_bound=1 --threshold=0.5", "exclude each other"),
+    ("--remask=2", "remask must be between 0 and 1"),
+    ("--remask=0.1 --remasking=margin", "remask needs remasking ancestral"),
+    ("--remask_schedule=conf", "remask_schedule must be one of cap, rescale"),
+    ("--suppress=eos,nothing", "suppress takes ids or names of tokens, eos or eot, separated by commas, got 'nothing'"),
+    ("--defer=99999", "outside the vocabulary"),
     ("--prompt=a[MASK:3]b", "contains [MASK:3] at character 1"),
     ("--infill=nothing", "nothing to fill"),
     ("--infill=[MASK:0]", "between 1 and the context"),
@@ -319,6 +337,17 @@ def test_a_gap_takes_the_space_before_it_where_words_carry_theirs():
     assert tiny_sampler().encode_gaps("a [MASK] b") == [97, 32, 257, 32, 98], "a byte is a byte"
 
 
+def test_tokens_by_name():
+    sampler = tiny_sampler()
+    assert sampler.named_tokens("defer", "eos, 65,eot,<|mask|>") == (65, 256, 257, 259) and sampler.named_tokens("defer", "") == ()
+    assert sampler.arguments(4, {**sample_settings(), "defer": "eos"})["remasking"] == "low_confidence", "auto is a rule that asks"
+    assert sampler.arguments(4, {**sample_settings(), "remask": 0.1})["remasking"] == "ancestral"
+
+
+def sample_settings():
+    return {"steps": 0, "block_length": 0, "temperature": "auto", "remasking": "auto", "cache": "auto", "cfg_scale": 0.0, "schedule": "", "seed": 0}
+
+
 def test_an_answer_ends_where_the_template_says():
     sampler = tiny_sampler()
     assert sampler.end_of_turn == {259}                             # <|im_end|>
@@ -339,4 +368,4 @@ def test_no_mask_token_anywhere():
 
 
 def test_the_page_has_its_placeholder():
-    assert (ROOT / "page.html").read_text(encoding="utf-8").count("/*TRACE*/ null") == 1
+    assert (ROOT / "serve" / "page.html").read_text(encoding="utf-8").count("/*TRACE*/ null") == 1

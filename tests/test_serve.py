@@ -1,4 +1,4 @@
-"""serve.py with real sockets, the `openai` client and a real browser. Every server here has a tiny random model."""
+"""serve/server.py with real sockets, the `openai` client and a real browser. Every server here has a tiny random model."""
 import http.client
 import json
 import os
@@ -16,8 +16,8 @@ import pytest
 from scripts import Script, run
 from tiny import tiny_checkpoint, tiny_sampler
 
-import serve
 from sampler import Sampler
+from serve import server as serve
 
 SETTINGS = {"max_new_tokens": 0, "steps": 0, "block_length": 0, "temperature": "auto", "remasking": "auto", "threshold": 0.0, "factor": 0.0,
             "cache": "auto", "cfg_scale": 0.0, "schedule": "", "seed": 1337}
@@ -135,6 +135,23 @@ def test_a_stream_says_the_same_as_the_whole(server, path, body):
     assert len(chunks) > 5, "text comes as it is finished"
 
 
+def test_a_stream_waits_where_tokens_may_be_masked_again(server):
+    body = {"prompt": "ab", "max_tokens": 20, "steps": 60, "remask": 0.5, "remask_schedule": "rescale", "seed": 4, "temperature": 1}
+    chunks = [json.loads(chunk) for chunk in events(ask(server, "/v1/completions", {**body, "stream": True})[1])[:-1]]
+    assert [chunk["choices"][0]["text"] for chunk in chunks][-1] == complete(server, **body)["choices"][0]["text"]
+    assert not any(chunk["choices"][0]["text"] for chunk in chunks[:-1])
+
+
+def test_top_p_and_the_other_rules_reach_the_sampler(server):
+    body = {"prompt": "ab", "max_tokens": 12, "temperature": 1, "remasking": "low_confidence"}
+    greedy = complete(server, **{**body, "temperature": 0})["choices"][0]["text"]
+    assert {complete(server, **body, top_p=0, seed=seed)["choices"][0]["text"] for seed in range(3)} == {greedy}
+    assert {complete(server, **body, top_k=1, seed=seed)["choices"][0]["text"] for seed in range(3)} == {greedy}
+    assert len({complete(server, **body, top_p=1, seed=seed)["choices"][0]["text"] for seed in range(3)}) == 3
+    steps = lambda **options: re.search(r"in (\d+) forward", ask(server, "/generate", {"max_tokens": 12, "seed": 1, **options})[1])[1]
+    assert steps() == "12" and int(steps(entropy_bound=50.0)) < 12
+
+
 def test_a_stream_holds_back_what_could_be_a_stop(server):
     body = {"prompt": "ab", "max_tokens": 30, "seed": 4, "temperature": 1}
     stop = complete(server, **body)["choices"][0]["text"][8:12]
@@ -192,7 +209,16 @@ def test_autoregressive_and_block_models_are_served_too():
     ("/v1/completions", {"n": 99}, 400, "99 answers"),
     ("/v1/completions", {"temperature": -1}, 400, "temperature must not be negative"),
     ("/v1/completions", {"temperature": 1e308}, 400, "out of range"),
-    ("/v1/completions", {"top_p": 0.5}, 400, "top_p is not supported"),
+    ("/v1/completions", {"top_p": 1.5}, 400, "top_p must be between"),
+    ("/v1/completions", {"top_k": -1}, 400, "top_k must be at least 1"),
+    ("/v1/completions", {"alg_temp": 1, "remasking": "random"}, 400, "needs a rule that asks the model"),
+    ("/v1/completions", {"entropy_bound": -1}, 400, "entropy_bound must not be negative"),
+    ("/v1/completions", {"remask": 0.5, "remasking": "entropy"}, 400, "remask needs remasking ancestral"),
+    ("/v1/completions", {"remask_schedule": "conf"}, 400, "remask_schedule must be one of"),
+    ("/v1/completions", {"suppress": "never heard of"}, 400, "suppress takes ids or names"),
+    ("/v1/completions", {"suppress": "99999"}, 400, "outside the vocabulary"),
+    ("/v1/completions", {"defer": [3]}, 400, "defer must be a string"),
+    ("/v1/completions", {"seed": [1, 2]}, 400, "seed must be a whole number"),
     ("/v1/completions", {"logprobs": 3}, 400, "logprobs is not supported"),
     ("/v1/completions", {"promt": ""}, 400, "unrecognized request argument: promt"),
     ("/v1/completions", {"stop": [""]}, 400, "stop must be"),
@@ -283,6 +309,21 @@ def test_32_ask_at_once_share_batches_and_the_page_answers():
         answers = [answer.result() for answer in answers]
     assert {answer["choices"][0]["text"] for answer in answers[2::3]} == {alone["choices"][0]["text"]}, "a batch changes nothing"
     assert server.worker.batches <= 8
+    server.shutdown()
+    server.server_close()
+
+
+def test_seeded_requests_share_a_batch_and_each_gets_what_it_gets_alone():
+    server = start(sampler=slow(0.01))
+    bodies = [{"prompt": "ab"[:i % 3], "max_tokens": 12, "temperature": 1, "seed": 20 + i % 5, "n": 1 + i % 2} for i in range(10)]
+    texts = lambda answer: [choice["text"] for choice in answer["choices"]]
+    alone = [texts(complete(server, **body)) for body in bodies]
+    before = server.worker.batches
+    with ThreadPoolExecutor(10) as pool:
+        together = [texts(answer) for answer in pool.map(lambda body: complete(server, **body), bodies)]
+    assert together == alone and server.worker.batches - before <= 4
+    unseeded = [texts(complete(server, max_tokens=12, temperature=1, n=2)) for _ in range(2)]
+    assert len({text for pair in unseeded for text in pair}) == 4
     server.shutdown()
     server.server_close()
 

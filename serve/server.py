@@ -4,14 +4,15 @@
     GET  /v1/models             the checkpoint                  POST /v1/completions, /v1/chat/completions
 
 Each connection has a thread; one more thread, the `Worker`, owns the model. Requests wait in its queue, and those with the same
-sampler settings share a batch. Besides OpenAI's fields a request may set the sampler's: steps, block_length, remasking, threshold, factor,
-cache, cfg_scale, schedule. A `suffix`, or [MASK] in a prompt, asks for infilling.
+sampler settings share a batch, whatever their seeds. Besides OpenAI's fields a request may set the sampler's, SAMPLER_FIELDS, which mean
+what they do in sample.py. A `suffix`, or [MASK] in a prompt, asks for infilling.
 """
 import collections
 import contextlib
 import dataclasses
 import json
 import queue
+import secrets
 import select
 import socket
 import sys
@@ -24,7 +25,6 @@ from pathlib import Path
 
 import torch
 
-from diffusion import REMASKING
 from sampler import GAP, Trace
 
 MAX_BATCH = 16              # rows in a forward pass; also the largest n times prompts of one request
@@ -52,16 +52,17 @@ class Job:
     """One request: sequences with one set of arguments. `events` receives the Trace's messages, if `watched`, and at last None."""
 
     def __init__(self, sequences, arguments, gaps=False, watched=False, chat=False):
-        self.sequences, self.arguments, self.gaps, self.watched, self.chat = sequences, arguments, gaps, watched, chat
+        self.sequences, self.arguments, self.gaps, self.watched, self.chat = sequences, dict(arguments), gaps, watched, chat
+        seed = self.arguments.pop("seed")                           # one a row, so that a batch gives each what it gets alone
+        seed = secrets.randbits(62) if seed is None else seed
+        self.seeds = [seed + 1_000_003 * i for i in range(len(sequences))]
         self.events, self.trace = queue.SimpleQueue(), None
         self.result = self.error = None
         self.cancelled = False                                      # set when the client has gone
 
     def key(self):
-        """Jobs with equal keys may share a batch. A seed belongs to the rows of one job, where it matters."""
-        greedy = not self.arguments["temperature"] and REMASKING.get(self.arguments["remasking"]) is not None
-        alone = None if greedy or self.arguments["seed"] is None else id(self)
-        return self.gaps, alone, tuple((name, value) for name, value in sorted(self.arguments.items()) if name != "seed")
+        """Jobs with equal keys may share a batch."""
+        return self.gaps, tuple(sorted(self.arguments.items()))
 
 
 class Cancelled(Exception):
@@ -135,7 +136,8 @@ class Worker(threading.Thread):
         try:
             sequences = [sequence for job in batch for sequence in job.sequences]
             self.batches += 1
-            results = self.sampler.run(sequences, batch[0].arguments, batch[0].gaps, on_step)
+            arguments = batch[0].arguments | {"seed": [seed for job in batch for seed in job.seeds]}
+            results = self.sampler.run(sequences, arguments, batch[0].gaps, on_step)
             for job, part in zip(batch, rows):
                 job.result = results[part]
         except Cancelled:
@@ -157,18 +159,20 @@ class Worker(threading.Thread):
             if message.get("changes") != []:
                 # What is finished from the left on is what a stream of text can send; the canvas changes, so it is read here.
                 mask = self.sampler.mask_id
-                done = [row[:row.index(mask)] if mask in row else row for row in trace.canvas]
+                again = job.arguments["remask"]                     # then nothing is finished before the end
+                done = [[] if again else row[:row.index(mask)] if mask in row else row for row in trace.canvas]
                 job.events.put((message, done))
             trace.messages.clear()                                  # nobody plays it again
         return watch
 
 
 # ---- reading a request ---------------------------------------------------------------------------------------------------------
-SAMPLER_FIELDS = {"steps": int, "block_length": int, "temperature": float, "remasking": str, "threshold": float, "factor": float, "cache": str,
-                  "cfg_scale": float, "schedule": str, "seed": int}
+SAMPLER_FIELDS = {"steps": int, "block_length": int, "temperature": float, "top_p": float, "top_k": int, "remasking": str, "alg_temp": float,
+                  "threshold": float, "factor": float, "entropy_bound": float, "remask": float, "remask_schedule": str, "suppress": str, "defer": str,
+                  "cache": str, "cfg_scale": float, "schedule": str, "seed": int}
 COMMON_FIELDS = {"model", "max_tokens", "n", "stop", "stream", "stream_options", "user", "metadata", "store", "service_tier", *SAMPLER_FIELDS}
 # OpenAI's fields that exist here with one value only, which clients may well send.
-NEUTRAL = {"top_p": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "best_of": (1,), "logprobs": (False,), "logit_bias": ({},),
+NEUTRAL = {"frequency_penalty": (0,), "presence_penalty": (0,), "best_of": (1,), "logprobs": (False,), "logit_bias": ({},),
            "tools": ([],), "functions": ([],), "response_format": ({"type": "text"},), "top_logprobs": (0,), "tool_choice": ("none", "auto"),
            "parallel_tool_calls": (True, False), "modalities": (["text"],)}
 NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list", dict: "an object"}

@@ -1,0 +1,1 @@
+"""The web page and OpenAI's API of sample.py --serve."""
