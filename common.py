@@ -71,7 +71,7 @@ def _describe(file, defaults):
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in defaults:
             name, _, comment = node.targets[0].id, *lines[node.lineno - 1].partition("  # ")[1:]
-            yield f"  --{name}={defaults[name]}".ljust(34) + comment.strip()
+            yield f"  --{name}={defaults[name]}".ljust(33) + " " + comment.strip()
 
 
 def show_errors_in_one_line():
@@ -163,6 +163,15 @@ def barrier():
     """Wait until all processes are here, however long one of them works."""
     if dist.is_initialized():
         dist.barrier(group=_patient)
+
+
+def gather(thing):
+    """Every process's `thing`, anything that can be pickled, as a list on all of them, however long one of them works."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing, group=_patient)
+    return things
 
 
 def matrix_dtype(device, dtype):

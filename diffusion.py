@@ -17,6 +17,7 @@ model.Transformer does and has its `config`. Randomness comes from generators on
 """
 import functools
 import math
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -252,12 +253,19 @@ def token_nll(model, tokens, rows, targets, weights, **arguments):
         fill = (0, -len(rows) % 64)
         total, nll = model(tokens, select=F.pad(rows, fill), targets=F.pad(targets, fill), weights=F.pad(weights, fill), **arguments)
         return total, nll[:len(rows)]
-    select = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device).flatten()
-    select[rows] = True
-    logits = model(tokens, select=select.view(tokens.shape), **arguments)                           # [N or fewer, V]
-    logits = logits[(select.cumsum(0) - 1)[rows]].float()                                           # [N, V]
+    logits = row_logits(model, tokens, rows, **arguments)                                           # [N, V]
     nll = F.cross_entropy(logits, targets, reduction="none")
     return (nll * weights).sum(), nll.detach()
+
+
+def row_logits(model, tokens, rows, **arguments):
+    """Logits float32 [N, V] at the flat rows [N] of a pass over `tokens`."""
+    if isinstance(_unwrap(model), Transformer):
+        return model(tokens, select=rows, **arguments).float()
+    select = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
+    select[rows] = True
+    logits = model(tokens, select=select.view(tokens.shape), **arguments)                           # [N or fewer, V]
+    return logits[(select.cumsum(0) - 1)[rows]].float()
 
 
 def _unwrap(model):
@@ -281,7 +289,7 @@ def mask_token_id(model):
 
 
 @torch.no_grad()
-def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, attention_mask=None):
+def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, attention_mask=None, map=map):
     """(bound in nats per token, its standard error) for tokens int64 [N, T]; exact for an autoregressive model.
 
     Masks exactly k of T tokens, k uniform on 1..T, and weighs by T / k: the same bound with less variance than times and
@@ -291,11 +299,12 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
     maskable        bool [N, T], what is scored given the rest: the responses of conversations. Then nats and tokens are summed over
                     all rows before they are divided, and the error is that of this ratio. Raises ValueError if there is none.
     attention_mask  bool [N, T], false for padding behind a row's end, which nobody sees.
+    map             what runs the passes: the builtin, or one that divides them among processes.
     """
-    N = len(tokens)
+    N, config, passes = len(tokens), _config(model), []
     maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
     generator = torch.Generator().manual_seed(seed)
-    draws = 1 if _config(model).causal else num_samples
+    draws = 1 if config.causal else num_samples
     nats, counts = torch.zeros(N, draws, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
     for sample in range(draws):
         for start in range(0, N, batch_size):
@@ -304,8 +313,15 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
             if attention_mask is not None:                          # no wider than the longest row of this batch
                 width = int(attention_mask[rows].sum(1).max())
                 shown = attention_mask[rows, :width]
-            estimate, count = _bound(model, tokens[rows, :width], maskable[rows, :width], generator, shown)
-            nats[rows, sample], counts[rows] = estimate.double().cpu(), count.double().cpu()
+            mask, weights, counts[rows] = _hide(config, maskable[rows, :width], generator)
+            passes.append((sample, rows, width, shown, mask, weights))
+
+    def run(work):                                                  # -> estimates of -log p in nats, [B]
+        _, rows, width, shown, mask, weights = work
+        return (masked_nll(model, tokens[rows, :width], mask, shown) * weights.to(tokens.device)).sum(1).double().cpu()
+
+    for (sample, rows, *_), estimate in zip(passes, map(run, passes)):
+        nats[rows, sample] = estimate
     if not counts.sum():
         raise ValueError("there is no token to score")
     value = nats.sum() / (counts.sum() * draws)
@@ -317,68 +333,231 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
 
 
 @torch.no_grad()
-def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, batch_size=32):
+def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, estimator="dealt", cfg_scale=0.0, streams=None, batch_size=4096, map=map):
     """(log p(target | prefix) in nats float64 [N], standard errors [N]); prefixes and targets are lists of lists of tokens.
 
-    A lower bound by LLaDA's estimator (eq. 6): only the target is masked, k of its tokens at a time. Exact, with error 0, for
-    autoregressive models and targets of one token. Requests of like length share a pass.
+    Exact, with error 0, for autoregressive models and targets of one token. Else LLaDA's lower bound (eq. 6): the average over
+    all sets S of k target tokens, then over k = 1..L, of L / k * sum over i in S of log p(x_i | all but S). It is exact where
+    num_samples passes can go through all 2^L - 1 sets, else an estimate. A block-diffusion model is asked block by block.
+
+    estimator   which sets: a key of ESTIMATORS.
+    cfg_scale   > 0: logits of the prefix masked, plus (1 + cfg_scale) times the difference made by the prefix (LLaDA, eq. 16).
+    streams     an int for each request; requests of one stream and length draw the same sets. None: by their tokens.
+    batch_size  tokens of a pass. Texts of like length share it, each with several of its sets.
+    map         what runs the passes: the builtin, or one that divides them among processes.
+    The errors are nan where there is one sample only. Raises ValueError for arguments that cannot be, naming them.
     """
-    device = next(model.parameters()).device
+    config, device = _config(model), next(model.parameters()).device
+    prefixes, targets = [list(p) for p in prefixes], [list(t) for t in targets]
     lengths = [len(p) + len(t) for p, t in zip(prefixes, targets, strict=True)]
-    exact = [_config(model).causal or len(t) == 1 for t in targets]
-    work = sorted(((lengths[i], i) for i in range(len(targets)) for _ in range(1 if exact[i] else num_samples)), reverse=True)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [[] for _ in targets]
-    for start in range(0, len(work), batch_size):
-        batch = [i for _, i in work[start:start + batch_size]]
-        tokens = torch.zeros(len(batch), max(max(lengths[i] for i in batch), 1), dtype=torch.int64)
-        maskable, attention_mask = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
-        for row, i in enumerate(batch):
-            tokens[row, :lengths[i]] = torch.tensor(list(prefixes[i]) + list(targets[i]), dtype=torch.int64)
-            maskable[row, len(prefixes[i]):lengths[i]] = True
-            attention_mask[row, :lengths[i]] = True
-        nats, _ = _bound(model, tokens.to(device), maskable, generator, None if attention_mask.all() else attention_mask.to(device))
-        for row, i in enumerate(batch):
-            drawn[i].append(-nats[row].item())
-    values = [torch.tensor(d, dtype=torch.float64) for d in drawn]
-    errors = [d.std() / math.sqrt(len(d)) if len(d) > 1 else d.new_zeros(()) for d in values]
-    return torch.stack([d.mean() for d in values]), torch.stack(errors)
+    for wrong, message in (
+        (num_samples < 1, f"num_samples must be at least 1, got {num_samples}"),
+        (estimator not in ESTIMATORS, f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}"),
+        (cfg_scale < 0, f"cfg_scale must not be negative, got {cfg_scale}"),
+        (cfg_scale > 0 and (config.causal or config.block_length), "cfg_scale is for bidirectional models only"),
+        (max(lengths, default=0) > config.max_len, f"{max(lengths, default=0)} tokens, prefix and target, exceed the context of {config.max_len}"),
+    ):
+        if wrong:
+            raise ValueError(message)
+
+    designs, rows = [], []                                          # of each text: the sets of each block; masks of its rows, bool [M, L]
+    for i, (prefix, target) in enumerate(zip(prefixes, targets)):
+        stream = zlib.crc32(repr((prefix, target)).encode()) if streams is None else streams[i]
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+        designs.append([_design(config, len(prefix), L, num_samples, estimator, generator) for L in _block_sizes(config, len(prefix), len(target))])
+        height = max((len(design.masks) for design in designs[i]), default=0)
+        rows.append(torch.cat([F.pad(d.masks, (0, 0, 0, height - len(d.masks))) for d in designs[i]], dim=1) if height else [])
+
+    def run(batch):                                                 # [(text, row), ...] -> the nll of their targets, [B] of float32 [L]
+        width = max(lengths[i] for i, _ in batch)
+        tokens, given, mask = torch.zeros(len(batch), width, dtype=torch.int64), *torch.zeros(2, len(batch), width, dtype=torch.bool)
+        for b, (i, row) in enumerate(batch):
+            tokens[b, :lengths[i]] = torch.tensor(prefixes[i] + targets[i])
+            given[b, :len(prefixes[i])], mask[b, len(prefixes[i]):lengths[i]] = True, rows[i][row]
+        shown = torch.arange(width) < torch.tensor([lengths[i] for i, _ in batch])[:, None]
+        nll = masked_nll(model, tokens.to(device), mask, None if shown.all() else shown.to(device), given, cfg_scale).cpu()
+        return [nll[b, len(prefixes[i]):lengths[i]].clone() for b, (i, _) in enumerate(batch)]
+
+    passes, work = [], sorted(((i, row) for i in range(len(rows)) for row in range(len(rows[i]))), key=lambda item: -lengths[item[0]])
+    for i, row in work:                                             # the first text of a pass is its longest
+        if not passes or (len(passes[-1]) + 1) * lengths[passes[-1][0][0]] > batch_size:
+            passes.append([])
+        passes[-1].append((i, row))
+    nll = {item: found for batch, results in zip(passes, map(run, passes)) for item, found in zip(batch, results)}
+    values, errors = torch.zeros(2, len(targets), dtype=torch.float64)
+    for i, parts in enumerate(designs):
+        start, table = 0, torch.stack([nll[i, row] for row in range(len(rows[i]))]).double() if parts else None             # [M, L]
+        for design in parts:                                        # blocks draw independently: their variances add up
+            M, L = design.masks.shape
+            value, error = design.estimate(table[:M, start:start + L])
+            values[i], errors[i], start = values[i] - value, torch.hypot(errors[i], error), start + L
+    return values, errors
 
 
-def _bound(model, tokens, maskable, generator, attention_mask=None):
-    """(one estimate of -log p in nats [B], tokens counted [B]) of the maskable tokens of each row, given the others."""
-    config, (B, T) = _config(model), tokens.shape
+# How the sets of hidden tokens are chosen. LLaDA draws k and then k tokens, independently each time. Three things make the same
+# number of passes say more (tests/bench.py eval measures them). "stratified" spreads k evenly. "dealt" deals the tokens like cards, so
+# that consecutive sets complement each other and every token is asked equally often; and it asks about each token how much easier
+# it is than with the whole target hidden, a number that one pass knows exactly (a control variate, and the stratum k = L as well).
+# Where there are no more sets than passes, all are taken.
+
+
+@dataclass
+class Design:
+    """Sets of hidden tokens and what to make of the answers. Each group of sets is an estimate by itself, independent of the others."""
+    masks: torch.Tensor                 # bool [M, L]: the different sets
+    row: torch.Tensor                   # int64 [n]: which of them each sample is
+    weights: torch.Tensor               # float64 [n]: of the sum of a sample's nll in the estimate of its group
+    group: torch.Tensor                 # int64 [n]
+    control: torch.Tensor | None = None     # float64 [groups, L]: weights of the nll with all hidden, sample 0
+    exact: bool = False
+
+    def estimate(self, nll):
+        """(-log p, its standard error) from nll [M, L], which is 0 where nothing was hidden."""
+        groups = torch.zeros(int(self.group.max()) + 1, dtype=torch.float64).index_add(0, self.group, nll.sum(1)[self.row] * self.weights)
+        if self.control is not None:
+            groups = groups + self.control @ nll[self.row[0]]
+        if len(groups) == 1:
+            return groups[0], torch.tensor(0.0 if self.exact else math.nan)
+        return groups.mean(), groups.std() / math.sqrt(len(groups))
+
+
+def _design(config, prefix_length, L, n, estimator, generator):
+    if config.causal or L == 1:                                     # the chain rule; nothing predicts the very first token
+        masks = torch.arange(L)[None] >= int(config.causal and not prefix_length)
+        return Design(masks, torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64), exact=True)
+    masks, weights, group, *control = ESTIMATORS[estimator](L, n, generator)
+    masks, row = masks.unique(dim=0, return_inverse=True)           # a set drawn twice is asked once
+    return Design(masks, row, weights, group, *control, exact=estimator != "llada" and 2**L - 1 <= n)
+
+
+def _block_sizes(config, start, L):
+    """How many of the L tokens from position `start` on lie in each block."""
+    if not config.block_length or config.causal:
+        return [L] if L else []
+    cuts = [start, *range((start // config.block_length + 1) * config.block_length, start + L, config.block_length), start + L]
+    return [b - a for a, b in zip(cuts, cuts[1:])] if L else []
+
+
+def every_set(L):
+    """All 2^L - 1 sets, a set of k with weight (k-1)! (L-k)! / L!."""
+    masks = (torch.arange(1, 2**L)[:, None] >> torch.arange(L) & 1).bool()
+    weights = torch.tensor([1 / (k * math.comb(L, k)) for k in masks.sum(1).tolist()], dtype=torch.float64)
+    return masks, weights, torch.zeros(len(masks), dtype=torch.int64)
+
+
+def llada_sets(L, n, generator):
+    """k uniform on 1..L, then a set of k (LLaDA, eq. 6). Each sample is a group."""
+    k = torch.randint(1, L + 1, (n,), generator=generator)
+    return _subsets(k, L, generator), L / k.double(), torch.arange(n)
+
+
+def stratified_sets(L, n, generator):
+    """The same with k evenly spread over the samples of a group."""
+    if 2**L - 1 <= n:
+        return every_set(L)
+    group, k, _ = _spread(torch.ones(L), n, generator)
+    return _subsets(k, L, generator), L / k.double() / group.bincount()[group], group
+
+
+def dealt_sets(L, n, generator):
+    """k evenly spread and smaller ones more often, sets dealt from a deck, differences from the nll with all hidden (sample 0)."""
+    if 2**L - 1 <= n:
+        return every_set(L)
+    if n < 3:
+        return llada_sets(L, n, generator)
+    group, k, p = _spread(torch.arange(1, L) ** -0.5, n - 1, generator)                             # a set of k says more the larger k is
+    masks = torch.cat([_deal(k[group == g].tolist(), L, generator) for g in group.unique()])        # [n - 1, L]
+    weights = (1 / k.double() / p[k - 1]) / group.bincount()[group]                                 # of the strata 1..L-1, for 1/L of each
+    # How much of the nll with all hidden is subtracted: the more, the more is hidden. What is subtracted comes back as its exact mean.
+    share = (1 + torch.arange(1, L, dtype=torch.float64) / L) / 2                                   # [L - 1]
+    taken = torch.zeros(int(group.max()) + 1, L, dtype=torch.float64).index_add(0, group, (weights * share[k - 1])[:, None] * masks)
+    control = (1 + share.sum()) / L - taken                                                         # [groups, L]
+    everything = torch.ones(1, L, dtype=torch.bool)
+    return torch.cat((everything, masks)), F.pad(weights, (1, 0)), F.pad(group, (1, 0)), control
+
+
+ESTIMATORS = {"llada": llada_sets, "stratified": stratified_sets, "dealt": dealt_sets}
+
+
+def _spread(density, n, generator):
+    """(group, k, p): n numbers k = 1.. with probabilities p proportional to density, evenly spread within each of 4 to 8 groups."""
+    groups = min(n, max(4, min(8, n // 16)))
+    group = torch.arange(n) * groups // n                           # [n], sorted
+    size = group.bincount()
+    place = torch.arange(n) - (size.cumsum(0) - size)[group]        # in its group
+    p = density.double() / density.sum()
+    u = (torch.rand(groups, generator=generator, dtype=torch.float64)[group] + place) / size[group]
+    return group, torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=len(p) - 1) + 1, p
+
+
+def _subsets(k, L, generator):
+    """bool [n, L]: k [n] of L, each subset alike."""
+    return torch.rand(len(k), L, generator=generator).argsort(1).argsort(1) < k[:, None]
+
+
+def _deal(sizes, L, generator):
+    """bool [n, L]: hands of these sizes from a deck of L cards that is shuffled anew whenever it runs out.
+
+    A hand by itself is a subset like any other of its size, as the cards are alike to the dealer; together they go through the deck evenly.
+    """
+    masks, deck = torch.zeros(len(sizes), L, dtype=torch.bool), []
+    for mask, size in zip(masks, sizes):
+        hand, deck = deck[:size], deck[size:]
+        if len(hand) < size:
+            fresh, held = torch.randperm(L, generator=generator).tolist(), set(hand)
+            hand += [card for card in fresh if card not in held][:size - len(hand)]
+            held = set(hand) - held
+            deck = [card for card in fresh if card not in held]
+        mask[hand] = True
+    return masks
+
+
+def _hide(config, maskable, generator):
+    """(mask bool [B, T], weights [B, T], tokens counted [B]): exactly k of the maskable tokens of a row or a block, k uniform, weight L / k."""
+    B, T = maskable.shape
     if config.causal:
-        block = T
         mask = maskable & (torch.arange(T) > 0)                                                     # nothing predicts the first token
-        counted, scale, inputs = mask.sum(1), torch.ones(B, T), tokens
-    else:
-        block = config.block_length or T
-        pad = -T % block                                                                            # the last block may be short
-        groups = F.pad(maskable, (0, pad)).view(B, -1, block)                                       # [B, blocks, block]
-        size = groups.sum(-1)
-        grid = (torch.rand((), generator=generator) + torch.arange(size.numel()) / size.numel()) % 1
-        k = (grid[torch.randperm(size.numel(), generator=generator)].view(size.shape) * size).long().clamp(max=size - 1) + 1
-        order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0).argsort(-1).argsort(-1)
-        mask = (order < k[..., None]) & groups                                                      # exactly k of each block
-        scale = (size / k).nan_to_num()[..., None].expand(groups.shape).reshape(B, -1)[:, :T]       # [B, T]
-        mask, counted = mask.reshape(B, -1)[:, :T], maskable.sum(1)
-        inputs = torch.where(mask.to(tokens.device), mask_token_id(model), tokens)
+        return mask, torch.ones(B, T), mask.sum(1)
+    block = config.block_length or T
+    groups = F.pad(maskable, (0, -T % block)).view(B, -1, block)                                    # [B, blocks, block]; the last may be short
+    size = groups.sum(-1)
+    grid = (torch.rand((), generator=generator) + torch.arange(size.numel()) / size.numel()) % 1
+    k = (grid[torch.randperm(size.numel(), generator=generator)].view(size.shape) * size).long().clamp(max=size - 1) + 1
+    order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0).argsort(-1).argsort(-1)
+    mask = (order < k[..., None]) & groups                                                          # exactly k of each block
+    scale = (size / k).nan_to_num()[..., None].expand(groups.shape)
+    return mask.reshape(B, -1)[:, :T], scale.reshape(B, -1)[:, :T], maskable.sum(1)
+
+
+def masked_nll(model, tokens, mask, attention_mask=None, given=None, cfg_scale=0.0):
+    """-log p in nats, float32 [B, T], of the tokens [B, T] at `mask`, which are hidden from the model; 0 elsewhere.
+
+    A block-diffusion model sees the blocks before a token's own without masks: one pass over [noisy, clean], as in training. An
+    autoregressive model sees the tokens before. `given` [B, T] with cfg_scale: the prefix, for classifier-free guidance.
+    """
+    config, (B, T), device = _config(model), tokens.shape, tokens.device
+    block, mask = config.block_length or T, mask.to(device)
+    inputs = tokens if config.causal else torch.where(mask, mask_token_id(model), tokens)
     arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
-    if config.block_length and not config.causal:                   # one pass over [noisy, clean]; what fills the last block is hidden
-        inputs, tokens, mask, scale = (F.pad(x, (0, pad)) for x in (inputs, tokens, mask, scale))
-        shown = torch.ones(B, T, dtype=torch.bool, device=tokens.device) if attention_mask is None else attention_mask
-        shown = F.pad(shown, (0, pad)).repeat(1, 2)[:, None, :]                                     # [B, 1, 2T]
-        visible = block_attention(T + pad, block, tokens.device, dense=True)
-        visible = visible & shown | torch.eye(visible.shape[-1], dtype=torch.bool, device=tokens.device)
+    if config.block_length and not config.causal:                   # what fills the last block is hidden
+        inputs, tokens, mask = (F.pad(x, (0, -T % block)) for x in (inputs, tokens, mask))
+        shown = torch.ones(B, T, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
+        shown = F.pad(shown, (0, -T % block)).repeat(1, 2)[:, None, :]                              # [B, 1, 2T]
+        visible = block_attention(tokens.shape[1], block, device, dense=True) & shown
+        visible = visible | torch.eye(visible.shape[-1], dtype=torch.bool, device=device)
         inputs = torch.cat((inputs, tokens), dim=1)
-        arguments = {"attention_mask": visible, "positions": torch.arange(T + pad, device=tokens.device).repeat(2)}
-    masked = mask.flatten().nonzero()[:, 0].to(tokens.device)
-    rows = prediction_rows(masked, tokens.shape[1], inputs.shape[1], config.shift or config.causal, block)
-    _, nll = token_nll(model, inputs, rows, tokens.flatten()[masked], torch.ones(len(masked), device=tokens.device), **arguments)
-    nats = torch.zeros(tokens.numel(), device=tokens.device)
-    nats[masked] = nll * scale.to(tokens.device).flatten()[masked]
-    return nats.view(B, -1).sum(1), counted
+        arguments = {"attention_mask": visible, "positions": torch.arange(tokens.shape[1], device=device).repeat(2)}
+    masked = mask.flatten().nonzero()[:, 0]
+    rows, targets = prediction_rows(masked, tokens.shape[1], inputs.shape[1], config.shift or config.causal, block), tokens.flatten()[masked]
+    if cfg_scale:
+        conditional = row_logits(model, inputs, rows, **arguments)                                  # [N, V]
+        unconditional = row_logits(model, torch.where(given.to(device), mask_token_id(model), inputs), rows, **arguments)
+        found = F.cross_entropy(unconditional + (cfg_scale + 1) * (conditional - unconditional), targets, reduction="none")
+    else:
+        _, found = token_nll(model, inputs, rows, targets, torch.ones(len(masked), device=device), **arguments)
+    nll = torch.zeros(tokens.numel(), device=device)
+    nll[masked] = found.float()
+    return nll.view(tokens.shape)[:, :T]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

@@ -146,7 +146,9 @@ def find_parts(dataset):
     for name, limit in split_mixture(dataset):
         path = Path(name).expanduser()
         if name in CHAT_SETS:
-            parts.append((name, CHAT_SETS[name], VAL_FRACTION if name == "pydocs_chat" else STREAM_VAL_FRACTION, limit))
+            # Of a part that is small, more: about 200 conversations at least, or a tenth.
+            share = VAL_FRACTION if name == "pydocs_chat" else max(STREAM_VAL_FRACTION, min(VAL_FRACTION, 200 / max(limit, 1)) if limit is not None else 0)
+            parts.append((name, CHAT_SETS[name], share, limit))
         elif name.endswith(".jsonl") and path.is_file():
             # A tenth of a file, too, and of a file with few lines the one whose hash comes first.
             least = min((hash_fraction(text) for text, _ in read_jsonl(path)), default=None)
@@ -408,18 +410,21 @@ class ChatDataset(TokenDataset):
         return ChatBatch(whole.tokens[rows], whole.maskable[rows], attention_mask, share)
 
     def val_batch(self, max_examples=None):
-        """The first conversations of the validation split, the shortest first, for diffusion.nelbo: padding is hidden and only what was
+        """Conversations from all over the validation split, the shortest first, for diffusion.nelbo: padding is hidden and only what was
         answered counts, so that the figure does not depend on how batches are put together."""
-        rows = self.kept["val"][:max_examples]
-        rows = rows[np.argsort(self.index["val"][rows, 1], kind="stable")]
-        return self._collate("val", rows, "hidden")
+        return self._collate("val", self._val_rows(max_examples), "hidden")
 
     def val_batches(self, batch_size, max_examples=None):
         """`val_batch` in pieces, each as long as its longest conversation needs."""
-        rows = self.kept["val"][:max_examples]
-        rows = rows[np.argsort(self.index["val"][rows, 1], kind="stable")]
+        rows = self._val_rows(max_examples)
         for start in range(0, len(rows), batch_size):
             yield self._collate("val", rows[start:start + batch_size], "hidden")
+
+    def _val_rows(self, max_examples):
+        """Evenly spread, for a mixture stands there part after part; by length."""
+        kept = self.kept["val"]
+        rows = kept[np.linspace(0, len(kept) - 1, min(len(kept), max_examples or len(kept))).round().astype(np.int64)]
+        return rows[np.argsort(self.index["val"][rows, 1], kind="stable")]
 
     def val_bytes_per_token(self, batch, tokenizer):
         """UTF-8 bytes of the answers in a `val_batch` per token that counts."""

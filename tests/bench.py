@@ -566,6 +566,106 @@ def serve():
             server.wait()
 
 
+# ---- evaluation -----------------------------------------------------------------------------------------------------------------
+
+
+def published_log_likelihood(model, prefix, target, num_samples, generator):
+    """The yardstick: LLaDA's estimator (eq. 6), one request at a time repeated as the batch, all logits."""
+    L, mask_id = len(target), model.config.mask_token_id
+    tokens = torch.tensor(prefix + target).repeat(num_samples, 1)
+    k = torch.randint(1, L + 1, (num_samples, 1), generator=generator)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    mask[:, len(prefix):] = torch.rand(num_samples, L, generator=generator).argsort(1).argsort(1) < k
+    logits = model(torch.where(mask, mask_id, tokens))
+    nll = torch.nn.functional.cross_entropy(logits[mask].float(), tokens[mask], reduction="none")
+    return -(nll * (L / k).expand(tokens.shape)[mask]).sum().item() / num_samples
+
+
+def requests_of(tokens, n, longest, shortest=1, seed=0):
+    """n pairs (context of 30 to 100 tokens, answer of up to `longest`) out of a corpus."""
+    generator = torch.Generator().manual_seed(seed)
+    number = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
+    pairs = []
+    for _ in range(n):
+        context, answer, start = number(30, 100), number(shortest, longest), number(0, len(tokens) - 128)
+        pairs.append((tokens[start:start + context].tolist(), tokens[start + context:start + context + answer].tolist()))
+    return pairs
+
+
+def spread_of(model, pairs, repeats, **options):
+    """(mean of log_likelihood over streams [N], its standard deviation from stream to stream [N])."""
+    from diffusion import log_likelihood
+    prefixes, targets = zip(*(pair for pair in pairs for _ in range(repeats)))
+    values, _ = log_likelihood(model, prefixes, targets, streams=range(len(targets)), **options)
+    return values.view(-1, repeats).mean(1), values.view(-1, repeats).std(1)
+
+
+def pydocs_model(folder):
+    """The Evaluator of a checkpoint trained on pydocs; made here in a minute and a half if `folder` has none."""
+    from eval import Evaluator
+    if not Path(folder, "config.json").exists():
+        subprocess.run([sys.executable, "train_scratch.py", "--max_minutes=1.5", "--dim=96", "--n_heads=3", f"--out_dir={folder}"], cwd=ROOT, check=True)
+    return Evaluator(checkpoint=str(folder))
+
+
+@command
+@torch.inference_mode()
+def eval():
+    """log_likelihood against LLaDA's: standard errors, bias, requests/s, "auto"; `eval FOLDER [small]` with a model of pydocs."""
+    from data.loader import TokenDataset
+    from data.prepare import prepare
+    from diffusion import ESTIMATORS, log_likelihood
+    small, folder = "small" in sys.argv, sys.argv[2] if len(sys.argv) > 2 else "/tmp/unmask-bench-eval"
+    evaluator = pydocs_model(folder)
+    text = torch.from_numpy(TokenDataset(prepare("pydocs", folder)).val[:].astype("int64"))
+    pairs = [(prefix[-100:], target) for prefix, target in requests_of(text, 10 if small else 100, 20, 2)]
+
+    print(f"standard error, from {8 if small else 16} streams, over {len(pairs)} requests of 2 to 20 tokens, relative to LLaDA's with as many passes")
+    errors = {(name, n): spread_of(evaluator.model, pairs, 8 if small else 16, num_samples=n, estimator=name)[1]
+              for n in (8, 12, 32) + (128,) * (not small) for name in ESTIMATORS}
+    for n in sorted({n for _, n in errors}):
+        print(f"  {n:4} passes: " + ", ".join(f"{name} {(errors[name, n] / errors['llada', n]).mean():.3f}" for name in ESTIMATORS)
+              + f"   (LLaDA's: {errors['llada', n].mean():.3f} nats)", flush=True)
+    print(f"  dealt with 12 passes / LLaDA's with 32: {errors['dealt', 12].mean() / errors['llada', 32].mean():.3f}")
+
+    few, many = pairs[:4 if small else 20], 1000 if small else 10_000
+    long, long_error = log_likelihood(evaluator.model, *zip(*few), num_samples=many, estimator="llada", seed=1)
+    for name in ("llada", "dealt"):
+        mean, spread = spread_of(evaluator.model, few, 16, num_samples=32, estimator=name, seed=2)
+        z = (mean - long) / torch.hypot(spread / 4, long_error)
+        print(f"bias of {name}, against {many:,} samples of LLaDA's: {int((z.abs() <= 2).sum())} of {len(few)} requests within 2 standard errors, "
+              f"mean difference {(mean - long).mean():+.4f} +- {torch.hypot(spread / 4, long_error).square().sum().sqrt() / len(few):.4f} nats", flush=True)
+
+    # Which of four spans goes on? The true one, and three from elsewhere of the same 6 to 12 tokens.
+    documents = [(prefix[-40:], target) for prefix, target in requests_of(text, 10 if small else 150, 12, 6, seed=3)]
+    spans = requests_of(text, 3 * len(documents), 12, 12, seed=4)
+    choices = {("spans", i): {(tuple(prefix), tuple(other[:len(target)])): 1 for other in [target] + [span for _, span in spans[3 * i:3 * i + 3]]}
+               for i, (prefix, target) in enumerate(documents)}
+    cost = {}
+    for name, n, estimator in (("LLaDA's, 120 passes", 120, "llada"), ("dealt, 120 passes", 120, "dealt"), ("dealt, auto", None, "dealt")):
+        evaluator.num_samples, evaluator.settings["estimator"], evaluator.tokens = n, estimator, 0
+        found = list(evaluator.score(choices).values())
+        right = [max(range(4), key=lambda c: found[4 * i + c]) == 0 for i in range(len(documents))]
+        cost[name] = evaluator.tokens
+        print(f"choice of 4, {name:20}: accuracy {sum(right) / len(right):.3f} +- {(statistics.variance(map(int, right)) / len(right)) ** 0.5:.3f}, "
+              f"{evaluator.tokens:,} tokens through the model ({evaluator.tokens / max(cost.values()):.2f})", flush=True)
+
+    V, mask_id = 50304, 50303
+    model = Transformer(Config(vocab_size=V, dim=384, n_layers=6, n_heads=6, mask_token_id=mask_id)).init_weights().eval()
+    words = torch.randint(0, mask_id, (100_000,), generator=torch.Generator().manual_seed(0))
+    pairs, few = requests_of(words, 16 if small else 200, 20), 4 if small else 24
+    generator = torch.Generator().manual_seed(0)
+    times = interleaved({
+        "yardstick": lambda: [published_log_likelihood(model, *pair, 32, generator) for pair in pairs[:few]],
+        "ours, 32 passes": lambda: log_likelihood(model, *zip(*pairs), num_samples=32, batch_size=2048),
+        "ours, 12 passes": lambda: log_likelihood(model, *zip(*pairs), num_samples=12, batch_size=2048)}, rounds=1 if small else 3, warmup=0)
+    base = few / times["yardstick"].median
+    print(f"requests/s, V {V}, 6 layers, D 384, {len(pairs)} requests (the yardstick: {few} of them, 32 samples each)")
+    for name, (median, _) in times.items():
+        speed = (few if name == "yardstick" else len(pairs)) / median
+        print(f"  {name:16} {speed:8.2f}   {speed / base:5.2f} x")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -3,7 +3,7 @@
     python tests/convert_experiment.py OUT_FOLDER [MINUTES=6] [SEED=1337] [THREADS=0]
 
 Of MINUTES each: an autoregressive model, an encoder with 15 % of the tokens masked (as BERT was), and from random weights an MDLM and a
-BD3-LM; then three conversions of half of MINUTES each. All have the size, batch and optimizer of train_scratch.py and the same validation
+BD3-LM; then four conversions of half of MINUTES each. All have the size, batch and optimizer of train_scratch.py and the same validation
 text and masks. A stage that is finished is not run again, one that was killed goes on. OUT_FOLDER/results.jsonl has a line a stage;
 docs/convert.png shows the bound over minutes (OUT_FOLDER/convert.png if MINUTES is below 3, which proves nothing).
 """
@@ -35,6 +35,7 @@ STAGES = {      # name: (share of MINUTES, command; None: `train_encoder`)
     "encoder": (1, None),
     "MDLM from random weights": (1, SCRATCH),
     "MDLM from the autoregressive model": (0.5, ["convert_ar.py", "--init_from=OUT/autoregressive", *CONVERT]),
+    "MDLM from the autoregressive model, shift kept": (0.5, ["convert_ar.py", "--init_from=OUT/autoregressive", "--shift=True", *CONVERT]),
     "MDLM from the encoder": (0.5, ["convert_bert.py", "--init_from=OUT/encoder", *CONVERT]),
     "BD3-LM from random weights": (1, [*SCRATCH, *BLOCKS]),
     "BD3-LM from the autoregressive model": (0.5, ["convert_ar.py", "--init_from=OUT/autoregressive", *CONVERT, *BLOCKS]),
@@ -117,6 +118,6 @@ if __name__ == "__main__":
                 file.write(json.dumps(done[name]) + "\n")
     for row in done.values():
         if "val_nelbo" in row:
-            print(f"{row['stage']:38} {row['minutes']:5.2f} min {row['updates']:6} updates   {row['val_nelbo']:.4f} +- {row['val_stderr']:.4f} nats/token   "
+            print(f"{row['stage']:46} {row['minutes']:5.2f} min {row['updates']:6} updates   {row['val_nelbo']:.4f} +- {row['val_stderr']:.4f} nats/token   "
                   f"{row['val_bpb']:.3f} bits/byte")
     plot(out, ROOT / "docs" / "convert.png" if minutes >= 3 else out / "convert.png", [name for name in STAGES if STAGES[name][1]])

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "matplotlib.figure", "tokenizers", "diffusion",
-                               "data.prepare", "data.checkpoints", "scripts"])
+                               "data.prepare", "data.checkpoints", "lm_eval.evaluator", "scripts"])
 
 
 @dataclass
