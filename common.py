@@ -71,7 +71,7 @@ def _describe(file, defaults):
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in defaults:
             name, _, comment = node.targets[0].id, *lines[node.lineno - 1].partition("  # ")[1:]
-            yield f"  --{name}={defaults[name]}".ljust(34) + comment.strip()
+            yield f"  --{name}={defaults[name]}".ljust(33) + " " + comment.strip()
 
 
 def show_errors_in_one_line():

@@ -32,10 +32,10 @@ from data.checkpoints import find_checkpoint, write_atomically
 from data.loader import TokenDataset
 from data.prepare import prepare
 from diffusion import log_likelihood, nelbo
-from sampler import Sampler
+from sampler import Sampler, default_checkpoint
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
-checkpoint = "out/scratch"  # a folder that a recipe wrote, a published checkpoint's folder or its hub id
+checkpoint = ""             # a recipe's folder, a published checkpoint's folder or its hub id; nothing: out/scratch or, untrained, checkpoints/mdlm
 adapter = ""                # a folder with a LoRA adapter to add to it
 # what to measure
 tasks = "nelbo"             # names of lm-eval's tasks and groups, with commas; nelbo: the bound on `dataset`
@@ -76,6 +76,7 @@ dtype = "auto"              # of the weights: float32, bfloat16; auto: as stored
 threads = 0                 # CPU threads; 0: torch's choice
 defaults = {name: value for name, value in globals().items() if type(value) in (int, float, bool, str) and not name.startswith("_")}
 settings = override(globals()) if __name__ == "__main__" else defaults
+checkpoint = settings["checkpoint"] = settings["checkpoint"] or default_checkpoint()
 
 
 # ---- the model, asked by requests ----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Everything starts as mask tokens; each step the model predicts all of them and a few predictions are kept, until none is left.
 
-    python sample.py --num_samples=3                                    out of nothing but masks, from out/scratch
+    python sample.py --num_samples=3                                    out of nothing but masks
     python sample.py --prompt='Return the' --show                       a continuation, and how it comes about
     python sample.py --infill='Return the [MASK:4] of the list.'        gaps, [MASK] for one token
     python sample.py --prompt=FILE:prompt.txt --html=trace.html         a page with a slider over the steps
@@ -22,10 +22,10 @@ import torch
 
 from common import override
 from data.checkpoints import write_atomically
-from sampler import Sampler, Trace
+from sampler import Sampler, Trace, default_checkpoint
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
-checkpoint = "out/scratch"  # a folder that a recipe wrote, a published checkpoint's folder or its hub id
+checkpoint = ""             # a recipe's folder, a published checkpoint's folder or its hub id; nothing: out/scratch or, untrained, checkpoints/mdlm
 adapter = ""                # the folder of a LoRA adapter for it (finetune_llada.py, PEFT)
 # what to write
 prompt = ""                 # text to continue; FILE:path reads it from a file; nothing: text out of nothing
@@ -76,6 +76,7 @@ if dtype not in ("auto", "float32", "bfloat16"):
     raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
 if html and (Path(html).is_dir() or not os.access(Path(html).parent, os.W_OK)):
     raise OSError(f"cannot write a page to {html}: --html takes the name of a file in a folder that exists and can be written to")
+checkpoint = settings["checkpoint"] = checkpoint or default_checkpoint()
 if checkpoint.startswith("out/") and not Path(checkpoint).is_dir():
     raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
 settings["cache"] = "" if cache == "none" else cache

@@ -4,8 +4,10 @@ sample.py (terminal, chat, trace) and serve/ (web page, OpenAI's API) are two fa
 """
 import functools
 import math
+import os
 import re
 import time
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,12 @@ from model import Transformer
 OFF = {"threshold": 0.0, "factor": 0.0, "entropy_bound": 0.0, "top_p": 1.0, "top_k": 0, "alg_temp": 0.0, "remask": 0.0, "remask_schedule": "cap",
        "suppress": "", "defer": ""}                                 # the settings of rules that are not used
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")                            # [MASK], or [MASK:12] for twelve tokens
+
+
+def default_checkpoint():
+    """out/scratch, where train_scratch.py writes; before that is there, the diffusion model that comes with the repository."""
+    trained = Path("out/scratch")
+    return str(trained) if (trained / "config.json").is_file() else os.path.relpath(Path(__file__).with_name("checkpoints") / "mdlm")
 
 
 class Sampler:

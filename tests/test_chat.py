@@ -105,13 +105,16 @@ def test_off_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "talk.jsonl", *map(pair, range(20)))
     said = lambda *arguments: subprocess.run([sys.executable, chat_module.text_sets.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path,  # noqa: E731
                                              env=os.environ | {"UNMASK_DATA": str(tmp_path / "p")})
     result = said("talk.jsonl", "--tokenizer=byte")
     assert result.returncode == 0 and result.stderr == "" and texts(result.stdout.splitlines()[-1], "val")
-    listed = said("--help").stdout
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--help"])
+    with pytest.raises(SystemExit):
+        chat_module.text_sets.main()
+    listed = capsys.readouterr().out
     assert all(re.search(rf"^  {name} +\S", listed, re.MULTILINE) for name in ("pydocs_chat", "alpaca", "tulu3", "smoltalk", "opc"))
     write(path, "{")
     assert said("talk.jsonl").stderr == "error: talk.jsonl, line 1 is not JSON: Expecting property name enclosed in double quotes\n"
@@ -257,11 +260,20 @@ def test_nelbo_of_responses(many, config):
         nelbo(model, val.tokens, maskable=torch.zeros_like(val.maskable))
 
 
+def test_held_out_batches(many):
+    """In pieces or at once, the same conversations, each piece no longer than it must be."""
+    data = ChatDataset(many, 256)
+    whole, parts = data.val_batch(7), list(data.val_batches(3, 7))
+    assert [len(part.tokens) for part in parts] == [3, 3, 1] and parts[0].tokens.shape[1] < whole.tokens.shape[1]
+    rows = [row[seen] for part in (whole, *parts) for row, seen in zip(part.tokens, part.attention_mask)]
+    assert all(torch.equal(a, b) for a, b in zip(rows[:7], rows[7:])) and sorted(map(len, rows[:7])) == [len(row) for row in rows[:7]]
+
+
 def test_the_error_of_a_ratio():
     """Against a bootstrap over rows of unequal length, for a model whose bound per token is known."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 9, (400, 32), generator=generator)
-    counts = torch.randint(1, 33, (400,), generator=generator)
+    tokens = torch.randint(0, 9, (100, 32), generator=generator)
+    counts = torch.randint(1, 33, (100,), generator=generator)
     maskable = torch.arange(32) < counts[:, None]
     model = Transformer(Config(vocab_size=10, dim=16, n_layers=1, n_heads=2, max_len=32, causal=True, shift=True, mask_token_id=9)).init_weights()
     torch.nn.init.normal_(model.head.weight, std=0.5)
@@ -270,7 +282,7 @@ def test_the_error_of_a_ratio():
                          for i, n in enumerate(counts.tolist())], dtype=torch.float64)
     scored = (counts - 1).double()                                  # nothing predicts the first token
     assert value == pytest.approx((nats.sum() / scored.sum()).item(), rel=1e-5)
-    draws = torch.randint(0, 400, (2000, 400), generator=generator)
+    draws = torch.randint(0, 100, (2000, 100), generator=generator)
     assert error == pytest.approx((nats[draws].sum(1) / scored[draws].sum(1)).std().item(), rel=0.1)
 
 
