@@ -111,14 +111,14 @@ def _lost_process(error):
 
 
 def _first_to_say(message, lost):
-    """Whether no other process of the run has said this yet."""
+    """Whether no other process of the run has said this yet, nor (if `lost`) told why it ends."""
     rank = int(os.environ.get("RANK", 0))
     if not dist.is_initialized():                                   # settings: all processes have the same
         return rank == 0
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(datetime.timedelta(seconds=5))
-        first = store.add("error " + hashlib.sha256(message.encode()).hexdigest(), 1) == 1
+        first = store.add("error " + hashlib.sha256(message.encode()).hexdigest(), 1) == 1 and not (store.add("told", not lost) and lost)
         if rank == 0:
             time.sleep(1)                                           # without torchrun the store ends with process 0: let the others ask
         return first
@@ -373,6 +373,7 @@ def save_sharded(path, model, optimizers, **record):
             file.with_suffix(".crc32").write_text(str(_checksum(file)))
         barrier()
         if rank == 0:
+            record |= {"files": sorted(file.name for file in new.glob("*.safetensors"))}
             write_atomically(new / "record.json", lambda temporary: Path(temporary).write_text(json.dumps(record)))
             if path.exists():
                 os.rename(path, old)
@@ -395,6 +396,8 @@ def read_record(path, must_match):
     try:
         record = json.loads((path / "record.json").read_text())
         settings = dict(record["settings"])
+        if not all(Path(name).name == name for name in record["files"]):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__} in record.json): delete it and start again") from None
     _check_settings(path, settings, must_match)
@@ -406,14 +409,13 @@ def load_sharded(path, model, optimizers):
     import torch.distributed.checkpoint as dcp
     for optimizer in optimizers:
         _make_state(optimizer)
-    files, rank, world_size = sorted(path.glob("*.safetensors")), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    sums = {file: file.with_suffix(".crc32") for file in files[rank::world_size]}
-    bad = torch.tensor([i for i, file in enumerate(files) if file in sums and not (sums[file].exists() and sums[file].read_text() == str(
-        _checksum(file)))][:1] + [len(files)])[:1]                  # [1]: the first file that is not what was written
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    files = [path / name for name in json.loads((path / "record.json").read_text())["files"]]
+    bad = torch.tensor(next((i for i in range(rank, len(files), world_size) if not _is_whole(files[i])), len(files)))
     if dist.is_initialized():
         dist.all_reduce(bad, dist.ReduceOp.MIN, group=_patient)
     if bad < len(files):
-        raise ValueError(f"{files[int(bad)]} is damaged: delete {path} and start again")
+        raise ValueError(f"{files[int(bad)]} is damaged or missing: delete {path} and start again")
     try:
         _quietly(dcp.load, training_tensors(model, optimizers), storage_reader=dcp.HuggingFaceStorageReader(str(path)), process_group=_patient)
     except Exception as error:      # whatever is wrong with the files
@@ -433,6 +435,12 @@ def _make_state(optimizer):
     optimizer.zero_grad(set_to_none=True)
     for group, lr in zip(optimizer.param_groups, lrs):
         group["lr"] = lr
+
+
+def _is_whole(file):
+    """Whether a shard is what was written."""
+    sums = file.with_suffix(".crc32")
+    return file.is_file() and sums.is_file() and sums.read_text() == str(_checksum(file))
 
 
 def _checksum(file):

@@ -251,8 +251,10 @@ def test_a_damaged_state(tiny, unbroken, tmp_path):
         return tiny(tmp_path / name, "--resume", "--max_steps=30", "--batch_size=2")
 
     results = run_parallel(2, SCRIPT, *damaged("byte", lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]))
-    assert [result.status for result in results] == [2, 2] and "".join(result.err for result in results).count("is damaged: delete") == 1, results
+    assert [result.status for result in results] == [2, 2] and "".join(result.err for result in results).count("is damaged or missing: delete") == 1, results
     refused(run(SCRIPT, *damaged("cut", lambda data: data[:len(data) // 2]), "--batch_size=4"), "train_state", "is damaged")
+    next((tmp_path / "cut" / "train_state").glob("*.safetensors")).unlink()
+    refused(run(SCRIPT, *tiny(tmp_path / "cut", "--resume")), "missing")
     (tmp_path / "cut" / "train_state" / "record.json").write_text("{")
     refused(run(SCRIPT, *tiny(tmp_path / "cut", "--resume")), "record.json", "damaged")
 
