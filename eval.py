@@ -10,7 +10,7 @@ diffusion.log_likelihood asks for it many texts at a time and says how far off i
     torchrun --nproc_per_node=8 eval.py --tasks=gsm8k ...                           the same table, sooner
 
 lm-eval's own command line:
-    python -c 'import eval; from lm_eval.__main__ import cli_evaluate as run; run()' --model unmask --model_args checkpoint=out/scratch --tasks piqa
+    python -c 'import eval; from lm_eval.__main__ import cli_evaluate as run; run()' run --model unmask --model_args checkpoint=out/scratch --tasks piqa
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import difflib

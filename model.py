@@ -427,8 +427,10 @@ class Transformer(nn.Module):
         if targets is None:
             return project(self.head, hidden)
         weights = torch.ones(targets.shape, device=targets.device) if weights is None else weights
-        return LinearCrossEntropy.apply(hidden.flatten(0, -2), self.head.weight, self.head.bias, targets.flatten(),
-                                        weights.flatten(), self.chunk)
+        weight, bias = self.head.weight, self.head.bias
+        if not torch.is_grad_enabled():                     # or the function, which cannot know, would make gradients that nobody asks for
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, bias, targets.flatten(), weights.flatten(), self.chunk)
 
     def hidden(self, tokens, attention_mask=None, select=None, cache=None, positions=None):
         """The residual stream behind the last block, [B, S, D] or [N, D]; arguments as in `forward`."""
