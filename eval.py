@@ -76,7 +76,7 @@ dtype = "auto"              # of the weights: float32, bfloat16; auto: as stored
 threads = 0                 # CPU threads; 0: torch's choice
 defaults = {name: value for name, value in globals().items() if type(value) in (int, float, bool, str) and not name.startswith("_")}
 settings = override(globals()) if __name__ == "__main__" else defaults
-checkpoint = settings["checkpoint"] = settings["checkpoint"] or default_checkpoint()
+settings["checkpoint"] = checkpoint = settings["checkpoint"] or default_checkpoint()
 
 
 # ---- the model, asked by requests ----------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ if dtype not in ("auto", "float32", "bfloat16"):
     raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
 if html and (Path(html).is_dir() or not os.access(Path(html).parent, os.W_OK)):
     raise OSError(f"cannot write a page to {html}: --html takes the name of a file in a folder that exists and can be written to")
-checkpoint = settings["checkpoint"] = checkpoint or default_checkpoint()
+settings["checkpoint"] = checkpoint = checkpoint or default_checkpoint()
 if checkpoint.startswith("out/") and not Path(checkpoint).is_dir():
     raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
 settings["cache"] = "" if cache == "none" else cache
