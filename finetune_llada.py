@@ -89,6 +89,7 @@ tiny = start == "tiny"
 sizes = {                   # tiny, published
     "seq_len": (160, 1024), "batch_size": (16, 1), "max_minutes": (1.2, 0.0), "learning_rate": (5e-3, 2e-4) if lora_rank else (3e-3, 2.5e-5),
 }
+any_length = not seq_len                                            # then a shorter context is no mistake
 for _name, _values in sizes.items():
     if not settings[_name] and not (_name == "max_minutes" and max_steps):
         settings[_name] = globals()[_name] = _values[not tiny]
@@ -129,6 +130,8 @@ if not tiny:
     source, _ = checkpoints.read_config(base)                       # before a data set is prepared for nothing
     if source.causal or source.block_length:
         raise ValueError(f"{init_from} is {'an autoregressive' if source.causal else 'a block-diffusion'} model ({source.family}): see convert_ar.py")
+    if any_length:
+        settings["seq_len"] = seq_len = min(seq_len, source.max_len)
     text = Tokenizer.from_pretrained(base)
     text.add_chat_tokens()
     if source.mask_token_id is None:

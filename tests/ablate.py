@@ -1,9 +1,9 @@
 """What pays in a training run of 2.5 minutes? One change at a time against the recipe of train_scratch.py, equal updates.
 
-    python tests/ablate.py TEXT_FILE OUT.jsonl ARM,ARM... SEED,SEED... [UPDATES]
+    python tests/ablate.py TEXT_FILE OUT.jsonl ARM,ARM... SEED,SEED... [UPDATES or MINUTESmin]
 
-Byte level, T 128, 4 layers, D 128, on one thread (two runs side by side fill two cores and do not disturb each other). An arm is
-a name below. Each line of OUT: arm, seed, validation NELBO in nats/byte with the true weights, its standard error, tokens/s.
+Byte level, T 128, 4 layers, D 128. 1000 updates of 4,096 tokens on one thread (two runs side by side fill two cores and do not disturb
+each other), or, with "2.5min", as many as 2.5 minutes allow on all cores. An arm is a name below. Each line of OUT: arm, seed, validation NELBO in nats/byte with the true weights, its standard error, tokens/s.
 """
 import copy
 import json
@@ -25,10 +25,10 @@ from diffusion import ar_loss, mask_tokens, mdlm_loss, nelbo, sample_t  # noqa: 
 from model import Config, Transformer  # noqa: E402
 
 BASE = dict(optimizer="muon", muon_lr=0.02, lr=3e-3, beta2=0.99, weight_decay=0.0, decay="linear", decay_from=0.0, warmup=0.02, batch=32, t="stratified",
-            max_weight=10.0, weight_power=1.0, init="ours", config={}, objective="mdlm", grad_clip=1.0, momentum=0.95, ema=0.0, softcap=0.0)
+            max_weight=10.0, weight_power=1.0, init="ours", config={}, objective="mdlm", grad_clip=1.0, momentum=0.95, ema=0.0, softcap=0.0, dtype="bfloat16")
 PLAIN = dict(optimizer="adamw", lr=1e-3, decay="cosine", t="uniform", max_weight=None, init="gpt2", weight_decay=0.1, config=dict(qk_norm=False))
 ARMS = {
-    "recipe": {}, "plain": PLAIN,
+    "recipe": {}, "plain": PLAIN, "plain float32": dict(PLAIN, dtype="float32"),
     "uniform t": dict(t="uniform"), "no clip": dict(max_weight=None), "clip 5": dict(max_weight=5.0), "clip 3": dict(max_weight=3.0),
     "clip 2": dict(max_weight=2.0), "sqrt weight": dict(weight_power=0.5), "flat weight": dict(weight_power=0.0),
     "complementary masks": dict(t="complementary"), "curriculum": dict(t="curriculum"), "low t": dict(t="low"),
@@ -66,7 +66,7 @@ class SoftCap(nn.Module):
         return self.cap * torch.tanh(self.model(tokens, **options).float() / self.cap)
 
 
-def run(arm, text, seed, updates):
+def run(arm, text, seed, updates, minutes=0.0):
     o = {**BASE, **ARMS[arm]}
     T, torch_seed = 128, torch.manual_seed(seed)
     data = TokenDataset(prepare(text, "byte"))
@@ -89,21 +89,22 @@ def run(arm, text, seed, updates):
     model = SoftCap(model, o["softcap"]) if o["softcap"] else model
     updates = updates * 32 // B             # equal tokens, which is about equal minutes
     start = time.perf_counter()
-    for step in range(updates):
-        factor = common.learning_rate_factor(step / updates, o["warmup"], o["decay"], o["decay_from"])
+    step, progress = 0, 0.0
+    while progress < 1:
+        factor = common.learning_rate_factor(progress, o["warmup"], o["decay"], o["decay_from"])
         for opt, lrs in zip(optimizers, peaks):
             for group, lr in zip(opt.param_groups, lrs):
                 group["lr"] = lr * factor
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         tokens = data.batch("train", B, T, seed, step)
-        t = draw_t(o["t"], B, step / updates, generator)
+        t = draw_t(o["t"], B, progress, generator)
         if o["t"] == "complementary":       # two noisings of the same text: each token is masked in exactly one of them
             tokens = tokens[:B // 2].repeat(2, 1)
             half = mask_tokens((B // 2, T), t[:B // 2, None], generator)
             mask, t = torch.cat((half, ~half)), torch.cat((t[:B // 2], 1 - t[:B // 2])).clamp(min=1e-3)
         else:
             mask = mask_tokens((B, T), t[:, None], generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=o["dtype"] == "bfloat16"):
             if o["objective"] == "ar":
                 loss = ar_loss(model, tokens)
             else:
@@ -120,19 +121,23 @@ def run(arm, text, seed, updates):
             opt.zero_grad(set_to_none=True)
         for average, p in zip(ema.parameters() if ema else (), model.parameters()):
             average.data.lerp_(p.data, 1 - o["ema"])
+        step += 1
+        progress = (time.perf_counter() - start) / 60 / minutes if minutes else step / updates
     seconds = time.perf_counter() - start
     model = (ema or model).eval()
     with torch.autocast("cpu", torch.bfloat16):
         value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
-    return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4), tokens_per_s=round(updates * B * T / seconds), updates=updates)
+    return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4), tokens_per_s=round(step * B * T / seconds), updates=step)
 
 
 if __name__ == "__main__":
-    text, out, arms, seeds, *updates = sys.argv[1:]
-    torch.set_num_threads(1)
+    text, out, arms, seeds, *length = sys.argv[1:]
+    minutes = float(length[0].removesuffix("min")) if length and length[0].endswith("min") else 0.0
+    if not minutes:
+        torch.set_num_threads(1)
     for seed in seeds.split(","):
         for arm in arms.split(","):
-            result = run(arm, text, int(seed), int(updates[0]) if updates else 1000)
+            result = run(arm, text, int(seed), int(length[0]) if length and not minutes else 1000, minutes)
             print(json.dumps(result), flush=True)
             with open(out, "a") as file:
-                file.write(json.dumps(result) + "\n")
+                file.write(json.dumps({**result, "minutes": minutes}) + "\n")
