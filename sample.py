@@ -158,7 +158,7 @@ def watched(begin=0):
 
 def write_html(path, trace):
     """The run as one self-contained page."""
-    data = json.dumps({"title": checkpoint, "settings": {k: v for k, v in arguments.items() if v is not None}, "messages": trace.messages})
+    data = json.dumps({"title": checkpoint, "settings": {k: v for k, v in arguments.items() if v not in (None, "", [], ())}, "messages": trace.messages})
     page = (Path(__file__).with_name("serve") / "page.html").read_text(encoding="utf-8")
     page = page.replace("/*TRACE*/ null", data.replace("<", "\\u003c"))     # no text can end the script element
     write_atomically(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
