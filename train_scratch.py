@@ -76,8 +76,9 @@ settings = override(globals())
 
 # ---- process, precision --------------------------------------------------------------------------------------------------------
 device, rank, world_size = common.init_process(device, threads)
-sizes = {                   # CPU, GPU
-    "n_layers": (4, 8), "n_heads": (4, 8), "dim": (192, 512), "seq_len": (128, 512), "batch_size": (16, 64), "max_minutes": (6.5, 8.0),
+sizes = {                   # CPU, GPU; in minutes on a CPU, many small updates are best for bytes, fewer and larger ones for pieces of words
+    "n_layers": (4, 8), "n_heads": (4, 8), "dim": (192, 512), "seq_len": (128, 512), "batch_size": (16 if tokenizer == "byte" else 32, 64),
+    "max_minutes": (6.5, 8.0),
 }
 for _name, _values in sizes.items():
     if not settings[_name] and not (_name == "max_minutes" and max_steps):
