@@ -285,7 +285,9 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum_buffer"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     update = p.grad.lerp(momentum, group["momentum"])                       # Nesterov's look ahead
                     by_shape.setdefault((min(p.shape), max(p.shape)), []).append((p, update.T if p.shape[0] > p.shape[1] else update))

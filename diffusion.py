@@ -1057,9 +1057,4 @@ class _Passes:
         column = (where[:, 1] - shift).clamp(min=0)
         flat = where[:, 0] * tokens.shape[1] + column
         tokens = tokens.clamp(max=self.config.vocab_size - 1).to(self.device)
-        if isinstance(self.model, Transformer):
-            return self.model(tokens, select=flat.to(self.device), **arguments).float()
-        select = torch.zeros(tokens.numel(), dtype=torch.bool)
-        select[flat] = True
-        logits = self.model(tokens, select=select.view(tokens.shape).to(self.device), **arguments)
-        return logits[((select.cumsum(0) - 1)[flat]).to(logits.device)].float()
+        return row_logits(self.model, tokens, flat.to(self.device), **arguments)

@@ -92,8 +92,6 @@ class Evaluator:
         self.settings = s = {**defaults, **arguments}
         s["cache"] = "" if s["cache"] == "none" else s["cache"]
         self.num_samples = check(s)
-        if s["checkpoint"].startswith("out/") and not Path(s["checkpoint"]).is_dir():
-            raise FileNotFoundError(f"there is no {s['checkpoint']} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
         where, self.process, self.processes = common.init_process(s["device"], s["threads"])
         s["batch_size"] = s["batch_size"] or (2048 if where.type == "cpu" else 16384)
         dtype = None if s["dtype"] == "auto" else getattr(torch, s["dtype"])

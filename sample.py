@@ -77,8 +77,6 @@ if dtype not in ("auto", "float32", "bfloat16"):
 if html and (Path(html).is_dir() or not os.access(Path(html).parent, os.W_OK)):
     raise OSError(f"cannot write a page to {html}: --html takes the name of a file in a folder that exists and can be written to")
 settings["checkpoint"] = checkpoint = checkpoint or default_checkpoint()
-if checkpoint.startswith("out/") and not Path(checkpoint).is_dir():
-    raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
 settings["cache"] = "" if cache == "none" else cache
 sampler = Sampler.load(checkpoint, common.init_process(device, threads)[0], None if dtype == "auto" else getattr(torch, dtype), adapter)
 

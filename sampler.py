@@ -54,6 +54,8 @@ class Sampler:
     @classmethod
     def load(cls, checkpoint, device="cpu", dtype=None, adapter=None):
         """The Sampler of a folder or hub id. adapter: the folder of a LoRA adapter to add to the weights, ours or PEFT's."""
+        if str(checkpoint).startswith("out/") and not Path(checkpoint).is_dir():
+            raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
         folder = find_checkpoint(checkpoint)
         model = Transformer.from_pretrained(folder, device=device, dtype=dtype)
         if adapter:
