@@ -1,17 +1,17 @@
-"""What every script needs and no lesson lives in: settings, errors, processes, the learning-rate schedule, resume state, the log."""
+"""What every script needs and no lesson lives in: settings, errors, processes, optimizers, resume state, the log."""
 import ast
 import contextlib
 import datetime
 import difflib
+import functools
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
+import signal
 import sys
 import time
-import zlib
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,22 +21,25 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from data.checkpoints import write_atomically  # noqa: E402
+from data.checkpoints import local_part, write_atomically  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Settings and errors
 
 
-def override(constants):
-    """Read --name=value from the command line into the caller's constants: `settings = override(globals())`.
+def override(constants, read=True):
+    """Read --name=value from the command line into the caller's constants: `settings = override(globals())`. read=False: as they stand.
 
     The public int, float, bool and str constants defined above the call are the settings; a constant's type reads the text.
     An unknown name or a wrong type ends the program with status 2 and one line; --help prints every constant and its comment.
     Returns all settings as a dict.
     """
-    show_errors_in_one_line()
     defaults = {k: v for k, v in constants.items() if type(v) in (int, float, bool, str) and not k.startswith("_")}
+    if not read:
+        return defaults
+    show_errors_in_one_line()
     for argument in sys.argv[1:]:
         name, equals, text = argument.removeprefix("--").partition("=")
         if argument in ("--help", "-h"):
@@ -53,6 +56,27 @@ def override(constants):
             raise ValueError(f"--{name} needs a value: --{name}={defaults[name]!r}")
         constants[name] = _parse(name, text, defaults[name])
     return {name: constants[name] for name in defaults}
+
+
+def fill_in(constants, settings, column, **sizes):
+    """Settings that are 0 or "" take the value in this column of `sizes` (name=(value, value, ...)); max_minutes only without max_steps."""
+    for name, values in sizes.items():
+        if not settings[name] and not (name == "max_minutes" and settings["max_steps"]):
+            settings[name] = constants[name] = values[column]
+
+
+def check(settings, at_least_1="", not_negative="", positive="", **choices):
+    """ValueError for the first setting that is out of range; the names in a text, with spaces. choices: name=(what it may be, ...)."""
+    for names, limit, wrong in ((at_least_1, "be at least 1", lambda value: value < 1), (not_negative, "not be negative", lambda value: value < 0),
+                                (positive, "be positive", lambda value: value <= 0)):
+        for name in names.split():
+            if wrong(settings[name]):
+                raise ValueError(f"{name} must {limit}, got {settings[name]}")
+    if settings["seed"] >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got {settings['seed']}")
+    for name, allowed in choices.items():
+        if settings[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}")
 
 
 def _parse(name, text, default):
@@ -80,18 +104,18 @@ def show_errors_in_one_line():
     Under torchrun a mistake that every process finds is told once. UNMASK_TRACEBACK=1 shows the traceback instead.
     """
     def hook(kind, error, traceback):
-        lost = _lost_process(error)
+        lost = lost_process(error)
         status = 2 if issubclass(kind, (ValueError, OSError, ImportError)) and not lost else 1
         if issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):  # Ctrl-C, or a reader like `head` that has seen enough
             os._exit(130 if kind is KeyboardInterrupt else 0)
         known = issubclass(kind, (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)) or lost
         if os.environ.get("UNMASK_TRACEBACK") or not known:
             return sys.__excepthook__(kind, error, traceback)
-        for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []:
+        for bar in list(tqdm._instances):
             bar.close()                                             # or the message would stand behind the progress bar
         message = " ".join(str(error).split()) or kind.__name__
         if lost:
-            message = (f"process {os.environ.get('RANK')} lost another process of this run, which died or stopped answering for {TIMEOUT_S} s: its own "
+            message = (f"process {rank_and_size()[0]} lost another process of this run, which died or stopped answering for {TIMEOUT_S} s: its own "
                        f"message, if it left one, says why; --resume=True goes on from the last checkpoint ({message[:120]})")
         if issubclass(kind, torch.OutOfMemoryError):
             message = f"{message.split('. ')[0]}: take a smaller batch_size or seq_len (finetune_llada.py --plan tells what a step takes)"
@@ -104,7 +128,7 @@ def show_errors_in_one_line():
     sys.excepthook = hook
 
 
-def _lost_process(error):
+def lost_process(error):
     """Whether an error says that another process is gone."""
     signs = r"gloo|NCCL|Connection (closed|reset)|Broken pipe|recvValue|[Tt]imed out (after|waiting)"
     return dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(signs, str(error)) is not None)
@@ -112,7 +136,7 @@ def _lost_process(error):
 
 def _first_to_say(message, lost):
     """Whether no other process of the run has said this yet, nor (if `lost`) told why it ends."""
-    rank = int(os.environ.get("RANK", 0))
+    rank, _ = rank_and_size()
     if not dist.is_initialized():                                   # settings: all processes have the same
         return rank == 0
     try:
@@ -130,9 +154,14 @@ def _first_to_say(message, lost):
 # Processes and precision
 
 
+def rank_and_size():
+    """(rank, world size) in torchrun's environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def init_process(device="auto", threads=0):
     """(device, rank, world size), from torchrun's environment; a single process is the case of world size 1."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_size()
     if device not in ("auto", "cpu", "mps") and not device.startswith("cuda"):
         raise ValueError(f"device must be auto, cpu, mps or cuda, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
@@ -159,6 +188,11 @@ TIMEOUT_S = 60
 _patient = None             # the same processes once more, for work that may take one of them long: preparing data, reading and writing weights
 
 
+def patient_group():
+    """The group to wait in for work that takes one process long."""
+    return _patient
+
+
 def barrier():
     """Wait until all processes are here, however long one of them works."""
     if dist.is_initialized():
@@ -172,6 +206,24 @@ def gather(thing):
     things = [None] * dist.get_world_size()
     dist.all_gather_object(things, thing, group=_patient)
     return things
+
+
+def first_on_rank_0(function, *arguments):
+    """function(*arguments), which makes something once and then finds it: on rank 0, and then on the others."""
+    if rank_and_size()[0] == 0:
+        function(*arguments)
+    barrier()
+    return function(*arguments)
+
+
+def share(function, work):
+    """list(map(function, work)), every process doing each n-th item of it: what `map=` of diffusion's likelihoods takes."""
+    work, (rank, size) = list(work), rank_and_size() if dist.is_initialized() else (0, 1)
+    mine = [function(item) for item in tqdm(work[rank::size], disable=bool(rank) or None, delay=2, unit="pass", leave=False)]
+    results = [None] * len(work)
+    for other, part in enumerate(gather(mine)):
+        results[other::size] = part
+    return results
 
 
 def matrix_dtype(device, dtype):
@@ -228,34 +280,6 @@ def check_ranks_agree(device, **values):
                              "settings and give them the same files")
 
 
-def shard(model, device, dtype=torch.float32):
-    """Spread the parameters of a Transformer over all processes, in place (FSDP2; ZeRO-3, Rajbhandari et al. 2020, 1910.02054).
-
-    Each process keeps 1/n of the rows of every parameter, its gradient and optimizer state; a block's parameters are gathered, in
-    `dtype`, when the block runs, and freed behind it. Embedding, head and last norm stay gathered from forward to backward pass.
-    The model may be on the meta device: checkpoints.fill then reads only the rows that belong here.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # Inputs are left alone: the angles of RoPE and the weights of the loss must stay float32.
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def gathered(tensors):
-    """{name: whole tensor on the CPU} of {name: sharded or plain tensor} on process 0, {} on the others, which must call it too."""
-    whole = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor                 # one at a time: no memory for all
-        if int(os.environ.get("RANK", 0)) == 0:
-            whole[name] = tensor.cpu()
-    return whole
-
-
 def peak_flops(device):
     """Dense bf16 FLOP/s that the maker states for this GPU, or None; for model FLOP/s utilisation (MFU)."""
     if device.type != "cuda":
@@ -308,6 +332,27 @@ def orthogonal(matrices, steps=5):
     return x
 
 
+def make_optimizers(model, kind, learning_rate, muon_lr=0.0, beta2=0.99, weight_decay=0.0):
+    """[optimizer, ...] of what learns in a Transformer: Muon for the matrices of its blocks and AdamW for the rest, or (kind "adamw") AdamW for all.
+
+    Only the matrices of the blocks decay.
+    """
+    matrices = {p for p in model.blocks.parameters() if p.ndim == 2 and p.requires_grad}
+    others = [p for p in model.parameters() if p.requires_grad and p not in matrices]
+    matrices = [p for p in model.parameters() if p in matrices]     # in the model's order
+    adamw = functools.partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)
+    if kind == "muon":
+        return [Muon(matrices, muon_lr, weight_decay=weight_decay), adamw(others)]
+    return [adamw([{"params": matrices, "weight_decay": weight_decay}, {"params": others}])]
+
+
+def set_learning_rate(optimizers, factor):
+    """Every parameter's learning rate: `factor` times the peak that its optimizer was made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * factor
+
+
 def learning_rate_factor(progress, warmup=0.02, decay="linear", decay_from=0.0):
     """What the peak learning rate is multiplied by at `progress` in [0, 1]: up over `warmup`, level, down to 0 from `decay_from` on."""
     if progress >= 1:
@@ -316,6 +361,48 @@ def learning_rate_factor(progress, warmup=0.02, decay="linear", decay_from=0.0):
         return progress / warmup
     left = min(1.0, (1 - progress) / (1 - max(decay_from, warmup)))
     return 0.5 - 0.5 * math.cos(math.pi * left) if decay == "cosine" else left
+
+
+def save_training(folder, model, optimizers, step, clock, losses, settings, sharded=False):
+    """Everything needed to go on from `step`, in train_state.pt alone (sharded: the folder train_state): a kill between two files cannot tear it apart.
+
+    FloatingPointError, and nothing is written, if a weight is not finite.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    bad = not all(local_part(p).isfinite().all() for p in weights)
+    check_finite(float("nan") if mean_over_ranks(bad, weights[0].device) else 0.0, step, folder, "a weight")
+    record = {"step": step, "elapsed_s": clock.seconds(), "losses": losses, "settings": settings}
+    if sharded:
+        from scale.sharding import save_sharded  # it builds on this file
+        save_sharded(folder / "train_state", model, optimizers, **record)
+    elif rank_and_size()[0] == 0:
+        save_state(folder / "train_state.pt", {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **record})
+
+
+def start_training(folder, model, optimizers, must_match, resume, sharded=False):
+    """(step, clock, losses, log) of a run: from nothing, or of what `save_training` wrote, read into model and optimizers, if `resume`.
+
+    ValueError if a setting in `must_match` was another one.
+    """
+    main, record = rank_and_size()[0] == 0, {"step": 0, "elapsed_s": 0.0, "losses": []}
+    if resume and sharded:
+        from scale.sharding import load_sharded
+        record = load_sharded(folder / "train_state", model, optimizers, must_match)
+    elif resume:
+        record = load_state(folder / "train_state.pt", must_match)
+        model.load_state_dict(record["model"])
+        for optimizer, state in zip(optimizers, record["optimizers"]):
+            optimizer.load_state_dict(state)
+    elif main and any((folder / name).exists() for name in ("train_state", "train_state.pt")):
+        tqdm.write(f"replacing the run in {folder} (--resume=True would continue it)")
+    log = Log(folder / "log.jsonl", keep_up_to=record["step"] if resume else None) if main else None
+    return record["step"], Clock(record["elapsed_s"]), record["losses"], log
+
+
+def check_finite(value, step, folder, what="the loss"):
+    """FloatingPointError for a number that is none."""
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{what} is {value} at step {step}: lower the learning rate; the last checkpoint is in {folder}")
 
 
 def save_state(path, state):
@@ -332,133 +419,14 @@ def load_state(path, must_match):
         settings = dict(state["settings"])
     except Exception as error:      # unpickling a damaged file can raise anything
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it and start again") from None
-    _check_settings(path, settings, must_match)
+    check_match(path, settings, must_match)
     return state
 
 
-def _check_settings(path, settings, must_match):
+def check_match(path, settings, must_match):
     for name, value in must_match.items():
         if settings.get(name) != value:
             raise ValueError(f"cannot resume: {name} was {settings.get(name)!r} in {path} and is {value!r} now")
-
-
-def training_tensors(model, optimizers):
-    """{name: tensor} of all that training changes: the parameters that learn and what the optimizers keep for each of them."""
-    tensors, states = {}, {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"model.{name}"] = parameter.detach()
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in states.get(parameter, {}).items() if isinstance(value, torch.Tensor)}
-    return tensors
-
-
-def save_sharded(path, model, optimizers, **record):
-    """Write the folder `path`: every process its part of `training_tensors` as .safetensors, and `record` as record.json.
-
-    It is written under another name, flushed and renamed: a kill at any moment leaves the last good one, here or as path.old.
-    """
-    import torch.distributed.checkpoint as dcp
-    path, rank, world_size = Path(path), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    new, old = (path.with_name(f"{path.name}.{suffix}") for suffix in ("new", "old"))
-    if rank == 0:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-    barrier()
-    try:
-        writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)      # safetensors, where torch's default pickles
-        _quietly(dcp.save, training_tensors(model, optimizers), storage_writer=writer, process_group=_patient)
-        for file in sorted(new.glob("*.safetensors"))[rank::world_size]:
-            with open(file, "rb") as data:
-                os.fsync(data.fileno())
-            file.with_suffix(".crc32").write_text(str(_checksum(file)))
-        barrier()
-        if rank == 0:
-            record |= {"files": sorted(file.name for file in new.glob("*.safetensors"))}
-            write_atomically(new / "record.json", lambda temporary: Path(temporary).write_text(json.dumps(record)))
-            if path.exists():
-                os.rename(path, old)
-            os.rename(new, path)
-            shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        if _lost_process(error):
-            raise
-        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[-200:]}): free some space or choose another folder; the last state is "
-                      "untouched") from None
-    barrier()
-
-
-def read_record(path, must_match):
-    """(folder, record) of what `save_sharded` wrote; ValueError if its "settings" differ in any item of `must_match`."""
-    path = Path(path)
-    path = path if path.exists() else path.with_name(path.name + ".old")
-    if not path.exists():
-        raise FileNotFoundError(f"{path.with_suffix('')} does not exist: there is nothing to resume; run without --resume first")
-    try:
-        record = json.loads((path / "record.json").read_text())
-        settings = dict(record["settings"])
-        if not all(Path(name).name == name for name in record["files"]):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__} in record.json): delete it and start again") from None
-    _check_settings(path, settings, must_match)
-    return path, record
-
-
-def load_sharded(path, model, optimizers):
-    """Read the tensors of the folder that `read_record` found into model and optimizers; the number of processes may be another one."""
-    import torch.distributed.checkpoint as dcp
-    for optimizer in optimizers:
-        _make_state(optimizer)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    files = [path / name for name in json.loads((path / "record.json").read_text())["files"]]
-    bad = torch.tensor(next((i for i in range(rank, len(files), world_size) if not _is_whole(files[i])), len(files)))
-    if dist.is_initialized():
-        dist.all_reduce(bad, dist.ReduceOp.MIN, group=_patient)
-    if bad < len(files):
-        raise ValueError(f"{files[int(bad)]} is damaged or missing: delete {path} and start again")
-    try:
-        _quietly(dcp.load, training_tensors(model, optimizers), storage_reader=dcp.HuggingFaceStorageReader(str(path)), process_group=_patient)
-    except Exception as error:      # whatever is wrong with the files
-        if _lost_process(error):
-            raise
-        raise ValueError(f"{path} is damaged or of another model ({' '.join(str(error).split())[-200:]}): delete it and start again") from None
-
-
-def _make_state(optimizer):
-    """Let an optimizer make its state, by a step of length 0 with gradients of 0: then there is something to load into."""
-    lrs = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * 0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, lr in zip(optimizer.param_groups, lrs):
-        group["lr"] = lr
-
-
-def _is_whole(file):
-    """Whether a shard is what was written."""
-    sums = file.with_suffix(".crc32")
-    return file.is_file() and sums.is_file() and sums.read_text() == str(_checksum(file))
-
-
-def _checksum(file):
-    total = 0
-    with open(file, "rb") as data:
-        while part := data.read(2**22):
-            total = zlib.crc32(part, total)
-    return total
-
-
-def _quietly(function, *arguments, process_group, **options):
-    """Call a function of torch.distributed.checkpoint; that there is but one process is no news."""
-    import warnings
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*arguments, process_group=process_group, **options)
 
 
 def make_folder(out_dir):
@@ -506,6 +474,44 @@ class Log:
         axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=120)
+
+
+class Progress:
+    """The progress bar of training: loss, tokens/s since the last evaluation and, on a GPU, the share of its peak FLOP/s (MFU)."""
+
+    def __init__(self, clock, step, max_steps, flops_per_token, device):
+        rank, self.world_size = rank_and_size()
+        self.clock, self.flops_per_token, self.peak, self.losses = clock, flops_per_token, peak_flops(device), []
+        self.bar = tqdm(total=max_steps or None, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        self.begin_window()
+
+    def begin_window(self):
+        """After an evaluation: what it took does not count."""
+        self.start, self.tokens = self.clock.seconds(), 0
+
+    def update(self, loss, tokens):
+        """A step is done, over so many tokens of all processes."""
+        self.tokens, self.losses = self.tokens + tokens, [*self.losses[-49:], loss]
+        self.bar.update()
+        if self.bar.n % 10 == 0:
+            speed = self.tokens_per_s()
+            mfu = {"mfu": f"{speed * self.flops_per_token / self.peak / self.world_size:.0%}"} if self.peak else {}
+            self.bar.set_postfix(loss=f"{sum(self.losses) / len(self.losses):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
+
+    def close(self):
+        self.bar.close()
+
+    def tokens_per_s(self):
+        return self.tokens / max(self.clock.seconds() - self.start, 1e-9)
+
+
+def stop_signals():
+    """A list that is empty until Ctrl-C, or until a machine about to be taken says so: finish the step, save, leave."""
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(True))
+    return stop
 
 
 class Clock:

@@ -14,10 +14,7 @@ Then: python sample.py --checkpoint=out/bert --chat        and --temperature=0.7
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
-import itertools
 import math
-import signal
-import sys
 
 import torch
 import torch.distributed as dist
@@ -45,7 +42,7 @@ compile = "auto"            # auto (on a GPU), True, False: torch.compile
 fsdp = False                # with torchrun: spread weights and optimizer over the processes (FSDP2); False: each has all of them (DDP)
 checkpointing = False       # keep only the blocks' inputs for the backward pass: a third slower, a fraction of the memory
 threads = 0                 # CPU threads; 0: torch's choice
-# data: here and below, 0 and nothing take the value from `sizes`, of a tiny start or of a published one
+# data: here and below, 0 and nothing take the value of a published run, or of a tiny start
 dataset = ""                # chat: pydocs_chat, alpaca, tulu3, smoltalk, opc, FILE.jsonl, mixed by +; text: as in train_scratch.py
 seq_len = 0                 # tokens in a sequence at most
 padding = "eos"             # eos: end-of-text tokens, part of the answer, so that its length is learned (LLaDA, appendix B.1); hidden: nobody sees it
@@ -88,24 +85,12 @@ if not tiny:
         raise ValueError(f"{init_from} is an autoregressive model ({source.family}): convert_ar.py converts it")
     if source.family not in ("bert", "roberta", "modernbert", "unmask") or source.block_length:
         raise ValueError(f"{init_from} is no BERT, RoBERTa or ModernBERT but a diffusion model ({source.family}): see finetune_llada.py")
-sizes = {                   # tiny, published
-    "dataset": ("pydocs_chat", "tulu3+smoltalk"), "seq_len": (160, min(1024, longest)), "batch_size": (16, 48), "learning_rate": (3e-3, 1e-4),
-    "max_minutes": (1.2, 0.0),
-    "optimizer": ("muon", "adamw"), "max_weight": (10.0, 0.0),
-}
-for _name, _values in sizes.items():
-    if not settings[_name] and not (_name == "max_minutes" and max_steps):
-        settings[_name] = globals()[_name] = _values[not tiny]
-for _name in ("n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum", "eval_sequences", "final_eval_sequences"):
-    if settings[_name] < 1:
-        raise ValueError(f"{_name} must be at least 1, got {settings[_name]}")
-if optimizer not in ("muon", "adamw") or decay not in ("linear", "cosine"):
-    raise ValueError("optimizer is muon or adamw; decay linear or cosine")
-for _name in ("max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval", "sample_tokens", "seed"):
-    if settings[_name] < 0:
-        raise ValueError(f"{_name} must not be negative, got {settings[_name]}")
-if min(learning_rate, muon_lr, epochs) <= 0:
-    raise ValueError(f"learning_rate, muon_lr and epochs must be positive, got {learning_rate}, {muon_lr} and {epochs}")
+common.fill_in(             # published, tiny
+    globals(), settings, column=int(tiny), dataset=("tulu3+smoltalk", "pydocs_chat"), seq_len=(min(1024, longest), 160), batch_size=(48, 16),
+    learning_rate=(1e-4, 3e-3), max_minutes=(0.0, 1.2), optimizer=("adamw", "muon"), max_weight=(0.0, 10.0))
+common.check(settings, at_least_1="n_layers n_heads dim seq_len batch_size grad_accum eval_sequences final_eval_sequences",
+             positive="learning_rate muon_lr epochs", optimizer=("muon", "adamw"), decay=("linear", "cosine"),
+             not_negative="max_weight weight_decay grad_clip warmup max_steps max_minutes eval_interval sample_tokens seed")
 if not tiny and seq_len > longest:
     raise ValueError(f"{init_from} has positions for {longest} tokens, seq_len is {seq_len}: take --seq_len={longest}")
 sharded = fsdp and world_size > 1
@@ -123,10 +108,7 @@ if not tiny:
     old_size = text.vocab_size
     text.add_mask_token()
     text.add_chat_tokens()
-if main:
-    prepare(dataset, text, vocab_size)
-common.barrier()
-data_folder = prepare(dataset, text, vocab_size)
+data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
 text = Tokenizer.from_pretrained(data_folder) if tiny else text
 data, chat = open_dataset(dataset, data_folder, seq_len, padding), is_chat(dataset)
 val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
@@ -153,119 +135,76 @@ raw_model.to(device)                                                # saved and 
 if common.is_on(compile, auto=device.type == "cuda"):
     raw_model.compile_blocks()
 if sharded:
-    common.shard(raw_model, device, common.matrix_dtype(device, dtype))
+    from scale.sharding import shard
+    shard(raw_model, device, common.matrix_dtype(device, dtype))
 model = DistributedDataParallel(raw_model) if world_size > 1 and not sharded else raw_model
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------------------
-matrices = [p for p in raw_model.blocks.parameters() if p.ndim == 2]
-others = [p for p in raw_model.parameters() if not any(p is matrix for matrix in matrices)]
-if optimizer == "muon":
-    optimizers = [common.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
-                  torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)]
-else:
-    optimizers = [torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                    lr=learning_rate, betas=(0.9, beta2), fused=True)]
-peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
+optimizers = common.make_optimizers(raw_model, optimizer, learning_rate, muon_lr, beta2, weight_decay)
 
 # ---- resume --------------------------------------------------------------------------------------------------------------------
 must_match = {name: settings[name] for name in ("init_from", "seq_len", "padding", "optimizer", "weight_decay", "beta2", "seed")}
 must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
-step, clock, losses = 0, common.Clock(), []
-if resume and sharded:
-    state_folder, state = common.read_record(folder / "train_state", must_match)
-    common.load_sharded(state_folder, raw_model, optimizers)
-elif resume:
-    state = common.load_state(folder / "train_state.pt", must_match)
-    raw_model.load_state_dict(state["model"])
-    for o, saved in zip(optimizers, state["optimizers"]):
-        o.load_state_dict(saved)
-if resume:
-    step, clock, losses = state["step"], common.Clock(state["elapsed_s"]), state["losses"]
-elif main and (folder / "train_state.pt").exists():
-    tqdm.write(f"replacing the run in {out_dir} (--resume=True would continue it)")
-log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
-
-
-advice = f"lower learning_rate or muon_lr; the last checkpoint is in {out_dir}"
+step, clock, losses, log = common.start_training(folder, raw_model, optimizers, must_match, resume, sharded)
 
 
 def save():
-    """Everything needed to go on is in train_state.pt alone (if sharded, in the folder train_state), so that a kill between two files cannot
-    tear them apart."""
-    bad = not all(checkpoints.local_part(p).isfinite().all() for p in raw_model.parameters())
-    if common.mean_over_ranks(float(bad), device):
-        raise FloatingPointError(f"the weights are not finite at step {step}: {advice}")
-    state = {"step": step, "elapsed_s": clock.seconds(), "losses": losses, "settings": {**settings, **must_match}}
-    if sharded:
-        common.save_sharded(folder / "train_state", raw_model, optimizers, **state)
-    elif main:
-        tensors = {"model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        common.save_state(folder / "train_state.pt", {**tensors, **state})
-    whole = common.gathered(raw_model.state_dict())
+    """What resuming needs, and then what sample.py reads."""
+    common.save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match}, sharded)
+    whole = checkpoints.gathered(raw_model.state_dict())
     if main:
         checkpoints.save(raw_model, folder, whole)
         text.save_pretrained(folder)
 
 
 def evaluate(sequences):
-    """(NELBO, standard error) of the first held-out sequences, always with the same masks; in chat, of the answers given the rest."""
-    raw_model.eval()
-    rows = torch.linspace(0, len(val.tokens) - 1, min(max(sequences, 2), len(val.tokens))).long()   # of all lengths
-    part = [None if x is None else x[rows].to(device) for x in (val.tokens, val.maskable, val.attention_mask)]
+    """(NELBO, standard error) of so many held-out sequences, always with the same masks; in chat, of the answers given the rest. The processes
+    divide the passes, unless each of them holds a part of the model."""
+    part = val.spread(max(sequences, 2)).to(device)
     with autocast:
-        value, error = nelbo(raw_model, part[0], seed=seed, maskable=part[1], attention_mask=part[2])
-    raw_model.train()
-    return value, error
-
-
-def tokens_per_s():
-    """Speed since the last evaluation."""
-    return window_tokens / max(clock.seconds() - window_start, 1e-9)
+        return nelbo(raw_model, part.tokens, seed=seed, maskable=part.maskable, attention_mask=part.attention_mask, map=map if sharded else common.share)
 
 
 def show_sample():
     """The answer to a held-out question, or a text out of nothing, as far as the model has come. A sharded model needs all processes for it."""
-    special = {token for token, added in text.backend.get_added_tokens_decoder().items() if added.special}
     prompt = data.prompt("val", step)[0] if chat else []
     n = min(sample_tokens, seq_len - len(prompt))
-    greedy = chat and not tiny                                      # a small model repeats itself then
+    how = dict(temperature=0.0) if chat and not tiny else dict(temperature=0.7, remasking="random")     # a small model repeats itself when greedy
     with autocast:
-        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if greedy else 0.7, remasking="low_confidence" if greedy else "random", seed=step)[0]
-    answer = text.decode(itertools.takewhile(lambda token: token not in special, ids[len(prompt):]))
+        ids = generate(raw_model, [prompt], n, n, n, seed=step, **how)[0]
     if main:
-        tqdm.write(f"step {step}: " + (f"{text.decode(prompt, skip_special_tokens=True)!r} -> {answer!r}" if chat else repr(answer)))
+        question = [repr(text.decode(prompt, skip_special_tokens=True))] * chat
+        tqdm.write(f"step {step}: " + " -> ".join([*question, repr(text.decode_answer(ids[len(prompt):]))]))
 
 
 # ---- loop ----------------------------------------------------------------------------------------------------------------------
 # One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
-flops, peak = raw_model.flops_per_token(seq_len, head_share=0.5), common.peak_flops(device)
-stop = []
-for _signal in (signal.SIGINT, signal.SIGTERM):                     # Ctrl-C, or a machine about to be taken: finish the step, save, leave
-    signal.signal(_signal, lambda *_: stop.append(True))
-bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+bar = common.Progress(clock, step, max_steps, raw_model.flops_per_token(seq_len, head_share=0.5), device)
 if main:
     tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {raw_model.config.family} on {device}; {data.summary()}")
-window_start, window_tokens = clock.seconds(), 0
+stop = common.stop_signals()
 while True:
     elapsed = common.from_rank_0(clock.seconds(), device)
     progress = max(step / max_steps if max_steps else 0.0, elapsed / 60 / max_minutes if max_minutes else 0.0)
-    finished = progress >= 1 or bool(common.from_rank_0(float(bool(stop)), device))
+    stopped = bool(common.from_rank_0(float(bool(stop)), device))
+    finished = progress >= 1 or stopped
     factor = common.learning_rate_factor(progress, warmup, decay)
-    if step and eval_interval and step % eval_interval == 0 and not finished:
+    if finished or step and eval_interval and step % eval_interval == 0:
         save()                                                      # first: a resumed run evaluates again what a kill cut short
-        val_nelbo, val_stderr = evaluate(eval_sequences)
+        if stopped:
+            break
+        val_nelbo, val_stderr = evaluate(final_eval_sequences if finished else eval_sequences)
+        val_bpb = val_nelbo / math.log(2) / bytes_per_token
         if main:
-            log.write(step=step, train_loss=sum(losses) / len(losses), val_nelbo=val_nelbo, val_stderr=val_stderr,
-                      val_bpb=val_nelbo / math.log(2) / bytes_per_token,
-                      tokens_per_s=tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
+            log.write(step=step, train_loss=sum(losses) / max(len(losses), 1), val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
+                      tokens_per_s=bar.tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
         if sample_tokens and (main or sharded):
             show_sample()
-        window_start, window_tokens, losses = clock.seconds(), 0, []
+        losses = []
+        bar.begin_window()
     if finished:
         break
-    for o, lrs in zip(optimizers, peaks):
-        for group, lr in zip(o.param_groups, lrs):
-            group["lr"] = lr * factor
+    common.set_learning_rate(optimizers, factor)
 
     # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
     # does not depend on how many processes share the work.
@@ -284,10 +223,8 @@ while True:
                 loss = mdlm_loss(model, batch.tokens, t[rows, 0], mask[rows], batch.maskable, batch.attention_mask, max_weight=max_weight or None)
             (loss.loss * batch.share / grad_accum).backward()       # answers differ in length: sum over tokens / count of the whole step
         total += loss.nelbo.item() * batch.share / grad_accum
-        window_tokens += batch.tokens.numel() * world_size
     total = common.mean_over_ranks(total, device)
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss is {total} at step {step}: {advice}")
+    common.check_finite(total, step, out_dir)
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
     for o in optimizers:
@@ -295,31 +232,18 @@ while True:
         o.zero_grad(set_to_none=True)
     step += 1
     losses.append(total)
-    bar.update()
-    if main and step % 10 == 0:
-        speed = tokens_per_s()
-        mfu = {"mfu": f"{speed * flops / peak / world_size:.0%}"} if peak else {}
-        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
+    bar.update(total, batch.tokens.numel() * slices)
 bar.close()
 
 # ---- end -----------------------------------------------------------------------------------------------------------------------
-save()
-if stop:
-    if main:
-        print(f"stopped at step {step}; --resume=True goes on from here")
-else:
-    val_nelbo, val_stderr = evaluate(final_eval_sequences)
-    if sample_tokens and (main or sharded):
-        show_sample()
-    if main:
-        bpb = val_nelbo / math.log(2) / bytes_per_token
-        log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=bpb,
-                  tokens_per_s=tokens_per_s(), elapsed_s=clock.seconds())
-        log.plot(folder / "loss.png")
-        if export:
-            Transformer.from_pretrained(folder).export_pretrained(export)
-            text.save_pretrained(export)
-        print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {bpb:.3f} bits/byte")
+if main and stopped:
+    print(f"stopped at step {step}; --resume=True goes on from here")
+elif main:
+    log.plot(folder / "loss.png")
+    if export:
+        Transformer.from_pretrained(folder).export_pretrained(export)
+        text.save_pretrained(export)
+    print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {val_bpb:.3f} bits/byte")
 if world_size > 1:
     common.barrier()
     dist.destroy_process_group()

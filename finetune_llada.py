@@ -15,9 +15,7 @@ Then: python sample.py --checkpoint=out/finetune --chat
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
-import itertools
 import math
-import signal
 import sys
 from pathlib import Path
 
@@ -32,8 +30,9 @@ from data.chat import is_chat, open_dataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import generate, mask_tokens, nelbo, sample_t, sft_loss
-from lora import add_lora, check_target, init_lora, published_modules, save_adapter, write_merged
-from memory import report
+from scale.lora import add_lora, check_target, init_lora, published_modules, save_adapter, write_merged
+from scale.memory import report
+from scale.sharding import shard
 from model import Transformer
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
@@ -53,7 +52,7 @@ threads = 0                 # CPU threads; 0: torch's choice
 plan = False                # say how much memory a step takes, and stop
 ranks = 0                   # processes that the plan reckons with; 0: torchrun's
 memory_gb = 0.0             # memory of a GPU, for the plan; 0: of the one here, else 24
-# data: 0 takes the value from `sizes` below, of a tiny start or of a published one
+# data: 0 takes the value of a published run, or of a tiny start
 dataset = "pydocs_chat"     # chat: pydocs_chat, alpaca, tulu3, smoltalk, opc, FILE.jsonl, mixed by +; text (pretraining goes on): as in train_scratch.py
 seq_len = 0                 # tokens in a sequence at most
 padding = "eos"             # eos: end-of-text tokens, part of the answer, so that its length is learned; hidden: nobody sees it
@@ -86,21 +85,15 @@ settings = override(globals())
 # ---- process, precision --------------------------------------------------------------------------------------------------------
 start, _, tiny_family = init_from.partition(":")
 tiny = start == "tiny"
-sizes = {                   # tiny, published
-    "seq_len": (160, 1024), "batch_size": (16, 1), "max_minutes": (1.2, 0.0), "learning_rate": (5e-3, 2e-4) if lora_rank else (3e-3, 2.5e-5),
-}
 any_length = not seq_len                                            # then a shorter context is no mistake
-for _name, _values in sizes.items():
-    if not settings[_name] and not (_name == "max_minutes" and max_steps):
-        settings[_name] = globals()[_name] = _values[not tiny]
-for _name in ("seq_len", "batch_size", "grad_accum", "eval_sequences", "final_eval_sequences"):
-    if settings[_name] < 1:
-        raise ValueError(f"{_name} must be at least 1, got {settings[_name]}")
-for _name in ("lora_rank", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval", "sample_tokens", "seed", "ranks", "memory_gb"):
-    if settings[_name] < 0:
-        raise ValueError(f"{_name} must not be negative, got {settings[_name]}")
-if decay not in ("linear", "cosine") or not 0 <= cart <= 1 or learning_rate <= 0 or epochs <= 0:
-    raise ValueError(f"decay is linear or cosine, cart between 0 and 1, learning_rate and epochs positive, got {decay!r}, {cart}, {learning_rate}, {epochs}")
+common.fill_in(             # published, tiny
+    globals(), settings, column=int(tiny), seq_len=(1024, 160), batch_size=(1, 16), max_minutes=(0.0, 1.2),
+    learning_rate=(2e-4, 5e-3) if lora_rank else (2.5e-5, 3e-3))
+common.check(settings, at_least_1="seq_len batch_size grad_accum eval_sequences final_eval_sequences", positive="learning_rate epochs",
+             not_negative="lora_rank weight_decay grad_clip warmup max_steps max_minutes eval_interval sample_tokens seed ranks memory_gb",
+             decay=("linear", "cosine"))
+if not 0 <= cart <= 1:
+    raise ValueError(f"cart must be between 0 and 1, got {cart}")
 if plan:
     print(report(settings))
     sys.exit()
@@ -136,10 +129,7 @@ if not tiny:
     text.add_chat_tokens()
     if source.mask_token_id is None:
         text.add_mask_token()
-if main:
-    prepare(dataset, text, vocab_size)
-common.barrier()
-data_folder = prepare(dataset, text, vocab_size)
+data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
 text = Tokenizer.from_pretrained(data_folder) if tiny else text
 data, chat = open_dataset(dataset, data_folder, seq_len, padding), is_chat(dataset)
 val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
@@ -174,7 +164,7 @@ raw_model.checkpoint_blocks = checkpointing
 if common.is_on(compile, auto=device.type == "cuda"):
     raw_model.compile_blocks()
 if sharded:
-    common.shard(raw_model, device, compute)
+    shard(raw_model, device, compute)
 checkpoints.fill(raw_model, weights, device, compute if lora_rank else torch.float32)               # of sharded ones, the rows that belong here
 if lora_rank:
     init_lora(raw_model, seed)
@@ -183,34 +173,20 @@ model = raw_model if sharded or world_size == 1 else DistributedDataParallel(raw
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------------------
 trained = [p for p in raw_model.parameters() if p.requires_grad]
-optimizers = [torch.optim.AdamW([{"params": [p for p in trained if p.ndim == 2], "weight_decay": weight_decay},
-                                 {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0}], lr=learning_rate, betas=(0.9, beta2), fused=True)]
-peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
+optimizers = common.make_optimizers(raw_model, "adamw", learning_rate, beta2=beta2, weight_decay=weight_decay)
 
 # ---- resume --------------------------------------------------------------------------------------------------------------------
 must_match = {name: settings[name] for name in ("init_from", "seq_len", "padding", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "cart",
                                                 "weight_decay", "beta2", "seed")}
 must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
-step, clock, losses = 0, common.Clock(), []
-if resume:
-    state_folder, state = common.read_record(folder / "train_state", must_match)
-    common.load_sharded(state_folder, raw_model, optimizers)
-    step, clock, losses = state["step"], common.Clock(state["elapsed_s"]), state["losses"]
-elif main and (folder / "train_state").exists():
-    tqdm.write(f"replacing the run in {out_dir} (--resume=True would continue it)")
-log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
+step, clock, losses, log = common.start_training(folder, raw_model, optimizers, must_match, resume, sharded=True)
 common.barrier()
-advice = f"lower learning_rate; the last checkpoint is in {out_dir}"
 
 
 def save():
-    """Everything needed to go on is in train_state alone; beside it the adapter, or the model, for sample.py and the like."""
-    bad = not all(checkpoints.local_part(p).isfinite().all() for p in trained)
-    if common.mean_over_ranks(float(bad), device):
-        raise FloatingPointError(f"the weights are not finite at step {step}: {advice}")
-    common.save_sharded(folder / "train_state", raw_model, optimizers, step=step, elapsed_s=clock.seconds(), losses=losses,
-                        settings={**settings, **must_match})
-    whole = common.gathered({name: p for name, p in raw_model.named_parameters() if p.requires_grad} if lora_rank else raw_model.state_dict())
+    """What resuming needs, in any number of processes; and then the adapter, or the model, for sample.py and the like."""
+    common.save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match}, sharded=True)
+    whole = checkpoints.gathered({name: p for name, p in raw_model.named_parameters() if p.requires_grad} if lora_rank else raw_model.state_dict())
     if main:
         if lora_rank:
             name = "base" if base == folder / "base" else str(base.resolve()) if Path(init_from).expanduser().is_dir() else init_from
@@ -222,66 +198,61 @@ def save():
 
 
 def evaluate(sequences):
-    """(NELBO, standard error) of the first held-out sequences, always with the same masks; in chat, of the answers given the rest."""
-    raw_model.eval()
-    rows = torch.linspace(0, len(val.tokens) - 1, min(max(sequences, 2), len(val.tokens))).long()   # of all lengths
-    part = [None if x is None else x[rows].to(device) for x in (val.tokens, val.maskable, val.attention_mask)]
+    """(NELBO, standard error) of so many held-out sequences, always with the same masks; in chat, of the answers given the rest. The processes
+    divide the passes, unless each of them holds a part of the model."""
+    part = val.spread(max(sequences, 2)).to(device)
+    raw_model.eval()                                                # no dropout
     with autocast:
-        value, error = nelbo(raw_model, part[0], seed=seed, batch_size=8, maskable=part[1], attention_mask=part[2])
+        value, error = nelbo(raw_model, part.tokens, seed=seed, batch_size=8, maskable=part.maskable, attention_mask=part.attention_mask,
+                             map=map if sharded else common.share)
     raw_model.train()
     return value, error
 
 
-def tokens_per_s():
-    """Speed since the last evaluation."""
-    return window_tokens / max(clock.seconds() - window_start, 1e-9)
-
-
 def show_sample():
-    """The answer to a held-out question, or a text out of nothing, as far as the model has come. Where it is sharded all processes write it."""
-    special = {token for token, added in text.backend.get_added_tokens_decoder().items() if added.special}
+    """The answer to a held-out question, or a text out of nothing, as far as the model has come. A sharded model needs all processes for it."""
     prompt = data.prompt("val", step)[0] if chat else []
     n = min(sample_tokens, seq_len - len(prompt))
+    how = dict(temperature=0.0) if chat else dict(temperature=1.0, remasking="random")
     raw_model.eval()
     with autocast:
-        ids = generate(raw_model, [prompt], n, n, n, temperature=0.0 if chat else 1.0, remasking="low_confidence" if chat else "random", seed=step)[0]
+        ids = generate(raw_model, [prompt], n, n, n, seed=step, **how)[0]
     raw_model.train()
-    answer = text.decode(itertools.takewhile(lambda token: token not in special, ids[len(prompt):]))
     if main:
-        tqdm.write(f"step {step}: " + (f"{text.decode(prompt, skip_special_tokens=True)!r} -> {answer!r}" if chat else repr(answer)))
+        question = [repr(text.decode(prompt, skip_special_tokens=True))] * chat
+        tqdm.write(f"step {step}: " + " -> ".join([*question, repr(text.decode_answer(ids[len(prompt):]))]))
 
 
 # ---- loop ----------------------------------------------------------------------------------------------------------------------
 # One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
-flops, peak = raw_model.flops_per_token(seq_len, head_share=0.5, training=False) * (2 if lora_rank else 3), common.peak_flops(device)
-stop = []
-for _signal in (signal.SIGINT, signal.SIGTERM):                     # Ctrl-C, or a machine about to be taken: finish the step, save, leave
-    signal.signal(_signal, lambda *_: stop.append(True))
-bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+flops = raw_model.flops_per_token(seq_len, head_share=0.5, training=False) * (2 if lora_rank else 3)      # frozen weights get no gradient
+bar = common.Progress(clock, step, max_steps, flops, device)
 if main:
     tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} learn, {config.family} on {device}; "
                + data.summary())
-window_start, window_tokens = clock.seconds(), 0
+stop = common.stop_signals()
 while True:
     elapsed = common.from_rank_0(clock.seconds(), device)
     progress = max(step / max_steps if max_steps else 0.0, elapsed / 60 / max_minutes if max_minutes else 0.0)
-    finished = progress >= 1 or bool(common.from_rank_0(float(bool(stop)), device))
+    stopped = bool(common.from_rank_0(float(bool(stop)), device))
+    finished = progress >= 1 or stopped
     factor = common.learning_rate_factor(progress, warmup, decay)
-    if step and eval_interval and step % eval_interval == 0 and not finished:
+    if finished or step and eval_interval and step % eval_interval == 0:
         save()                                                      # first: a resumed run evaluates again what a kill cut short
-        val_nelbo, val_stderr = evaluate(eval_sequences)
+        if stopped:
+            break
+        val_nelbo, val_stderr = evaluate(final_eval_sequences if finished else eval_sequences)
+        val_bpb = val_nelbo / math.log(2) / bytes_per_token
         if main:
-            log.write(step=step, train_loss=sum(losses) / len(losses), val_nelbo=val_nelbo, val_stderr=val_stderr,
-                      val_bpb=val_nelbo / math.log(2) / bytes_per_token,
-                      tokens_per_s=tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
+            log.write(step=step, train_loss=sum(losses) / max(len(losses), 1), val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
+                      tokens_per_s=bar.tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
         if sample_tokens and (main or sharded):
             show_sample()
-        window_start, window_tokens, losses = clock.seconds(), 0, []
+        losses = []
+        bar.begin_window()
     if finished:
         break
-    for o, lrs in zip(optimizers, peaks):
-        for group, lr in zip(o.param_groups, lrs):
-            group["lr"] = lr * factor
+    common.set_learning_rate(optimizers, factor)
 
     # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
     # does not depend on how many processes share the work.
@@ -307,10 +278,8 @@ while True:
                 loss = sft_loss(model, batch.tokens, batch.maskable, t[rows, 0], mask[rows], batch.attention_mask, cart)
             (loss.loss / grad_accum).backward()
         total += loss.loss.item() / grad_accum
-        window_tokens += batch.tokens.numel() * world_size
     total = common.mean_over_ranks(total, device)
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss is {total} at step {step}: {advice}")
+    common.check_finite(total, step, out_dir)
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(trained, grad_clip)
     for o in optimizers:
@@ -318,29 +287,17 @@ while True:
         o.zero_grad(set_to_none=True)
     step += 1
     losses.append(total)
-    bar.update()
-    if main and step % 10 == 0:
-        speed = tokens_per_s()
-        mfu = {"mfu": f"{speed * flops / peak / world_size:.0%}"} if peak else {}
-        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
+    bar.update(total, batch.tokens.numel() * slices)
 bar.close()
 
 # ---- end -----------------------------------------------------------------------------------------------------------------------
-save()
-if stop:
-    if main:
-        print(f"stopped at step {step}; --resume=True goes on from here")
-else:
-    val_nelbo, val_stderr = evaluate(final_eval_sequences)
-    if sample_tokens and (main or sharded):
-        show_sample()
-    if main:
-        bpb = val_nelbo / math.log(2) / bytes_per_token
-        log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=bpb,
-                  tokens_per_s=tokens_per_s(), elapsed_s=clock.seconds())
-        log.plot(folder / "loss.png")
-        if merge:
-            print(write_merged(out_dir, merge))
-        print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {bpb:.3f} bits/byte")
+if main and stopped:
+    print(f"stopped at step {step}; --resume=True goes on from here")
+elif main:
+    log.plot(folder / "loss.png")
+    if merge:
+        print(write_merged(out_dir, merge))
+    print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {val_bpb:.3f} bits/byte")
 if world_size > 1:
+    common.barrier()
     dist.destroy_process_group()

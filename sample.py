@@ -12,17 +12,15 @@ Everything starts as mask tokens; each step the model predicts all of them and a
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import json
 import os
-import shutil
 import sys
-import time
-import unicodedata
 from pathlib import Path
 
 import torch
 
 from common import override
 from data.checkpoints import write_atomically
-from sampler import Sampler, Trace, default_checkpoint
+from sampling.sampler import Sampler, Trace, default_checkpoint
+from sampling.terminal import Terminal, printable
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
 checkpoint = ""             # a recipe's folder, a published checkpoint's folder or its hub id; nothing: out/scratch or, untrained, checkpoints/mdlm
@@ -81,75 +79,10 @@ settings["cache"] = "" if cache == "none" else cache
 sampler = Sampler.load(checkpoint, common.init_process(device, threads)[0], None if dtype == "auto" else getattr(torch, dtype), adapter)
 
 
-# ---- the terminal view ---------------------------------------------------------------------------------------------------------
-class Terminal:
-    """Draws a Trace as it grows: in place in a terminal, elsewhere a line a step."""
-
-    palette = (203, 209, 215, 221, 185, 149, 113, 77)               # of 256 colours: from unsure, red, to sure, green
-
-    def __init__(self, stream=None, begin=0):
-        """begin: the first position to show."""
-        self.stream, self.begin, self.height = stream or sys.stdout, begin, 0
-        self.in_place = self.stream.isatty()
-
-    def draw(self, trace, message):
-        """Called with each message of a Trace."""
-        if "changes" not in message:
-            return
-        if not self.in_place:
-            for row in trace.rows:
-                text = "".join("░" if cell[0] is None else cell[0] for cell in row[self.begin:])
-                print(f"step {message['step']:3}  {printable(text, newline='⏎')}", file=self.stream, flush=True)
-            return
-        size = shutil.get_terminal_size()
-        lines = [line for row in trace.rows for line in self.wrap(row[self.begin:], message["step"], size.columns - 1)]
-        lines = lines[-(size.lines - 2):] + [f"\033[2mstep {message['step']}\033[0m"]
-        self.clear()
-        self.stream.write("\n".join(lines) + "\n")
-        self.stream.flush()
-        self.height = len(lines)
-        time.sleep(pause)
-        trace.start += pause                                        # a pause is no work
-
-    def clear(self):
-        """Take back what stands there."""
-        if self.height:
-            self.stream.write(f"\033[{self.height}A\033[J")
-            self.height = 0
-
-    def wrap(self, row, step, width):
-        """The lines of a row of tokens, coloured."""
-        lines, column = [""], 0
-        for text, confidence, written in row:
-            if text is None:
-                text, style = "░", "2"                              # dim
-            elif not written:
-                style = "1"                                         # bold: given
-            else:
-                style = "38;5;117" if confidence is None else f"38;5;{self.palette[min(int(8 * confidence**0.5), 7)]}"
-                style += ";4" * (written == step)                   # underlined: new
-            lines[-1] += f"\033[{style}m"
-            for character in printable(text):
-                cells = 2 if unicodedata.east_asian_width(character) in "WF" else int(not unicodedata.combining(character))
-                if character == "\n" or column + cells > width:
-                    lines[-1] += "\033[0m"
-                    lines.append(f"\033[{style}m")
-                    column = 0
-                if character != "\n":
-                    lines[-1] += character
-                    column += cells
-            lines[-1] += "\033[0m"
-        return lines
-
-
-def printable(text, newline="\n"):
-    """The text without control characters, which a terminal would obey."""
-    return "".join(newline if c == "\n" else "    " if c == "\t" else "�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-
-
+# ---- showing and recording -----------------------------------------------------------------------------------------------------
 def watched(begin=0):
     """(terminal view, Trace of a new run)"""
-    terminal = Terminal(begin=begin)
+    terminal = Terminal(begin=begin, pause=pause)
     view = terminal.draw if show or chat and terminal.in_place else None
     return terminal, Trace(sampler, arguments["remasking"], view)
 
@@ -157,7 +90,7 @@ def watched(begin=0):
 def write_html(path, trace):
     """The run as one self-contained page."""
     data = json.dumps({"title": checkpoint, "settings": {k: v for k, v in arguments.items() if v not in (None, "", [], ())}, "messages": trace.messages})
-    page = (Path(__file__).with_name("serve") / "page.html").read_text(encoding="utf-8")
+    page = (Path(__file__).with_name("sampling") / "page.html").read_text(encoding="utf-8")
     page = page.replace("/*TRACE*/ null", data.replace("<", "\\u003c"))     # no text can end the script element
     write_atomically(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
 
@@ -219,7 +152,7 @@ if chat:
 
 # ---- serve ---------------------------------------------------------------------------------------------------------------------
 if serve:
-    from serve.server import serve_forever
+    from sampling.server import serve_forever
     serve_forever(sampler, settings)
     sys.exit()
 

@@ -16,8 +16,6 @@ Then: python sample.py --checkpoint=out/scratch
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
 import math
-import signal
-import sys
 
 import torch
 import torch.distributed as dist
@@ -76,41 +74,22 @@ settings = override(globals())
 
 # ---- process, precision --------------------------------------------------------------------------------------------------------
 device, rank, world_size = common.init_process(device, threads)
-sizes = {                   # CPU, GPU; in minutes on a CPU, many small updates are best for bytes, fewer and larger ones for pieces of words
-    "n_layers": (4, 8), "n_heads": (4, 8), "dim": (192, 512), "seq_len": (128, 512), "batch_size": (16 if tokenizer == "byte" else 32, 64),
-    "max_minutes": (6.5, 8.0),
-}
-for _name, _values in sizes.items():
-    if not settings[_name] and not (_name == "max_minutes" and max_steps):
-        settings[_name] = globals()[_name] = _values[device.type != "cpu"]
-for _name in ("n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum", "eval_tokens", "final_eval_tokens"):
-    if settings[_name] < 1:
-        raise ValueError(f"{_name} must be at least 1, got {settings[_name]}")
-if objective not in ("mdlm", "bd3lm", "ar"):
-    raise ValueError(f"objective must be mdlm, bd3lm or ar, got {objective!r}")
+common.fill_in(             # CPU, GPU. In minutes on a CPU, many small updates are best for bytes, fewer and larger ones for pieces of words
+    globals(), settings, column=int(device.type != "cpu"), n_layers=(4, 8), n_heads=(4, 8), dim=(192, 512), seq_len=(128, 512),
+    batch_size=(16 if tokenizer == "byte" else 32, 64), max_minutes=(6.5, 8.0))
+common.check(settings, at_least_1="n_layers n_heads dim seq_len batch_size grad_accum eval_tokens final_eval_tokens", positive="learning_rate muon_lr",
+             not_negative="max_weight weight_decay grad_clip warmup max_steps max_minutes eval_interval sample_tokens seed",
+             objective=("mdlm", "bd3lm", "ar"), schedule=SCHEDULES, optimizer=("muon", "adamw"), decay=("linear", "cosine"))
 if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
     raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")
 if objective == "ar" and seq_len < 2:
     raise ValueError("objective ar predicts each token from those before it: seq_len must be at least 2")
-if schedule not in SCHEDULES or optimizer not in ("muon", "adamw") or decay not in ("linear", "cosine"):
-    raise ValueError("schedule is one of linear, cosine, polynomial; optimizer muon or adamw; decay linear or cosine")
-for _name in ("max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval", "sample_tokens", "seed"):
-    if settings[_name] < 0:
-        raise ValueError(f"{_name} must not be negative, got {settings[_name]}")
-if min(learning_rate, muon_lr) <= 0:
-    raise ValueError(f"learning_rate and muon_lr must be positive, got {learning_rate} and {muon_lr}")
-if seed >= 2**32:
-    raise ValueError(f"seed must be below 2**32, got {seed}")
 autocast = common.autocast(device, dtype)
 main = rank == 0                                                    # rank 0 writes and prints
 folder = common.make_folder(out_dir)
 
 # ---- data ----------------------------------------------------------------------------------------------------------------------
-if main:
-    prepare(dataset, tokenizer, vocab_size)
-if world_size > 1:
-    dist.barrier()
-data_folder = prepare(dataset, tokenizer, vocab_size)
+data_folder = common.first_on_rank_0(prepare, dataset, tokenizer, vocab_size)
 data, text = TokenDataset(data_folder), Tokenizer.from_pretrained(data_folder)
 val_windows = data.windows("val", seq_len, max(eval_tokens, final_eval_tokens, 2 * seq_len))       # [N, T]
 data.batch("train", batch_size, seq_len, seed, 0)                   # too short a corpus is better known now
@@ -127,68 +106,34 @@ if common.is_on(compile, auto=device.type == "cuda"):
 model = DistributedDataParallel(raw_model) if world_size > 1 else raw_model
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------------------
-# Muon (Jordan et al. 2024) makes the update of a matrix orthogonal: it suits the hidden ones. Embedding, head and norms take AdamW.
-matrices = [p for p in raw_model.blocks.parameters() if p.ndim == 2]
-others = [p for p in raw_model.parameters() if not any(p is matrix for matrix in matrices)]
-if optimizer == "muon":
-    optimizers = [common.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
-                  torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)]
-else:
-    optimizers = [torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                    lr=learning_rate, betas=(0.9, beta2), fused=True)]
-peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
+optimizers = common.make_optimizers(raw_model, optimizer, learning_rate, muon_lr, beta2, weight_decay)
 
 # ---- resume --------------------------------------------------------------------------------------------------------------------
 must_match = {name: settings[name] for name in ("objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "tokenizer", "optimizer",
                                                 "weight_decay", "beta2", "seed")}
 must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * grad_accum * world_size}
-step, clock, losses = 0, common.Clock(), []
-if resume:
-    state = common.load_state(folder / "train_state.pt", must_match)
-    raw_model.load_state_dict(state["model"])
-    for o, saved in zip(optimizers, state["optimizers"]):
-        o.load_state_dict(saved)
-    step, clock, losses = state["step"], common.Clock(state["elapsed_s"]), state["losses"]
-elif main and (folder / "train_state.pt").exists():
-    tqdm.write(f"replacing the run in {out_dir} (--resume=True would continue it)")
-log = common.Log(folder / "log.jsonl", keep_up_to=step if resume else None) if main else None
-
-
-advice = f"lower learning_rate or muon_lr; the last checkpoint is in {out_dir}"
+step, clock, losses, log = common.start_training(folder, raw_model, optimizers, must_match, resume)
 
 
 def save():
-    """Everything needed to go on is in train_state.pt alone, so that a kill between two files cannot tear them apart."""
-    if not main:
-        return
-    if not all(parameter.isfinite().all() for parameter in raw_model.parameters()):
-        raise FloatingPointError(f"the weights are not finite at step {step}: {advice}")
-    common.save_state(folder / "train_state.pt", {
-        "model": raw_model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "elapsed_s": clock.seconds(),
-        "losses": losses, "settings": {**settings, **must_match}})
-    raw_model.save_pretrained(folder)
-    text.save_pretrained(folder)
+    """What resuming needs, and then what sample.py reads."""
+    common.save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match})
+    if main:
+        raw_model.save_pretrained(folder)
+        text.save_pretrained(folder)
 
 
 def evaluate(max_tokens):
-    """(NELBO, standard error) on the first max_tokens of the validation split, always with the same masks."""
-    raw_model.eval()
+    """(NELBO, standard error) on the first max_tokens of the validation split, always with the same masks; the processes divide the passes."""
     windows = val_windows[:max(2, max_tokens // seq_len)]
     with autocast:
-        value, error = nelbo(raw_model, windows.to(device), seed=seed)
-    raw_model.train()
-    return value, error
-
-
-def tokens_per_s():
-    """Speed since the last evaluation."""
-    return window_steps * tokens_per_step / max(clock.seconds() - window_start, 1e-9)
+        return nelbo(raw_model, windows.to(device), seed=seed, map=common.share)
 
 
 def show_sample():
     """One text out of nothing, as far as the model has come."""
+    n = min(sample_tokens, seq_len - (objective == "ar"))           # an autoregressive text begins with one token of start
     with autocast:
-        n = min(sample_tokens, seq_len - (objective == "ar"))       # an autoregressive text begins with one token of start
         ids = generate(raw_model, [[]], n, n, n, temperature=1.0, remasking="random", seed=step)[0]
     tqdm.write(f"step {step}: {text.decode(ids, skip_special_tokens=True)!r}")
 
@@ -196,34 +141,32 @@ def show_sample():
 # ---- loop ----------------------------------------------------------------------------------------------------------------------
 # One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
 slices, tokens_per_step = grad_accum * world_size, batch_size * seq_len * grad_accum * world_size
-flops, peak = raw_model.flops_per_token(seq_len, head_share=1.0 if objective == "ar" else 0.5), common.peak_flops(device)
-stop = []
-for _signal in (signal.SIGINT, signal.SIGTERM):                     # Ctrl-C, or a machine about to be taken: finish the step, save, leave
-    signal.signal(_signal, lambda *_: stop.append(True))
-bar = tqdm(total=max_steps or None, initial=step, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+bar = common.Progress(clock, step, max_steps, raw_model.flops_per_token(seq_len, head_share=1.0 if objective == "ar" else 0.5), device)
 if main:
     tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {len(data.train):,} training tokens, {objective} on {device}")
-window_start, window_steps = clock.seconds(), 0
+stop = common.stop_signals()
 while True:
     elapsed = common.from_rank_0(clock.seconds(), device)
     progress = max(step / max_steps if max_steps else 0.0, elapsed / 60 / max_minutes if max_minutes else 0.0)
-    finished = progress >= 1 or bool(common.from_rank_0(float(bool(stop)), device))
+    stopped = bool(common.from_rank_0(float(bool(stop)), device))
+    finished = progress >= 1 or stopped
     factor = common.learning_rate_factor(progress, warmup, decay)
-    if step and eval_interval and step % eval_interval == 0 and not finished:
+    if finished or step and eval_interval and step % eval_interval == 0:
         save()                                                      # first: a resumed run evaluates again what a kill cut short
-        val_nelbo, val_stderr = evaluate(eval_tokens)
+        if stopped:
+            break
+        val_nelbo, val_stderr = evaluate(final_eval_tokens if finished else eval_tokens)
+        val_bpb = val_nelbo / math.log(2) / bytes_per_token
         if main:
-            log.write(step=step, train_loss=sum(losses) / len(losses), val_nelbo=val_nelbo, val_stderr=val_stderr,
-                      val_bpb=val_nelbo / math.log(2) / bytes_per_token,
-                      tokens_per_s=tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
+            log.write(step=step, train_loss=sum(losses) / max(len(losses), 1), val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
+                      tokens_per_s=bar.tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
             if sample_tokens:
                 show_sample()
-        window_start, window_steps, losses = clock.seconds(), 0, []
+        losses = []
+        bar.begin_window()
     if finished:
         break
-    for o, lrs in zip(optimizers, peaks):
-        for group, lr in zip(o.param_groups, lrs):
-            group["lr"] = lr * factor
+    common.set_learning_rate(optimizers, factor)
 
     # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
     # does not depend on how many processes share the work.
@@ -248,37 +191,22 @@ while True:
             (loss.loss / grad_accum).backward()
         total += loss.nelbo.item() / grad_accum
     total = common.mean_over_ranks(total, device)
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss is {total} at step {step}: {advice}")
+    common.check_finite(total, step, out_dir)
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
     step += 1
-    window_steps += 1
     losses.append(total)
-    bar.update()
-    if main and step % 10 == 0:
-        speed = tokens_per_s()
-        mfu = {"mfu": f"{speed * flops / peak / world_size:.0%}"} if peak else {}
-        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
+    bar.update(total, tokens_per_step)
 bar.close()
 
 # ---- end -----------------------------------------------------------------------------------------------------------------------
-save()
-if stop:
-    if main:
-        print(f"stopped at step {step}; --resume=True goes on from here")
-else:
-    val_nelbo, val_stderr = evaluate(final_eval_tokens)
-    if main:
-        bpb = val_nelbo / math.log(2) / bytes_per_token
-        log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=bpb,
-                  tokens_per_s=tokens_per_s(), elapsed_s=clock.seconds())
-        log.plot(folder / "loss.png")
-        if sample_tokens:
-            show_sample()
-        print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {bpb:.3f} bits/byte")
+if main and stopped:
+    print(f"stopped at step {step}; --resume=True goes on from here")
+elif main:
+    log.plot(folder / "loss.png")
+    print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {val_bpb:.3f} bits/byte")
 if world_size > 1:
     dist.destroy_process_group()

@@ -314,6 +314,11 @@ class ChatBatch:
     attention_mask: torch.Tensor = None     # bool [B, T]: what is no padding; None: everything is to be seen
     share: float = 1.0                      # its counted tokens over the mean of the step's slices: times this, means per token add up
 
+    def spread(self, n):
+        """n of its rows, evenly spread."""
+        rows = torch.linspace(0, len(self.tokens) - 1, min(n, len(self.tokens))).long()
+        return ChatBatch(*(None if x is None else x[rows] for x in (self.tokens, self.maskable, self.attention_mask)))
+
     def to(self, device):
         moved = (None if x is None else x.to(device) for x in (self.tokens, self.maskable, self.attention_mask))
         return ChatBatch(*moved, self.share)

@@ -215,7 +215,7 @@ def load(path_or_hub_id, causal=None, device="cpu", dtype=None):
     """See Transformer.from_pretrained."""
     folder = find_checkpoint(path_or_hub_id)
     if base := adapter_base(folder):
-        from lora import load_adapter, merge_lora  # it builds on this file
+        from scale.lora import load_adapter, merge_lora  # it builds on this file
         return merge_lora(load_adapter(load(base, causal, device, dtype), folder))
     model, plan = open_checkpoint(folder, causal)
     fill(model, plan, device, dtype)
@@ -597,6 +597,17 @@ def own_rows(parameter):
 
 def local_part(parameter):
     return parameter.to_local() if hasattr(parameter, "device_mesh") else parameter
+
+
+def gathered(tensors):
+    """{name: whole tensor on the CPU} of {name: sharded or plain tensor} on process 0, {} on the others, which must call it too."""
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor                 # one at a time: no memory for all
+        if int(os.environ.get("RANK", 0)) == 0:
+            whole[name] = tensor.cpu()
+    return whole
 
 
 def put_rows(model, name, rows):

@@ -158,6 +158,11 @@ class Tokenizer:
         ids = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def decode_answer(self, ids):
+        """The text before the first special token."""
+        special = {token for token, added in self.backend.get_added_tokens_decoder().items() if added.special}
+        return self.decode(itertools.takewhile(lambda token: token not in special, ids))
+
     # ---------------------------------------------------------------- chat
 
     def render_chat(self, messages, add_generation_prompt=True, template="default", **variables):

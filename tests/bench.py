@@ -351,7 +351,7 @@ _STEP = """
 import contextlib, json, sys, torch
 import torch.nn.functional as F
 from data.checkpoints import put_rows
-from lora import add_lora, init_lora
+from scale.lora import add_lora, init_lora
 from model import Config, Transformer
 torch.set_num_threads({threads})
 
@@ -404,7 +404,7 @@ def step_memory(*cases):
 @command
 def finetune():
     """Peak memory of one step, V 126464, D 512, 4 layers, T 1024, B 1: LoRA and full, ours against all logits at once, and as planned."""
-    from memory import plan_memory
+    from scale.memory import plan_memory
     config = dict(vocab_size=126464, dim=512, n_layers=4, n_heads=8, qk_norm=False)
     base = dict(config=config, T=1024, B=1)
     print("                        all logits       ours    planned   ours / all logits")
@@ -602,10 +602,11 @@ def spread_of(model, pairs, repeats, **options):
 
 def pydocs_model(folder):
     """The Evaluator of a checkpoint trained on pydocs; made here in a minute and a half if `folder` has none."""
-    from eval import Evaluator
+    import eval as settings_of
+    from evaluation.evaluator import Evaluator
     if not Path(folder, "config.json").exists():
         subprocess.run([sys.executable, "train_scratch.py", "--max_minutes=1.5", "--dim=96", "--n_heads=3", f"--out_dir={folder}"], cwd=ROOT, check=True)
-    return Evaluator(checkpoint=str(folder))
+    return Evaluator({**settings_of.settings, "checkpoint": str(folder)})
 
 
 @command
@@ -614,7 +615,8 @@ def eval():
     """log_likelihood against LLaDA's: standard errors, bias, requests/s, "auto"; `eval FOLDER [small]` with a model of pydocs."""
     from data.loader import TokenDataset
     from data.prepare import prepare
-    from diffusion import ESTIMATORS, log_likelihood
+    from diffusion import log_likelihood
+    from evaluation.designs import ESTIMATORS
     small, folder = "small" in sys.argv, sys.argv[2] if len(sys.argv) > 2 else "/tmp/unmask-bench-eval"
     evaluator = pydocs_model(folder)
     text = torch.from_numpy(TokenDataset(prepare("pydocs", folder)).val[:].astype("int64"))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import diffusion
 from diffusion import ar_loss, block_loss, generate, infill, log_likelihood, mask_tokens, mdlm_loss, nelbo, sample_t, sample_tokens, weight
+from evaluation.designs import ESTIMATORS
 from model import Config, Transformer, project
 
 MASK = 11
@@ -255,7 +256,7 @@ def test_log_likelihood_is_exact_where_it_can_be():
 
 
 @pytest.mark.parametrize("settings", [{}, {"block_length": 4}, {"shift": True}])
-@pytest.mark.parametrize("estimator", diffusion.ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_estimators_are_unbiased_and_their_errors_honest(estimator, settings):
     """Of a target whose sets can all be listed: the mean over streams is the exact bound, the spread what the errors say."""
     model, prefixes, targets, n = tiny(**settings), [[1, 2, 3]], [[3, 1, 4, 1, 5]], 300

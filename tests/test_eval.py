@@ -17,6 +17,7 @@ from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import eval as evaluation  # noqa: E402
+from evaluation.evaluator import until  # noqa: E402
 
 TASKS = ("--include_path=tests/tasks", "--tasks=stdlib_choice,stdlib_cloze,stdlib_text", "--limit=4", "--device=cpu")
 
@@ -212,7 +213,7 @@ def test_generation_batches_by_settings_and_stops(checkpoint):
         arguments = lm.sampler.arguments(request.args[1]["max_gen_toks"], lm.settings | {"temperature": 0.0}, chat=True)
         answer = lm.sampler.run([list(request.args[0].encode())], arguments)[0][len(request.args[0]):]
         assert text == lm.sampler.decode(answer)[0].split("\n")[0] if request.args[1]["until"] else text == lm.sampler.decode(answer)[0]
-    assert evaluation.until("one\n\ntwo STOP", ["STOP", "\n\n", ""]) == "one"
+    assert until("one\n\ntwo STOP", ["STOP", "\n\n", ""]) == "one"
     sampled = requests_of("generate_until", *[("The", {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0})] * 3)
     texts = lm.generate_until(sampled)
     assert len(set(texts)) > 1 and texts == lm.generate_until(sampled) and texts[:1] == lm.generate_until(sampled[:1])

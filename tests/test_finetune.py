@@ -18,10 +18,10 @@ from tiny import tiny_checkpoint, tiny_model
 from data import checkpoints
 from data.tokenizer import Tokenizer
 from diffusion import cart_weights, generate, sft_loss
-from lora import LoRALinear, add_lora, init_lora, load_adapter, merge_lora, save_adapter
-from memory import SHAPES, plan_memory
 from model import Config, LinearCrossEntropy, Transformer
-from sampler import Sampler
+from sampling.sampler import Sampler
+from scale.lora import LoRALinear, add_lora, init_lora, load_adapter, merge_lora, save_adapter
+from scale.memory import SHAPES, plan_memory
 
 SCRIPT = "finetune_llada.py"
 STEPS = 20

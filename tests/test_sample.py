@@ -1,4 +1,4 @@
-"""sample.py and sampler.py: what a user types and sees, in pipes and terminals; the recorded run; mistakes."""
+"""sample.py and sampling/sampler.py: what a user types and sees, in pipes and terminals; the recorded run; mistakes."""
 import functools
 import json
 import os
@@ -16,7 +16,7 @@ from tiny import tiny_checkpoint, tiny_model, tiny_sampler
 from tokenizers import Tokenizer as Backend
 
 from data.tokenizer import Tokenizer
-from sampler import Sampler, Trace
+from sampling.sampler import Sampler, Trace
 
 REPORT = re.compile(r"(\d+) tokens in (\d+) forward passes \((\d+\.\d\d) tokens a pass\), \d+\.\d\d s, \d+\.\d tokens/s")
 
@@ -303,7 +303,7 @@ def test_help_names_every_setting():
     assert result.status == 0
 
 
-# ---- sampler.py ----------------------------------------------------------------------------------------------------------------
+# ---- sampling/sampler.py ----------------------------------------------------------------------------------------------------------------
 def test_pieces_stand_where_their_tokens_do():
     sampler = tiny_sampler()
     tokens = list("aé€😀".encode())
@@ -368,4 +368,4 @@ def test_no_mask_token_anywhere():
 
 
 def test_the_page_has_its_placeholder():
-    assert (ROOT / "serve" / "page.html").read_text(encoding="utf-8").count("/*TRACE*/ null") == 1
+    assert (ROOT / "sampling" / "page.html").read_text(encoding="utf-8").count("/*TRACE*/ null") == 1

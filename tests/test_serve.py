@@ -1,4 +1,4 @@
-"""serve/server.py with real sockets, the `openai` client and a real browser. Every server here has a tiny random model."""
+"""sampling/server.py with real sockets, the `openai` client and a real browser. Every server here has a tiny random model."""
 import http.client
 import json
 import os
@@ -16,8 +16,8 @@ import pytest
 from scripts import Script, run
 from tiny import tiny_checkpoint, tiny_sampler
 
-from sampler import Sampler
-from serve import server as serve
+from sampling import server as serve
+from sampling.sampler import Sampler
 
 SETTINGS = {"max_new_tokens": 0, "steps": 0, "block_length": 0, "temperature": "auto", "remasking": "auto", "threshold": 0.0, "factor": 0.0,
             "cache": "auto", "cfg_scale": 0.0, "schedule": "", "seed": 1337}

@@ -3,7 +3,7 @@ import torch
 
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
-from sampler import Sampler
+from sampling.sampler import Sampler
 
 
 def tiny_model(seed=0, **settings):

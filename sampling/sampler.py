@@ -1,6 +1,6 @@
 """A checkpoint that can be asked: text -> tokens with masks -> text, and a record of every step on the way.
 
-sample.py (terminal, chat, trace) and serve/ (web page, OpenAI's API) are two faces of `Sampler`; the mathematics is in diffusion.py.
+sample.py (terminal, chat, trace) and server.py (web page, OpenAI's API) are two faces of `Sampler`; the mathematics is in diffusion.py.
 """
 import functools
 import math
@@ -14,8 +14,8 @@ import torch
 from data.checkpoints import find_checkpoint
 from data.tokenizer import Tokenizer
 from diffusion import REMASKING, generate, infill
-from lora import load_adapter, merge_lora
 from model import Transformer
+from scale.lora import load_adapter, merge_lora
 
 OFF = {"threshold": 0.0, "factor": 0.0, "entropy_bound": 0.0, "top_p": 1.0, "top_k": 0, "alg_temp": 0.0, "remask": 0.0, "remask_schedule": "cap",
        "suppress": "", "defer": ""}                                 # the settings of rules that are not used
@@ -25,7 +25,7 @@ GAP = re.compile(r"\[MASK(?::(\d+))?\]")                            # [MASK], or
 def default_checkpoint():
     """out/scratch, where train_scratch.py writes; before that is there, the diffusion model that comes with the repository."""
     trained = Path("out/scratch")
-    return str(trained) if (trained / "config.json").is_file() else os.path.relpath(Path(__file__).with_name("checkpoints") / "mdlm")
+    return str(trained) if (trained / "config.json").is_file() else os.path.relpath(Path(__file__).parent.with_name("checkpoints") / "mdlm")
 
 
 class Sampler:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from sampler import GAP, Trace
+from sampling.sampler import GAP, Trace
 
 MAX_BATCH = 16              # rows in a forward pass; also the largest n times prompts of one request
 MAX_QUEUE = 64              # requests waiting; one more gets 429

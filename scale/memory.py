@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from data.checkpoints import find_checkpoint, put_rows, read_config, tiny_config
 from data.tokenizer import Tokenizer
-from lora import add_lora
 from model import Config, Transformer
+from scale.lora import add_lora
 
 _LLADA = dict(family="llada", vocab_size=126464, dim=4096, n_layers=32, n_heads=32, hidden_dim=12288, max_len=4096, qk_norm=False)
 _DREAM = dict(family="Dream", vocab_size=152064, dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, max_len=131072, qk_norm=False,

@@ -1,0 +1,149 @@
+"""A model spread over many processes, and its resume state: written as shards, read by any number of processes.
+
+FSDP2 does the spreading, torch.distributed.checkpoint the writing; what is added here is that a kill at any moment loses nothing, that damage
+is found, and that nothing is ever unpickled.
+"""
+import json
+import os
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import common
+from data.checkpoints import write_atomically
+
+
+def shard(model, device, dtype=torch.float32):
+    """Spread the parameters of a Transformer over all processes, in place (FSDP2; ZeRO-3, Rajbhandari et al. 2020, 1910.02054).
+
+    Each process keeps 1/n of the rows of every parameter, its gradient and optimizer state; a block's parameters are gathered, in
+    `dtype`, when the block runs, and freed behind it. Embedding, head and last norm stay gathered from forward to backward pass.
+    The model may be on the meta device: checkpoints.fill then reads only the rows that belong here.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Inputs are left alone: the angles of RoPE and the weights of the loss must stay float32.
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def training_tensors(model, optimizers):
+    """{name: tensor} of all that training changes: the parameters that learn and what the optimizers keep for each of them."""
+    tensors, states = {}, {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"model.{name}"] = parameter.detach()
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in states.get(parameter, {}).items() if isinstance(value, torch.Tensor)}
+    return tensors
+
+
+def save_sharded(path, model, optimizers, **record):
+    """Write the folder `path`: every process its part of `training_tensors` as .safetensors, and `record` as record.json.
+
+    It is written under another name, flushed and renamed: a kill at any moment leaves the last good one, here or as path.old.
+    """
+    path, (rank, world_size) = Path(path), common.rank_and_size()
+    new, old = (path.with_name(f"{path.name}.{suffix}") for suffix in ("new", "old"))
+    if rank == 0:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    common.barrier()
+    try:
+        writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)      # safetensors, where torch's default pickles
+        _quietly(dcp.save, training_tensors(model, optimizers), storage_writer=writer)
+        for file in sorted(new.glob("*.safetensors"))[rank::world_size]:
+            with open(file, "rb") as data:
+                os.fsync(data.fileno())
+            file.with_suffix(".crc32").write_text(str(_checksum(file)))
+        common.barrier()
+        if rank == 0:
+            record |= {"files": sorted(file.name for file in new.glob("*.safetensors"))}
+            write_atomically(new / "record.json", lambda temporary: Path(temporary).write_text(json.dumps(record)))
+            if path.exists():
+                os.rename(path, old)
+            os.rename(new, path)
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        if common.lost_process(error):
+            raise
+        raise OSError(f"cannot write {path} ({' '.join(str(error).split())[-200:]}): free some space or choose another folder; the last state is "
+                      "untouched") from None
+    common.barrier()
+
+
+def load_sharded(path, model, optimizers, must_match):
+    """Read what `save_sharded` wrote into model and optimizers; the number of processes may be another one. Returns the record.
+
+    ValueError if its "settings" differ in any item of `must_match`, or if any file is not what was written.
+    """
+    path = Path(path)
+    path = path if path.exists() else path.with_name(path.name + ".old")
+    if not path.exists():
+        raise FileNotFoundError(f"{path.with_suffix('')} does not exist: there is nothing to resume; run without --resume first")
+    try:
+        record = json.loads((path / "record.json").read_text())
+        settings, files = dict(record["settings"]), [path / name for name in record["files"]]
+        if not all(file.parent == path for file in files):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__} in record.json): delete it and start again") from None
+    common.check_match(path, settings, must_match)
+    rank, world_size = common.rank_and_size()
+    bad = torch.tensor(next((i for i in range(rank, len(files), world_size) if not _is_whole(files[i])), len(files)))
+    if dist.is_initialized():
+        dist.all_reduce(bad, dist.ReduceOp.MIN, group=common.patient_group())
+    if bad < len(files):
+        raise ValueError(f"{files[int(bad)]} is damaged or missing: delete {path} and start again")
+    for optimizer in optimizers:
+        _make_state(optimizer)
+    try:
+        _quietly(dcp.load, training_tensors(model, optimizers), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except Exception as error:      # whatever is wrong with the files
+        if common.lost_process(error):
+            raise
+        raise ValueError(f"{path} is damaged or of another model ({' '.join(str(error).split())[-200:]}): delete it and start again") from None
+    return record
+
+
+def _make_state(optimizer):
+    """Let an optimizer make its state, by a step of length 0 with gradients of 0: then there is something to load into."""
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * 0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, lr in zip(optimizer.param_groups, lrs):
+        group["lr"] = lr
+
+
+def _is_whole(file):
+    """Whether a shard is what was written."""
+    sums = file.with_suffix(".crc32")
+    return file.is_file() and sums.is_file() and sums.read_text() == str(_checksum(file))
+
+
+def _checksum(file):
+    total = 0
+    with open(file, "rb") as data:
+        while part := data.read(2**22):
+            total = zlib.crc32(part, total)
+    return total
+
+
+def _quietly(function, *arguments, **options):
+    """Call a function of torch.distributed.checkpoint; that there is but one process is no news."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments, process_group=common.patient_group(), **options)

@@ -1,1 +1,0 @@
-"""The web page and OpenAI's API of sample.py --serve."""
