@@ -120,7 +120,30 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return HandRMSNorm.apply(x, self.weight.to(x.dtype), self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class HandRMSNorm(torch.autograd.Function):
+    """RMSNorm and its gradient by hand: on a CPU torch composes them of a dozen operations, which take four times as long for [2048, 128].
+
+        n = x / rms(x),  y = n * weight,  dx = (g * weight - n * mean(g * weight * n)) / rms(x),  dweight = sum over rows of g * n
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        n = (x * scale).to(x.dtype)
+        ctx.save_for_backward(n, scale, weight)
+        return n * weight
+
+    @staticmethod
+    def backward(ctx, g):
+        n, scale, weight = ctx.saved_tensors
+        grad_weight = (g * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        g = g * weight
+        return (g - n * (g * n).mean(-1, keepdim=True)) * scale.to(g.dtype), grad_weight, None
 
 
 def make_norm(config):

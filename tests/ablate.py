@@ -3,7 +3,7 @@
     python tests/ablate.py TEXT_FILE OUT.jsonl ARM,ARM... SEED,SEED... [UPDATES or MINUTESmin]
 
 Byte level, T 128, 4 layers, D 128. 1000 updates of 4,096 tokens on one thread (two runs side by side fill two cores and do not disturb
-each other), or, with "2.5min", as many as 2.5 minutes allow on all cores. An arm is a name below. Each line of OUT: arm, seed, validation NELBO in nats/byte with the true weights, its standard error, tokens/s.
+each other), or, with "2.5min", as many as 2.5 minutes allow on all cores. An arm is a name below, or several as in "batch 16 + complementary masks". Each line of OUT: arm, seed, validation NELBO in nats/byte with the true weights, its standard error, tokens/s.
 """
 import copy
 import json
@@ -67,7 +67,9 @@ class SoftCap(nn.Module):
 
 
 def run(arm, text, seed, updates, minutes=0.0):
-    o = {**BASE, **ARMS[arm]}
+    o = dict(BASE)
+    for name in arm.split(" + "):
+        o |= ARMS[name]
     T, torch_seed = 128, torch.manual_seed(seed)
     data = TokenDataset(prepare(text, "byte"))
     config = Config(vocab_size=data.vocab_size, mask_token_id=data.mask_token_id, max_len=T,

@@ -238,7 +238,7 @@ def test_a_sharded_run_is_the_same(short, tmp_path, script, settings):
     ("convert_bert.py", "--init_from=nowhere/at-all", ["nowhere/at-all"]),
     ("convert_ar.py", "--objective=bd3lm --block_length=7", ["block_length 7 does not divide seq_len 96"]),
     ("convert_ar.py", "--objective=bd3lm --padding=hidden", ["padding=hidden"]),
-    ("convert_ar.py", "--objective=ar", ["objective is mdlm or bd3lm"]),
+    ("convert_ar.py", "--objective=ar", ["objective must be one of mdlm, bd3lm, got 'ar'"]),
     ("convert_bert.py", "--padding=none", ["padding must be eos or hidden"]),
     ("convert_bert.py", "--seq_len=8", ["fill the context of 8 tokens"]),
     ("convert_bert.py", "--learning_rate=-1", ["must be positive"]),

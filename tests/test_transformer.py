@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Cache, Config, LinearCrossEntropy, Transformer
+from model import Cache, Config, LinearCrossEntropy, RMSNorm, Transformer
 
 KINDS = {
     "ours": {}, "llama": dict(qk_norm=False, n_kv_heads=1, rope_scaling=dict(rope_type="linear", factor=2.0)),
@@ -206,6 +206,25 @@ def test_who_depends_on_whom(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 16), (2, 3, 4, 8), (1, 2)])
+def test_norm_by_hand_is_torchs(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, g = (torch.randn(size, generator=generator).to(dtype) for size in (shape, shape[-1:], shape))
+    x[0] *= 1e-4                                                    # where eps counts
+    norm = RMSNorm(shape[-1], 1e-6)
+    norm.weight.data = weight.float()
+    results = []
+    for function in (norm, lambda x: F.rms_norm(x, weight.shape, norm.weight.to(x.dtype), 1e-6)):
+        leaf, norm.weight.grad = x.clone().requires_grad_(), None
+        y = function(leaf)
+        y.backward(g)
+        results.append((y, leaf.grad, norm.weight.grad))
+    for ours, theirs in zip(*results):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, **({"rtol": 2e-5, "atol": 1e-5 * theirs.abs().max().item()} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02 * theirs.abs().max().item()}))
+
+
 def test_checkpointed_blocks_give_the_same_gradients():
     with torch.enable_grad():
         grads = []
