@@ -205,7 +205,6 @@ def test_who_depends_on_whom(kind):
             assert moved[:i].any() == (not causal and i > 0)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 4, 8), (1, 2)])
 def test_norm_by_hand_is_torchs(shape, dtype):
@@ -222,9 +221,10 @@ def test_norm_by_hand_is_torchs(shape, dtype):
         results.append((y, leaf.grad, norm.weight.grad))
     for ours, theirs in zip(*results):
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, **({"rtol": 2e-5, "atol": 1e-5 * theirs.abs().max().item()} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02 * theirs.abs().max().item()}))
+        assert (ours - theirs).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-2) * theirs.abs().max()
 
 
+@torch.no_grad()
 def test_checkpointed_blocks_give_the_same_gradients():
     with torch.enable_grad():
         grads = []
