@@ -2,6 +2,7 @@
 
     python tests/results.py curves  OUT MINUTES [ARM,...]       NELBO against minutes: ar, mdlm, bd3lm with blocks of 4, 16, 64  -> docs/curves.png
     python tests/results.py repeats OUT UPDATES,... [ARM,...]   100 kB of text read again and again: ar and mdlm                 -> docs/repeats.png
+    python tests/results.py exercises OUT SEED,... [K/N]        one constant at a time, 800 updates on pydocs; K/N: every N-th run only
     python tests/results.py quality [N]                         samples of each rule in so many steps, judged by checkpoints/ar  -> docs/quality.png
     python tests/results.py infill  [N]                         gaps in held-out text: tokens restored, diffusion against AR
 
@@ -26,6 +27,16 @@ from diffusion import generate, infill as fill_gaps, nelbo  # noqa: E402
 from model import Transformer  # noqa: E402
 
 ARMS = {"ar": dict(objective="ar"), "mdlm": {}, **{f"bd3lm-{n}": dict(objective="bd3lm", block_length=n) for n in (4, 16, 64)}}
+
+EXERCISES = {       # what README asks: constants of train_scratch.py
+    "as it is": {}, "optimizer=adamw": dict(optimizer="adamw"), "muon_lr=0.005": dict(muon_lr=0.005), "muon_lr=0.08": dict(muon_lr=0.08),
+    "max_weight=0": dict(max_weight=0.0), "max_weight=1": dict(max_weight=1.0), "schedule=cosine": dict(schedule="cosine"),
+    "warmup=0.3": dict(warmup=0.3), "batch_size=64, max_steps=200": dict(batch_size=64, max_steps=200),
+    "batch_size=4, max_steps=3200": dict(batch_size=4, max_steps=3200), "seq_len=32, batch_size=64": dict(seq_len=32, batch_size=64),
+    "n_layers=8, dim=96": dict(n_layers=8, dim=96), "n_layers=2, dim=176": dict(n_layers=2, dim=176), "tokenizer=byte": dict(tokenizer="byte"),
+    "vocab_size=512": dict(vocab_size=512), "objective=ar": dict(objective="ar"), "objective=bd3lm, block_length=4": dict(objective="bd3lm", block_length=4),
+    "objective=bd3lm, block_length=32": dict(objective="bd3lm", block_length=32),
+}
 
 
 def train(out, **settings):
@@ -93,6 +104,21 @@ def repeats(out, updates, arms="ar,mdlm"):
          xscale="log")
 
 
+def exercises(out, seeds, part="1/1"):
+    """Everything is counted in tokens, 2,048 an update, so that a busy machine changes nothing but the minutes."""
+    k, n = map(int, part.split("/"))
+    runs = [(name, seed) for seed in seeds.split(",") for name in EXERCISES]
+    folder = lambda name, seed: Path(out) / f"{name.replace(' ', '').replace(',', '+')}-{seed}"
+    for name, seed in runs[k - 1::n]:
+        train(folder(name, seed), **{**dict(dim=128, n_layers=4, batch_size=16, max_steps=800, eval_interval=0, seed=seed), **EXERCISES[name]})
+    print("| constants | bits/byte | seeds | minutes |\n| --- | --- | --- | --- |")
+    for name in EXERCISES:
+        rows = [train(folder(name, seed))[-1] for _, seed in runs if _ == name and (folder(name, seed) / "loss.png").exists()]
+        if rows:
+            values, minutes = [row["val_bpb"] for row in rows], sum(row["elapsed_s"] for row in rows) / len(rows) / 60
+            print(f"| {name} | {sum(values) / len(values):.3f} | {', '.join(f'{value:.3f}' for value in values)} | {minutes:.1f} |")
+
+
 @torch.no_grad()
 def quality(count="32", length=128):
     """Texts out of nothing: what the autoregressive twin thinks of them (nats/token), and how varied their tokens are (entropy)."""
@@ -140,7 +166,7 @@ def infill(count="300", length=96):
 
 
 if __name__ == "__main__":
-    commands = {"curves": curves, "repeats": repeats, "quality": quality, "infill": infill}
+    commands = {"curves": curves, "repeats": repeats, "exercises": exercises, "quality": quality, "infill": infill}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(print(__doc__, file=sys.stderr) or 2)
     commands[sys.argv[1]](*sys.argv[2:])
