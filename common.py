@@ -1,11 +1,10 @@
-"""What every script needs and no lesson lives in: settings, errors, processes, optimizers, resume state, the log."""
+"""What every script needs and no lesson lives in: settings, errors, processes and precision, optimizers, progress."""
 import ast
 import contextlib
 import datetime
 import difflib
 import functools
 import hashlib
-import json
 import math
 import os
 import re
@@ -22,8 +21,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-
-from data.checkpoints import local_part, write_atomically  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Settings and errors
@@ -266,20 +263,6 @@ def from_rank_0(value, device):
     return shared.item()
 
 
-def check_ranks_agree(device, **values):
-    """ValueError, on every process, if one of `values` (anything that JSON can hold) is not the same on all of them."""
-    if not dist.is_initialized():
-        return
-    digests = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:7] for value in values.values()]
-    mine = torch.tensor([int.from_bytes(digest, "little") for digest in digests], device=device)    # [number of values]
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    for i, name in enumerate(values):
-        if differ := [rank for rank, theirs in enumerate(everyone) if theirs[i] != everyone[0][i]]:
-            raise ValueError(f"the processes disagree on {name}: process {differ[0]} has not what process 0 has; start all of them with the same "
-                             "settings and give them the same files")
-
-
 def peak_flops(device):
     """Dense bf16 FLOP/s that the maker states for this GPU, or None; for model FLOP/s utilisation (MFU)."""
     if device.type != "cuda":
@@ -363,117 +346,10 @@ def learning_rate_factor(progress, warmup=0.02, decay="linear", decay_from=0.0):
     return 0.5 - 0.5 * math.cos(math.pi * left) if decay == "cosine" else left
 
 
-def save_training(folder, model, optimizers, step, clock, losses, settings, sharded=False):
-    """Everything needed to go on from `step`, in train_state.pt alone (sharded: the folder train_state): a kill between two files cannot tear it apart.
-
-    FloatingPointError, and nothing is written, if a weight is not finite.
-    """
-    weights = [p for p in model.parameters() if p.requires_grad]
-    bad = not all(local_part(p).isfinite().all() for p in weights)
-    check_finite(float("nan") if mean_over_ranks(bad, weights[0].device) else 0.0, step, folder, "a weight")
-    record = {"step": step, "elapsed_s": clock.seconds(), "losses": losses, "settings": settings}
-    if sharded:
-        from scale.sharding import save_sharded  # it builds on this file
-        save_sharded(folder / "train_state", model, optimizers, **record)
-    elif rank_and_size()[0] == 0:
-        save_state(folder / "train_state.pt", {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **record})
-
-
-def start_training(folder, model, optimizers, must_match, resume, sharded=False):
-    """(step, clock, losses, log) of a run: from nothing, or of what `save_training` wrote, read into model and optimizers, if `resume`.
-
-    ValueError if a setting in `must_match` was another one.
-    """
-    main, record = rank_and_size()[0] == 0, {"step": 0, "elapsed_s": 0.0, "losses": []}
-    if resume and sharded:
-        from scale.sharding import load_sharded
-        record = load_sharded(folder / "train_state", model, optimizers, must_match)
-    elif resume:
-        record = load_state(folder / "train_state.pt", must_match)
-        model.load_state_dict(record["model"])
-        for optimizer, state in zip(optimizers, record["optimizers"]):
-            optimizer.load_state_dict(state)
-    elif main and any((folder / name).exists() for name in ("train_state", "train_state.pt")):
-        tqdm.write(f"replacing the run in {folder} (--resume=True would continue it)")
-    log = Log(folder / "log.jsonl", keep_up_to=record["step"] if resume else None) if main else None
-    return record["step"], Clock(record["elapsed_s"]), record["losses"], log
-
-
 def check_finite(value, step, folder, what="the loss"):
     """FloatingPointError for a number that is none."""
     if not math.isfinite(value):
         raise FloatingPointError(f"{what} is {value} at step {step}: lower the learning rate; the last checkpoint is in {folder}")
-
-
-def save_state(path, state):
-    """torch.save: a kill or a full disk at any moment leaves the last good file."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_state(path, must_match):
-    """The state that `save_state` wrote; ValueError if its "settings" differ in any item of `must_match`."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist: there is nothing to resume; run without --resume first")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        settings = dict(state["settings"])
-    except Exception as error:      # unpickling a damaged file can raise anything
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it and start again") from None
-    check_match(path, settings, must_match)
-    return state
-
-
-def check_match(path, settings, must_match):
-    for name, value in must_match.items():
-        if settings.get(name) != value:
-            raise ValueError(f"cannot resume: {name} was {settings.get(name)!r} in {path} and is {value!r} now")
-
-
-def make_folder(out_dir):
-    """Create out_dir and see that it can be written to, before hours of work depend on it."""
-    folder = Path(out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").write_text("")
-        (folder / ".writable").unlink(missing_ok=True)              # every rank does this at once
-    except OSError as error:
-        raise OSError(f"cannot write to out_dir {out_dir} ({error.strerror or error}): choose another with --out_dir=...") from None
-    return folder
-
-
-class Log:
-    """log.jsonl, a JSON object a line. A resumed run drops what the killed one wrote behind its checkpoint."""
-
-    def __init__(self, path, keep_up_to=None):
-        self.path, self.rows = Path(path), []
-        if keep_up_to is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):               # a line cut short by a kill
-                    self.rows.append(json.loads(line))
-            self.rows = [row for row in self.rows if row["step"] < keep_up_to]
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(self.path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-    def write(self, **row):
-        self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def plot(self, path, ylabel="nats per token"):
-        """Draw training loss and validation bound over minutes, where matplotlib is installed."""
-        try:
-            from matplotlib.figure import Figure  # no pyplot: no global state, no display
-        except ImportError:
-            return
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for key, label, style in (("train_loss", "training loss", dict(alpha=0.4)), ("val_nelbo", "validation NELBO", dict(marker="o", ms=3))):
-            rows = [row for row in self.rows if row.get(key) is not None and math.isfinite(row[key])]
-            axes.plot([row["elapsed_s"] / 60 for row in rows], [row[key] for row in rows], label=label, **style)
-        axes.set(xlabel="minutes", ylabel=ylabel)
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=120)
 
 
 class Progress:
@@ -512,13 +388,3 @@ def stop_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     return stop
-
-
-class Clock:
-    """Seconds of work, continued over a resume."""
-
-    def __init__(self, before=0.0):
-        self.start = time.perf_counter() - before
-
-    def seconds(self):
-        return time.perf_counter() - self.start

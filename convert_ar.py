@@ -27,6 +27,7 @@ from common import override
 from data import checkpoints
 from data.chat import is_chat, open_dataset
 from data.prepare import prepare
+from data.state import make_folder, save_training, start_training
 from data.tokenizer import Tokenizer
 from diffusion import block_loss, generate, mask_tokens, mdlm_loss, nelbo, sample_t
 from model import Transformer
@@ -108,7 +109,7 @@ if sharded and optimizer == "muon":
 # Sharded weights are cast when they are gathered.
 autocast = contextlib.nullcontext() if sharded else common.autocast(device, dtype)
 main = rank == 0                                                    # rank 0 writes and prints
-folder = common.make_folder(out_dir)
+folder = make_folder(out_dir)
 
 # ---- data ----------------------------------------------------------------------------------------------------------------------
 # A checkpoint keeps its own tokenizer, with a mask token and those of the chat template where it has none.
@@ -157,12 +158,12 @@ optimizers = common.make_optimizers(raw_model, optimizer, learning_rate, muon_lr
 must_match = {name: settings[name] for name in ("init_from", "objective", "block_length", "shift", "anneal_steps", "seq_len", "padding",
                                                 "optimizer", "weight_decay", "beta2", "seed")}
 must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
-step, clock, losses, log = common.start_training(folder, raw_model, optimizers, must_match, resume, sharded)
+step, clock, losses, log = start_training(folder, raw_model, optimizers, must_match, resume, sharded)
 
 
 def save():
     """What resuming needs, and then what sample.py reads."""
-    common.save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match}, sharded)
+    save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match}, sharded)
     whole = checkpoints.gathered(raw_model.state_dict())
     if main:
         checkpoints.save(raw_model, folder, whole)

@@ -14,7 +14,6 @@ lm-eval's own command line:
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import difflib
-import functools
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from data.checkpoints import find_checkpoint, write_atomically
 from data.loader import TokenDataset
 from data.prepare import prepare
 from diffusion import nelbo
-from evaluation.evaluator import Evaluator
+from evaluation.evaluator import Evaluator, harness_model
 from sampling.sampler import default_checkpoint
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
@@ -74,34 +73,6 @@ dtype = "auto"              # of the weights: float32, bfloat16; auto: as stored
 threads = 0                 # CPU threads; 0: torch's choice
 settings = override(globals(), read=__name__ == "__main__")
 settings["checkpoint"] = checkpoint = settings["checkpoint"] or default_checkpoint()
-
-
-# ---- the model ------------------------------------------------------------------------------------------------------------------
-@functools.cache
-def harness_model():
-    """The Evaluator as a class of lm-eval's."""
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import simple_parse_args_string
-
-    class Unmask(Evaluator, TemplateLM):
-        def __init__(self, **arguments):
-            for name in arguments:
-                if name not in settings:
-                    raise ValueError(f"no setting called {name!r}; did you mean {difflib.get_close_matches(name, settings, 1, 0)[0]!r}?")
-            TemplateLM.__init__(self)
-            Evaluator.__init__(self, {**settings, **arguments})
-
-        @classmethod
-        def create_from_arg_obj(cls, arguments, _=None):            # --model_args alone: lm-eval's batch_size counts requests, its device is cuda
-            return cls(**arguments)
-
-        @classmethod
-        def create_from_arg_string(cls, arguments, _=None):
-            return cls(**simple_parse_args_string(arguments))
-
-        def _loglikelihood_tokens(self, requests, **_):             # of lm-eval's own `loglikelihood`, which ours replaces
-            raise NotImplementedError
-    return Unmask
 
 
 # ---- the bound on a text -------------------------------------------------------------------------------------------------------
@@ -167,7 +138,7 @@ def main():
         raise ValueError("tasks is empty: choose lm-eval's names, or nelbo")
     if output and (not output.endswith(".json") or not os.access(Path(output).absolute().parent, os.W_OK)):
         raise OSError(f"cannot write results to {output}: --output takes the name of a .json file in a folder that exists and can be written to")
-    evaluator = Evaluator(settings) if names == ["nelbo"] else harness_model()()
+    evaluator = Evaluator(settings) if names == ["nelbo"] else harness_model(settings)()
     results, bound = {}, None
     if "nelbo" in names:
         bound = value, error, size, count = text_bound(evaluator)
@@ -207,4 +178,4 @@ if __name__ == "__main__":
     main()
 else:                                                               # `import eval` is how lm-eval learns of --model unmask
     from lm_eval.api.registry import register_model
-    register_model("unmask")(harness_model())
+    register_model("unmask")(harness_model(settings))

@@ -28,11 +28,12 @@ from common import override
 from data import checkpoints
 from data.chat import is_chat, open_dataset
 from data.prepare import prepare
+from data.state import make_folder, save_training, start_training
 from data.tokenizer import Tokenizer
 from diffusion import generate, mask_tokens, nelbo, sample_t, sft_loss
 from scale.lora import add_lora, check_target, init_lora, published_modules, save_adapter, write_merged
 from scale.memory import report
-from scale.sharding import shard
+from scale.sharding import check_ranks_agree, shard
 from model import Transformer
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
@@ -104,7 +105,7 @@ sharded = fsdp and world_size > 1
 autocast = contextlib.nullcontext() if lora_rank or sharded or compute == torch.float32 else torch.autocast(device.type, compute, cache_enabled=False)
 main = rank == 0                                                    # rank 0 writes and prints
 check_target("out_dir", out_dir, init_from)
-folder = common.make_folder(out_dir)
+folder = make_folder(out_dir)
 if merge:
     check_target("merge", merge, init_from, out_dir)
     if not resume and any((folder / name).exists() for name in ("adapter_model.safetensors", "config.json")):
@@ -136,7 +137,7 @@ val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
 bytes_per_token = data.val_bytes_per_token(val, text)
 data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
 slices = grad_accum * world_size
-common.check_ranks_agree(device, **{"the data": data.fingerprint, **{k: v for k, v in settings.items() if k not in ("dataset", "device", "threads")}})
+check_ranks_agree(device, **{"the data": data.fingerprint, **{k: v for k, v in settings.items() if k not in ("dataset", "device", "threads")}})
 if not (max_steps or max_minutes):
     max_steps = max(1, round(epochs * data.examples["train"] / (batch_size * slices)))
 
@@ -179,13 +180,13 @@ optimizers = common.make_optimizers(raw_model, "adamw", learning_rate, beta2=bet
 must_match = {name: settings[name] for name in ("init_from", "seq_len", "padding", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "cart",
                                                 "weight_decay", "beta2", "seed")}
 must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
-step, clock, losses, log = common.start_training(folder, raw_model, optimizers, must_match, resume, sharded=True)
+step, clock, losses, log = start_training(folder, raw_model, optimizers, must_match, resume, sharded=True)
 common.barrier()
 
 
 def save():
     """What resuming needs, in any number of processes; and then the adapter, or the model, for sample.py and the like."""
-    common.save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match}, sharded=True)
+    save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match}, sharded=True)
     whole = checkpoints.gathered({name: p for name, p in raw_model.named_parameters() if p.requires_grad} if lora_rank else raw_model.state_dict())
     if main:
         if lora_rank:

@@ -10,7 +10,6 @@ Everything starts as mask tokens; each step the model predicts all of them and a
     python sample.py --serve=8000                                       a web page and OpenAI's API on 127.0.0.1
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from pathlib import Path
 import torch
 
 from common import override
-from data.checkpoints import write_atomically
 from sampling.sampler import Sampler, Trace, default_checkpoint
 from sampling.terminal import Terminal, printable
 
@@ -79,78 +77,11 @@ settings["cache"] = "" if cache == "none" else cache
 sampler = Sampler.load(checkpoint, common.init_process(device, threads)[0], None if dtype == "auto" else getattr(torch, dtype), adapter)
 
 
-# ---- showing and recording -----------------------------------------------------------------------------------------------------
-def watched(begin=0):
-    """(terminal view, Trace of a new run)"""
-    terminal = Terminal(begin=begin, pause=pause)
-    view = terminal.draw if show or chat and terminal.in_place else None
-    return terminal, Trace(sampler, arguments["remasking"], view)
-
-
-def write_html(path, trace):
-    """The run as one self-contained page."""
-    data = json.dumps({"title": checkpoint, "settings": {k: v for k, v in arguments.items() if v not in (None, "", [], ())}, "messages": trace.messages})
-    page = (Path(__file__).with_name("sampling") / "page.html").read_text(encoding="utf-8")
-    page = page.replace("/*TRACE*/ null", data.replace("<", "\\u003c"))     # no text can end the script element
-    write_atomically(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
-
-
-# ---- chat ----------------------------------------------------------------------------------------------------------------------
-def answer(messages):
-    """Print the answer and append it. The oldest turns are dropped where the context is too short for all."""
-    global arguments
-    room = sampler.config.max_len - (max_new_tokens or min(128, sampler.config.max_len // 2))
-    tokens, dropped = sampler.encode_chat(messages), 0
-    while len(tokens) > room and len(messages) > 2:
-        del messages[:2]
-        tokens, dropped = sampler.encode_chat(messages), dropped + 2
-    if dropped:
-        print(f"(the oldest {dropped} messages no longer fit into the context of {sampler.config.max_len} tokens and are forgotten)")
-    count = sampler.fit(tokens, max_new_tokens)
-    turn = {**settings, "seed": seed + len(messages), "block_length": min(block_length, count)}
-    arguments = sampler.arguments(count, turn, chat=True)
-    terminal, trace = watched(begin=len(tokens))
-    try:
-        completion = sampler.run([tokens], arguments, on_step=trace)[0][len(tokens):]
-    finally:
-        terminal.clear()
-    text, used, _ = sampler.decode(completion, chat=True)
-    print(printable(text.strip()))
-    print(f"({trace.report(len(completion))})")
-    messages.append({"role": "assistant", "content": text.strip()})
-
-
+# ---- chat and serve ------------------------------------------------------------------------------------------------------------
 if chat:
-    messages, typed = [], sys.stdin.isatty()
-    if typed:
-        import readline  # noqa: F401  arrow keys and history for input()
-        print("Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves.")
-    while True:
-        try:
-            line = input("\n> " if typed else "").strip()
-        except KeyboardInterrupt:
-            print("\n(/exit or Ctrl-D leaves)")
-            continue
-        except EOFError:
-            break
-        if line == "/exit":
-            break
-        if line == "/reset":
-            messages = []
-            print("(forgotten)")
-        elif line:
-            messages.append({"role": "user", "content": line})
-            try:
-                answer(messages)
-            except KeyboardInterrupt:
-                messages.pop()
-                print("\n(stopped; the question is forgotten)")
-            except ValueError as error:
-                messages.pop()
-                print(f"error: {error}")
+    from sampling.chat import converse
+    converse(sampler, settings)
     sys.exit()
-
-# ---- serve ---------------------------------------------------------------------------------------------------------------------
 if serve:
     from sampling.server import serve_forever
     serve_forever(sampler, settings)
@@ -174,7 +105,8 @@ else:
     tokens = sampler.encode_prompt(read(prompt))
     count = sampler.fit(tokens, max_new_tokens)
 arguments = sampler.arguments(count, settings, gaps=bool(infill))
-terminal, trace = watched()
+terminal = Terminal(pause=pause)
+trace = Trace(sampler, arguments["remasking"], terminal.draw if show else None)
 try:
     samples = sampler.run([tokens] * num_samples, arguments, gaps=bool(infill), on_step=trace)
 except KeyboardInterrupt:
@@ -193,5 +125,5 @@ for number, sample in enumerate(samples, 1):
 new_tokens = count * num_samples if infill else sum(map(len, samples)) - len(tokens) * num_samples
 print(f"\n{trace.report(new_tokens)}")
 if html:
-    write_html(html, trace.finish())
+    trace.finish().write_html(html, arguments)
     print(f"wrote {html}: open it in a browser")

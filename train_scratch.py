@@ -25,6 +25,7 @@ from tqdm import tqdm
 from common import override
 from data.loader import TokenDataset
 from data.prepare import prepare
+from data.state import make_folder, save_training, start_training
 from data.tokenizer import Tokenizer
 from diffusion import SCHEDULES, ar_loss, block_loss, generate, mask_tokens, mdlm_loss, nelbo, sample_t
 from model import Config, Transformer
@@ -86,7 +87,7 @@ if objective == "ar" and seq_len < 2:
     raise ValueError("objective ar predicts each token from those before it: seq_len must be at least 2")
 autocast = common.autocast(device, dtype)
 main = rank == 0                                                    # rank 0 writes and prints
-folder = common.make_folder(out_dir)
+folder = make_folder(out_dir)
 
 # ---- data ----------------------------------------------------------------------------------------------------------------------
 data_folder = common.first_on_rank_0(prepare, dataset, tokenizer, vocab_size)
@@ -112,12 +113,12 @@ optimizers = common.make_optimizers(raw_model, optimizer, learning_rate, muon_lr
 must_match = {name: settings[name] for name in ("objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "tokenizer", "optimizer",
                                                 "weight_decay", "beta2", "seed")}
 must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * grad_accum * world_size}
-step, clock, losses, log = common.start_training(folder, raw_model, optimizers, must_match, resume)
+step, clock, losses, log = start_training(folder, raw_model, optimizers, must_match, resume)
 
 
 def save():
     """What resuming needs, and then what sample.py reads."""
-    common.save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match})
+    save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match})
     if main:
         raw_model.save_pretrained(folder)
         text.save_pretrained(folder)

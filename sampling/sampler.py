@@ -3,6 +3,7 @@
 sample.py (terminal, chat, trace) and server.py (web page, OpenAI's API) are two faces of `Sampler`; the mathematics is in diffusion.py.
 """
 import functools
+import json
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.checkpoints import find_checkpoint
+from data.checkpoints import find_checkpoint, write_atomically
 from data.tokenizer import Tokenizer
 from diffusion import REMASKING, generate, infill
 from model import Transformer
@@ -239,6 +240,14 @@ class Trace:
         seconds = time.perf_counter() - self.start
         return (f"{new_tokens} tokens in {self.passes} forward passes ({new_tokens / max(self.passes, 1):.2f} tokens a pass), {seconds:.2f} s, "
                 f"{new_tokens / max(seconds, 1e-9):.1f} tokens/s")
+
+    def write_html(self, path, arguments):
+        """The run as one self-contained page: page.html with the messages, and the `arguments` of the run, in it."""
+        settings = {name: value for name, value in arguments.items() if value not in (None, "", [], ())}
+        data = json.dumps({"title": self.sampler.name, "settings": settings, "messages": self.messages}).replace("<", "\\u003c")
+        page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        page = page.replace("/*TRACE*/ null", data)                 # in which no text can end the script element
+        write_atomically(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
 
     def _confidence(self, score):
         """A probability to colour by, or None: entropy's score is -H, and rules that choose blindly have none."""

@@ -3,6 +3,7 @@
 FSDP2 does the spreading, torch.distributed.checkpoint the writing; what is added here is that a kill at any moment loses nothing, that damage
 is found, and that nothing is ever unpickled.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import common
 from data.checkpoints import write_atomically
+from data.state import check_match
 
 
 def shard(model, device, dtype=torch.float32):
@@ -97,7 +99,7 @@ def load_sharded(path, model, optimizers, must_match):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__} in record.json): delete it and start again") from None
-    common.check_match(path, settings, must_match)
+    check_match(path, settings, must_match)
     rank, world_size = common.rank_and_size()
     bad = torch.tensor(next((i for i in range(rank, len(files), world_size) if not _is_whole(files[i])), len(files)))
     if dist.is_initialized():
@@ -113,6 +115,20 @@ def load_sharded(path, model, optimizers, must_match):
             raise
         raise ValueError(f"{path} is damaged or of another model ({' '.join(str(error).split())[-200:]}): delete it and start again") from None
     return record
+
+
+def check_ranks_agree(device, **values):
+    """ValueError, on every process, if one of `values` (anything that JSON can hold) is not the same on all of them."""
+    if not dist.is_initialized():
+        return
+    digests = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:7] for value in values.values()]
+    mine = torch.tensor([int.from_bytes(digest, "little") for digest in digests], device=device)    # [number of values]
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    for i, name in enumerate(values):
+        if differ := [rank for rank, theirs in enumerate(everyone) if theirs[i] != everyone[0][i]]:
+            raise ValueError(f"the processes disagree on {name}: process {differ[0]} has not what process 0 has; start all of them with the same "
+                             "settings and give them the same files")
 
 
 def _make_state(optimizer):

@@ -1,4 +1,4 @@
-"""common.py: settings from the command line, errors in one line, the learning rate, state and log that survive a kill."""
+"""common.py and data/state.py: settings from the command line, errors in one line, the learning rate, state and log that survive a kill."""
 import json
 import math
 import os
@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import common
+from data import state as state_module
+from data.state import Clock, Log, load_state, make_folder, save_state
 
 DEFAULTS = {"n_layer": 6, "weight_decay": 0.1, "compile": True, "show": False, "out_dir": "out", "seed": -1}
 
@@ -212,8 +214,8 @@ STATE = {"model": {"w": torch.arange(6.0).view(2, 3)}, "step": 7, "settings": {"
 def test_state_comes_back(tmp_path):
     path = tmp_path / "state.pt"
     (tmp_path / "state.pt.tmp").write_bytes(b"left behind by a kill")
-    common.save_state(path, STATE)
-    state = common.load_state(path, {"dim": 64})
+    save_state(path, STATE)
+    state = load_state(path, {"dim": 64})
     assert torch.equal(state["model"]["w"], STATE["model"]["w"]) and state["step"] == 7
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
 
@@ -221,7 +223,7 @@ def test_state_comes_back(tmp_path):
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
 def test_a_failed_save_leaves_the_last_state(tmp_path, monkeypatch, failing):
     path = tmp_path / "state.pt"
-    common.save_state(path, STATE)
+    save_state(path, STATE)
     before = path.read_bytes()
 
     def fail(*_, **__):
@@ -232,17 +234,17 @@ def test_a_failed_save_leaves_the_last_state(tmp_path, monkeypatch, failing):
         raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0")
     monkeypatch.setattr(*((torch, "save", fail_as_torch_does) if failing == "write" else (os, failing, fail)))
     with pytest.raises(OSError, match="cannot write .*state.pt .*free some space or choose another folder; what stood there is untouched"):
-        common.save_state(path, {"step": 8})
+        save_state(path, {"step": 8})
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["state.pt"]
 
 
 def test_state_that_is_not_there_or_does_not_match(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume; run without --resume first"):
-        common.load_state(tmp_path / "state.pt", {})
-    common.save_state(tmp_path / "state.pt", STATE)
+        load_state(tmp_path / "state.pt", {})
+    save_state(tmp_path / "state.pt", STATE)
     for wrong, words in (({"dim": 32}, "dim was 64 in .* and is 32 now"), ({"objective": "ar"}, "objective was 'mdlm'"), ({"new": 1}, "new was None")):
         with pytest.raises(ValueError, match=f"cannot resume: {words}"):
-            common.load_state(tmp_path / "state.pt", wrong)
+            load_state(tmp_path / "state.pt", wrong)
 
 
 class Bomb:
@@ -252,7 +254,7 @@ class Bomb:
 
 def test_damaged_state(tmp_path):
     path, whole = tmp_path / "state.pt", tmp_path / "whole.pt"
-    common.save_state(whole, STATE)
+    save_state(whole, STATE)
     data = whole.read_bytes()
     bomb = Bomb()
     bomb.folder = str(tmp_path / "hacked")
@@ -263,22 +265,22 @@ def test_damaged_state(tmp_path):
                     *((tmp_path / name).read_bytes() for name in ("bomb.pt", "list.pt", "other.pt"))):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is damaged .*: delete it and start again"):
-            common.load_state(path, {"dim": 64})
+            load_state(path, {"dim": 64})
     assert not (tmp_path / "hacked").exists()
 
 
 def test_make_folder(tmp_path):
-    assert common.make_folder(tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+    assert make_folder(tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "file").write_text("x")
     for bad in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nothing/here", "/sys", "bad\0name", "x" * 300):
         with pytest.raises((OSError, ValueError), match="cannot write to out_dir|null byte"):
-            common.make_folder(bad)
+            make_folder(bad)
     errors = []
 
     def many_times():                                               # all ranks of a run make the folder at once
         try:
             for _ in range(300):
-                common.make_folder(tmp_path / "shared")
+                make_folder(tmp_path / "shared")
         except OSError as error:
             errors.append(error)
     threads = [threading.Thread(target=many_times) for _ in range(4)]
@@ -297,24 +299,24 @@ def rows_of(path):
 
 def test_log(tmp_path):
     path = tmp_path / "log.jsonl"
-    log = common.Log(path)
+    log = Log(path)
     for step in (10, 20, 30):
         log.write(step=step, train_loss=1 / step, note="é")
     assert [row["step"] for row in rows_of(path)] == [10, 20, 30] and rows_of(path)[0]["train_loss"] == 0.1
     with open(path, "a") as file:
         file.write('{"step": 40, "train_lo')                         # cut short by a kill
-    resumed = common.Log(path, keep_up_to=30)                        # step 30 is evaluated again
+    resumed = Log(path, keep_up_to=30)                        # step 30 is evaluated again
     assert [row["step"] for row in rows_of(path)] == [10, 20] == [row["step"] for row in resumed.rows]
     resumed.write(step=30, train_loss=0.5)
     assert [row["step"] for row in rows_of(path)] == [10, 20, 30]
     assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
-    common.Log(path)                                                 # a new run begins a new log
-    assert path.read_text() == "" and common.Log(tmp_path / "none.jsonl", keep_up_to=5).rows == []
+    Log(path)                                                 # a new run begins a new log
+    assert path.read_text() == "" and Log(tmp_path / "none.jsonl", keep_up_to=5).rows == []
 
 
 def test_a_log_is_never_half_rewritten(tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
-    log = common.Log(path)
+    log = Log(path)
     log.write(step=1)
     log.write(step=2)
 
@@ -322,13 +324,13 @@ def test_a_log_is_never_half_rewritten(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        common.Log(path, keep_up_to=2)
+        Log(path, keep_up_to=2)
     assert [row["step"] for row in rows_of(path)] == [1, 2]
 
 
 def test_plot(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    log = common.Log(tmp_path / "log.jsonl")
+    log = Log(tmp_path / "log.jsonl")
     log.plot(tmp_path / "empty.png")
     log.write(step=1, train_loss=float("nan"), val_nelbo=3.0, elapsed_s=1.0)
     log.write(step=2, train_loss=2.0, elapsed_s=2.0)
@@ -344,7 +346,7 @@ def test_plot(tmp_path, monkeypatch):
 
 def test_clock_goes_on(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
-    clock = common.Clock(before=50.0)
+    monkeypatch.setattr(state_module.time, "perf_counter", lambda: now[0])
+    clock = Clock(before=50.0)
     now[0] += 7
     assert clock.seconds() == 57

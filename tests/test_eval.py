@@ -17,7 +17,7 @@ from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import eval as evaluation  # noqa: E402
-from evaluation.evaluator import until  # noqa: E402
+from evaluation.evaluator import harness_model, until  # noqa: E402
 
 TASKS = ("--include_path=tests/tasks", "--tasks=stdlib_choice,stdlib_cloze,stdlib_text", "--limit=4", "--device=cpu")
 
@@ -44,7 +44,7 @@ def offline():
 
 def lm_of(folder, **settings):
     """What lm-eval gets from --model unmask."""
-    return evaluation.harness_model()(checkpoint=str(folder), device="cpu", **settings)
+    return harness_model(evaluation.settings)(checkpoint=str(folder), device="cpu", **settings)
 
 
 def requests_of(kind, *arguments, documents=None):
@@ -299,4 +299,4 @@ def test_a_text_cannot_spell_the_mask(checkpoint):
 
 def test_an_unknown_setting_of_model_args(checkpoint):
     with pytest.raises(ValueError, match="no setting called 'chekpoint'; did you mean 'checkpoint'"):
-        evaluation.harness_model()(chekpoint="x")
+        harness_model(evaluation.settings)(chekpoint="x")
