@@ -176,24 +176,26 @@ def init_process(device="auto", threads=0):
         hook = sys.excepthook
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=TIMEOUT_S))
         sys.excepthook = hook                                       # torch's own would take away what ours writes
-        global _patient
-        _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=4))
+        global patient
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=4))
     return torch.device(device), rank, world_size
 
 
 TIMEOUT_S = 60
-_patient = None             # the same processes once more, for work that may take one of them long: preparing data, reading and writing weights
-
-
-def patient_group():
-    """The group to wait in for work that takes one process long."""
-    return _patient
+patient = None             # the same processes once more, for work that may take one of them long: preparing data, reading and writing weights
 
 
 def barrier():
     """Wait until all processes are here, however long one of them works."""
     if dist.is_initialized():
-        dist.barrier(group=_patient)
+        dist.barrier(group=patient)
+
+
+def end_process():
+    """Leave the other processes when all are done."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
 
 
 def gather(thing):
@@ -201,7 +203,7 @@ def gather(thing):
     if not dist.is_initialized():
         return [thing]
     things = [None] * dist.get_world_size()
-    dist.all_gather_object(things, thing, group=_patient)
+    dist.all_gather_object(things, thing, group=patient)
     return things
 
 
@@ -240,9 +242,10 @@ def autocast(device, dtype):
 
 def is_on(setting, auto):
     """A setting that is "auto", "True" or "False", as a bool."""
-    if str(setting).lower() not in ("auto", "true", "false"):
+    values = {"auto": auto, "true": True, "false": False}
+    if str(setting).lower() not in values:
         raise ValueError(f"expected auto, True or False, got {setting!r}")
-    return auto if str(setting).lower() == "auto" else str(setting).lower() == "true"
+    return values[str(setting).lower()]
 
 
 def mean_over_ranks(value, device):
@@ -352,34 +355,31 @@ def check_finite(value, step, folder, what="the loss"):
         raise FloatingPointError(f"{what} is {value} at step {step}: lower the learning rate; the last checkpoint is in {folder}")
 
 
-class Progress:
+class Progress(tqdm):
     """The progress bar of training: loss, tokens/s since the last evaluation and, on a GPU, the share of its peak FLOP/s (MFU)."""
 
     def __init__(self, clock, step, max_steps, flops_per_token, device):
         rank, self.world_size = rank_and_size()
         self.clock, self.flops_per_token, self.peak, self.losses = clock, flops_per_token, peak_flops(device), []
-        self.bar = tqdm(total=max_steps or None, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        super().__init__(total=max_steps or None, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True,
+                         mininterval=0.5 if sys.stderr.isatty() else 30)
         self.begin_window()
 
     def begin_window(self):
         """After an evaluation: what it took does not count."""
-        self.start, self.tokens = self.clock.seconds(), 0
-
-    def update(self, loss, tokens):
-        """A step is done, over so many tokens of all processes."""
-        self.tokens, self.losses = self.tokens + tokens, [*self.losses[-49:], loss]
-        self.bar.update()
-        if self.bar.n % 10 == 0:
-            speed = self.tokens_per_s()
-            mfu = {"mfu": f"{speed * self.flops_per_token / self.peak / self.world_size:.0%}"} if self.peak else {}
-            self.bar.set_postfix(loss=f"{sum(self.losses) / len(self.losses):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
-
-    def close(self):
-        self.bar.close()
+        self.begin, self.tokens = self.clock.seconds(), 0
 
     def tokens_per_s(self):
-        return self.tokens / max(self.clock.seconds() - self.start, 1e-9)
+        return self.tokens / max(self.clock.seconds() - self.begin, 1e-9)
+
+    def count(self, loss, tokens):
+        """A step is done, over so many tokens of all processes."""
+        self.tokens, self.losses = self.tokens + tokens, [*self.losses[-49:], loss]
+        self.update()
+        if self.n % 10 == 0:
+            speed = self.tokens_per_s()
+            mfu = {"mfu": f"{speed * self.flops_per_token / self.peak / self.world_size:.0%}"} if self.peak else {}
+            self.set_postfix(loss=f"{sum(self.losses) / len(self.losses):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
 
 
 def stop_signals():

@@ -17,7 +17,6 @@ import contextlib
 import math
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -233,7 +232,7 @@ while True:
         o.zero_grad(set_to_none=True)
     step += 1
     losses.append(total)
-    bar.update(total, batch.tokens.numel() * slices)
+    bar.count(total, batch.tokens.numel() * slices)
 bar.close()
 
 # ---- end -----------------------------------------------------------------------------------------------------------------------
@@ -245,6 +244,4 @@ elif main:
         Transformer.from_pretrained(folder).export_pretrained(export)
         text.save_pretrained(export)
     print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {val_bpb:.3f} bits/byte")
-if world_size > 1:
-    common.barrier()
-    dist.destroy_process_group()
+common.end_process()

@@ -461,14 +461,14 @@ def sample_tokens(logits, temperature, uniform):
 
     Inverts the distribution function at `uniform`, one number in [0, 1) a row: exact, where Gumbel noise takes a random number
     and two logarithms a vocabulary entry, in float64 because in less it samples another distribution (arXiv 2409.02908).
-    First the piece of 512 entries is found, then the entry in it: sums are float64, over the whole vocabulary only once.
+    First the piece of 512 entries is found, then the entry in it. Pieces are summed in float32, which copies nothing, and added up in float64.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
     N, V = logits.shape
     p = (logits / temperature).softmax(dim=-1)
     p = (F.pad(p, (0, -V % 512)) if V % 512 else p).view(N, -1, 512)                                # [N, pieces, 512]
-    cumulative = p.sum(-1, dtype=torch.float64).cumsum(-1)                                          # [N, pieces]
+    cumulative = p.sum(-1).double().cumsum(-1)                                                      # [N, pieces]
     target = uniform.to(logits.device, torch.float64)[:, None] * cumulative[:, -1:]
     piece = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1)   # [N, 1]
     before = torch.where(piece > 0, cumulative.gather(1, (piece - 1).clamp(min=0)), 0.0)
@@ -536,8 +536,9 @@ def _times(steps):
 STEP_SCHEDULES = {"even": even, "timesteps": timesteps}
 
 
-# ReMDM's schedules (section 4.1): sigma, the chance that a written token is masked again, of eta and the largest possible sigma.
-REMASK_SCHEDULES = {"cap": min, "rescale": lambda eta, most: eta * most}
+# ReMDM's schedules (section 4.1): sigma, the chance that a written token is masked again, of eta and the largest possible sigma. With "conf"
+# the tokens of a block share one such sigma, by softmax(-confidence): who was written unsurely goes first.
+REMASK_SCHEDULES = {"cap": min, "rescale": lambda eta, most: eta * most, "conf": lambda eta, most: eta * most}
 
 
 @functools.lru_cache(maxsize=2**12)
@@ -546,14 +547,14 @@ def reverse_step(step, steps, eta=0.0, schedule="cap"):
 
         write = (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t),   0 <= sigma <= min(1, (1 - alpha_s) / alpha_t),   alpha_t = 1 - t
 
-    Whatever sigma, a share alpha_s is written at s (ReMDM, Wang et al. 2025, 2503.00307, section 3). sigma = 0 is the reverse
-    process of masked diffusion, write = (t - s) / t (MDLM, eq. 7). The last step writes all.
+    Whatever sigma, a share alpha_s is written at s (ReMDM, Wang et al. 2025, 2503.00307, section 3); but "conf" leaves `write` as it is
+    without. sigma = 0 is the reverse process of masked diffusion, write = (t - s) / t (MDLM, eq. 7). The last step writes all.
     """
     if step >= steps - 1:
         return 1.0, 0.0
     t, s = _times(steps)[step:step + 2].tolist()
     sigma = REMASK_SCHEDULES[schedule](eta, 1.0 if s >= 1 - t else s / (1 - t))
-    return (t - s + sigma * (1 - t)) / t, sigma
+    return (t - s + (sigma * (1 - t) if schedule != "conf" else 0.0)) / t, sigma
 
 
 def keep_best(score, eligible, count):
@@ -625,7 +626,7 @@ class Sampling:
     alg_temp: float = None          # draw the positions to keep from softmax(score / alg_temp), see perturb (Dream)
     entropy_bound: float = None     # keep as many as this bound in nats allows instead of a fixed number: keep_entropy_bound
     remask: float = 0.0             # eta > 0, with "ancestral": tokens written in the block may be masked again, see reverse_step (ReMDM)
-    remask_schedule: str = "cap"    # or "rescale": a key of REMASK_SCHEDULES
+    remask_schedule: str = "cap"    # or "rescale", "conf": a key of REMASK_SCHEDULES
     suppress: list = ()             # tokens that are never written (LLaDA, appendix B.4: logits_eos_inf)
     defer: list = ()                # tokens that are written last: no confidence in them (LLaDA, B.4: confidence_eos_eot_inf)
 
@@ -774,7 +775,7 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
     states = [_Row(b, blocks, how, schedule) for b, blocks in enumerate(to_do)]
     streams = _streams(how.seed, B)
     look = _Passes(model, T, cache, how.cfg_scale, given, shown, lengths, block_of, left_to_right, mask_id)
-    passes = 0
+    passes, sureness = 0, torch.zeros(B, T, dtype=torch.float64)    # the score with which each token was written
     while True:
         left = (is_masked & (block_of == torch.tensor([state.block for state in states])[:, None])).sum(1).tolist()
         work = [state for state in states if state.next(left[state.row])]
@@ -788,7 +789,10 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
             u = _draw(streams, rows, inside & ~given[rows] if how.remask else eligible)
             write, sigma = torch.tensor([state.chances for state in work], dtype=torch.float64).T[..., None]            # [A, 1]
             keep = keep_best(u, eligible, reveal) if how.remasking == "random" else eligible & (u < write)
-            hidden = inside & ~given[rows] & ~eligible & (u < sigma)
+            before = inside & ~given[rows] & ~eligible              # written in earlier steps
+            if how.remask_schedule == "conf":
+                sigma = sigma * torch.where(before, -sureness[rows], -torch.inf).softmax(dim=1)
+            hidden = before & (u < sigma)
             eligible = keep
         score, written = torch.zeros(eligible.shape, dtype=torch.float64), canvas[rows]
         if looks := bool(eligible.any()):
@@ -800,10 +804,11 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
             logits, temperature = how.distribution(logits, config.family)
             chosen = sample_tokens(logits, temperature, _draw(streams, rows, eligible)[eligible] if temperature else None)
             written[eligible] = chosen.cpu()
-            if keep is None or how.on_step is not None:             # whoever watches a blind choice wants a colour
+            if keep is None or how.on_step is not None or how.remask_schedule == "conf":    # who watches a blind choice wants a colour
                 score[eligible] = how.score(logits, chosen).cpu()
         if keep is None:
             keep = how.keep(score, eligible, reveal, logits, lambda: _draw(streams, rows, eligible))
+        sureness[rows] = torch.where(keep, score, sureness[rows])
         written = torch.where(keep, written, canvas[rows])
         canvas[rows] = written if hidden is None else torch.where(hidden, mask_id, written)
         is_masked = (canvas == mask_id) & shown

@@ -13,14 +13,12 @@ lm-eval's own command line:
     python -c 'import eval; from lm_eval.__main__ import cli_evaluate as run; run()' run --model unmask --model_args checkpoint=out/scratch --tasks piqa
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
-import difflib
 import json
 import logging
 import math
 import os
 from pathlib import Path
 
-import torch.distributed as dist
 
 from common import override
 from data.chat import open_dataset
@@ -28,7 +26,8 @@ from data.checkpoints import find_checkpoint, write_atomically
 from data.loader import TokenDataset
 from data.prepare import prepare
 from diffusion import nelbo
-from evaluation.evaluator import Evaluator, harness_model
+from evaluation.evaluator import Evaluator
+from evaluation.harness import harness_model, run_tasks
 from sampling.sampler import default_checkpoint
 
 # ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
@@ -78,11 +77,7 @@ settings["checkpoint"] = checkpoint = settings["checkpoint"] or default_checkpoi
 # ---- the bound on a text -------------------------------------------------------------------------------------------------------
 def text_bound(evaluator):
     """(nats per token, its standard error, bytes per token, tokens measured) of the validation split of `dataset`; of conversations the answers."""
-    checkpoint_folder = find_checkpoint(checkpoint)
-    if not evaluator.process:
-        prepare(dataset, checkpoint_folder)
-    common.barrier()
-    folder = prepare(dataset, checkpoint_folder)
+    folder = common.first_on_rank_0(prepare, dataset, find_checkpoint(checkpoint))
     length = min(seq_len or 1024, evaluator.max_len, len(TokenDataset(folder).val))
     data = open_dataset(dataset, folder, length, padding="hidden")
     batch = data.val_batch(max(1, max_tokens // length)).to(next(evaluator.model.parameters()).device)
@@ -92,46 +87,7 @@ def text_bound(evaluator):
     return value, error, data.val_bytes_per_token(batch, evaluator.sampler.tokenizer), count
 
 
-# ---- lm-eval's tasks -----------------------------------------------------------------------------------------------------------
-def load_tasks(names):
-    """(what lm-eval's `simple_evaluate` takes as tasks, its TaskManager). ValueError for unknown names and data that is not here."""
-    from lm_eval.tasks import TaskManager
-    if include_path and not Path(include_path).is_dir():
-        raise FileNotFoundError(f"include_path {include_path} is no folder: it takes one with .yaml files of lm-eval's tasks")
-    manager = TaskManager(include_path=include_path or None, include_defaults=False)
-    if not all(manager.match_tasks([name]) for name in names):      # reading lm-eval's 14,000 takes ten seconds: only if need be
-        manager = TaskManager(include_path=include_path or None)
-    loaded = {}
-    for name in names:
-        if not manager.match_tasks([name]):
-            near = difflib.get_close_matches(name, ["nelbo", *manager.all_tasks], 3, 0.5)
-            raise ValueError(f"no task called {name!r}" + f"; did you mean {' or '.join(near)}?" * bool(near) + " (lm-eval's `lm_eval ls tasks` lists all)")
-        for task in manager.match_tasks([name]):
-            try:
-                loaded[task] = manager.load([task])
-            except (OSError, ValueError, ImportError, RuntimeError) as error:
-                raise ValueError(f"the data of task {task} cannot be loaded ({type(error).__name__}: {error}). Off-line, run it once where there is a "
-                                 f"network, with --limit=1, and copy ~/.cache/huggingface (or $HF_HOME) here") from None
-    for name, task in ((name, task) for part in loaded.values() for name, task in part["tasks"].items()):
-        if getattr(task, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
-            raise ValueError(f"task {name} runs what the model writes: add --confirm_run_unsafe_code if this machine may be harmed")
-    return [item for task, part in loaded.items() for item in ([part["groups"][task]] if task in part["groups"] else part["tasks"].values())], manager
-
-
-def run_tasks(evaluator, names):
-    """lm-eval's results, with our settings and passes, on rank 0; elsewhere None."""
-    from lm_eval.evaluator import simple_evaluate
-    items, manager = load_tasks(names)
-    results = simple_evaluate(evaluator, tasks=items, task_manager=manager, num_fewshot=None if num_fewshot < 0 else num_fewshot,
-                              limit=(int(limit) if limit >= 1 else limit) or None, apply_chat_template=apply_chat_template,
-                              confirm_run_unsafe_code=confirm_run_unsafe_code, log_samples=False)
-    for task in results["results"] if results else ():              # beside lm-eval's error, of which documents, that of the sets
-        errors = [answer["stderr"] for answer in evaluator.answers if answer["task"] == task and answer["stderr"] is not None]
-        if errors:
-            results["results"][task]["nats_error,none"] = sum(errors) / len(errors)
-    return results
-
-
+# ---- run ------------------------------------------------------------------------------------------------------------------------
 def main():
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -143,10 +99,9 @@ def main():
     if "nelbo" in names:
         bound = value, error, size, count = text_bound(evaluator)
     if rest := [name for name in names if name != "nelbo"]:
-        results = run_tasks(evaluator, rest)
+        results = run_tasks(evaluator, rest, settings)
     passes, tokens = map(sum, zip(*common.gather((evaluator.passes, evaluator.tokens))))
-    if evaluator.processes > 1:
-        dist.destroy_process_group()
+    common.end_process()
     if evaluator.process:
         return
     if rest:
@@ -159,9 +114,9 @@ def main():
     print(f"{passes:,} forward passes, {tokens:,} tokens")
     if bound:
         bits = value / math.log(2) / size
-        kind = "exact" if evaluator.sampler.config.causal else "upper bound"
-        print(f"\n| data | tokens | nats/token | +- | bits/byte | perplexity | +- | {kind} |\n|---|---|---|---|---|---|---|---|")
-        print(f"| {dataset} | {count:,} | {value:.4f} | {error:.4f} | {bits:.4f} | {math.exp(value):.2f} | {math.exp(value) * error:.2f} | |\n")
+        kind = "exact" if evaluator.sampler.config.causal else "upper bounds"
+        print("\n| data | tokens | nats/token | +- | bits/byte | perplexity | +- | these are |\n|---|---|---|---|---|---|---|---|")
+        print(f"| {dataset} | {count:,} | {value:.4f} | {error:.4f} | {bits:.4f} | {math.exp(value):.2f} | {math.exp(value) * error:.2f} | {kind} |\n")
         results["nelbo"] = {"dataset": dataset, "tokens": count, "nats_per_token": value, "stderr": error, "bits_per_byte": bits}
     if output:
         from lm_eval.utils import handle_non_serializable

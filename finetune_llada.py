@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -154,9 +153,8 @@ if tiny or text.vocab_size > source.vocab_size:
     common.barrier()
 raw_model, weights = checkpoints.open_checkpoint(base)              # no memory yet
 config = raw_model.config
-if config.mask_token_id is None:                                    # Dream's config leaves them to its tokenizer
-    config.mask_token_id = text.mask_token_id
-config.eos_token_id = text.eos_token_id if config.eos_token_id is None else config.eos_token_id
+for name in ("mask_token_id", "eos_token_id"):                      # Dream's config leaves them to its tokenizer
+    setattr(config, name, getattr(text if getattr(config, name) is None else config, name))
 if seq_len > config.max_len:
     raise ValueError(f"{init_from} has a context of {config.max_len} tokens, seq_len is {seq_len}: take --seq_len={config.max_len}")
 if lora_rank:
@@ -288,7 +286,7 @@ while True:
         o.zero_grad(set_to_none=True)
     step += 1
     losses.append(total)
-    bar.update(total, batch.tokens.numel() * slices)
+    bar.count(total, batch.tokens.numel() * slices)
 bar.close()
 
 # ---- end -----------------------------------------------------------------------------------------------------------------------
@@ -299,6 +297,4 @@ elif main:
     if merge:
         print(write_merged(out_dir, merge))
     print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {val_bpb:.3f} bits/byte")
-if world_size > 1:
-    common.barrier()
-    dist.destroy_process_group()
+common.end_process()

@@ -547,11 +547,9 @@ class Transformer(nn.Module):
 
 
 if __name__ == "__main__":
+    from common import show_errors_in_one_line
     from data.checkpoints import describe
-
-    try:
-        if len(sys.argv) != 2:
-            raise ValueError("usage: python model.py FOLDER_OR_HUB_ID")
-        print(describe(sys.argv[1]))
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    show_errors_in_one_line()
+    if len(sys.argv) != 2:
+        raise ValueError("usage: python model.py FOLDER_OR_HUB_ID")
+    print(describe(sys.argv[1]))

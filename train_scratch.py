@@ -18,7 +18,6 @@ import contextlib
 import math
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -200,7 +199,7 @@ while True:
         o.zero_grad(set_to_none=True)
     step += 1
     losses.append(total)
-    bar.update(total, tokens_per_step)
+    bar.count(total, tokens_per_step)
 bar.close()
 
 # ---- end -----------------------------------------------------------------------------------------------------------------------
@@ -209,5 +208,4 @@ if main and stopped:
 elif main:
     log.plot(folder / "loss.png")
     print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {val_bpb:.3f} bits/byte")
-if world_size > 1:
-    dist.destroy_process_group()
+common.end_process()

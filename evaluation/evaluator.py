@@ -1,8 +1,7 @@
 """A checkpoint that answers lm-evaluation-harness: log-likelihoods, rolling perplexity, generation, chat.
 
-lm-eval itself is imported where it is needed only: eval.py measures the bound on a text without it.
+harness.py makes it a model of lm-eval's.
 """
-import difflib
 import math
 import zlib
 
@@ -242,29 +241,3 @@ def check(s):
         if s[name] < 0:
             raise ValueError(f"{name} must not be negative, got {s[name]}")
     return None if auto else int(s["num_samples"])
-
-
-def harness_model(settings):
-    """The Evaluator as a class of lm-eval's, whose arguments change some of `settings`."""
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import simple_parse_args_string
-
-    class Unmask(Evaluator, TemplateLM):
-        def __init__(self, **arguments):
-            for name in arguments:
-                if name not in settings:
-                    raise ValueError(f"no setting called {name!r}; did you mean {difflib.get_close_matches(name, settings, 1, 0)[0]!r}?")
-            TemplateLM.__init__(self)
-            Evaluator.__init__(self, {**settings, **arguments})
-
-        @classmethod
-        def create_from_arg_obj(cls, arguments, _=None):            # --model_args alone: lm-eval's batch_size counts requests, its device is cuda
-            return cls(**arguments)
-
-        @classmethod
-        def create_from_arg_string(cls, arguments, _=None):
-            return cls(**simple_parse_args_string(arguments))
-
-        def _loglikelihood_tokens(self, requests, **_):             # of lm-eval's own `loglikelihood`, which ours replaces
-            raise NotImplementedError
-    return Unmask

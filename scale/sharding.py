@@ -103,7 +103,7 @@ def load_sharded(path, model, optimizers, must_match):
     rank, world_size = common.rank_and_size()
     bad = torch.tensor(next((i for i in range(rank, len(files), world_size) if not _is_whole(files[i])), len(files)))
     if dist.is_initialized():
-        dist.all_reduce(bad, dist.ReduceOp.MIN, group=common.patient_group())
+        dist.all_reduce(bad, dist.ReduceOp.MIN, group=common.patient)
     if bad < len(files):
         raise ValueError(f"{files[int(bad)]} is damaged or missing: delete {path} and start again")
     for optimizer in optimizers:
@@ -162,4 +162,4 @@ def _quietly(function, *arguments, **options):
     """Call a function of torch.distributed.checkpoint; that there is but one process is no news."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return function(*arguments, process_group=common.patient_group(), **options)
+        return function(*arguments, process_group=common.patient, **options)

@@ -747,6 +747,23 @@ def test_remasking_samples_the_joint_distribution_and_rewrites(how):
     assert ((counts - expected) ** 2 / expected).sum() < 26 + 5 * 7.2 and rewritten > n / 2
 
 
+def test_remasking_by_confidence_takes_the_unsure_first():
+    """Of a sure and an unsure token, both written, exactly sigma_max are masked again a step, shared out by softmax(-confidence)."""
+    sure, n, steps = 0.97, 1500, 20
+    p = torch.tensor([[sure, 0.01, 0.01, 0.01, 1e-9], [0.25, 0.25, 0.25, 0.25, 1e-9]])
+    seen, again, expected = [], torch.zeros(2), torch.zeros(2, dtype=torch.float64)
+    rows = generate(Independent(p), [[]] * n, 2, steps, 2, temperature=1.0, remasking="ancestral", remask=1.0, remask_schedule="conf", seed=0,
+                    on_step=lambda step: seen.append(step.tokens.clone()))
+    for step, (before, after) in enumerate(zip(seen, seen[1:]), 1):
+        both = (before != 4).all(1)
+        again += ((after == 4) & (before != 4))[both].sum(0)
+        confidence = torch.where(before[both] == torch.tensor([0, 9]), sure, torch.tensor([0.01, 0.25]).double())
+        expected += diffusion.reverse_step(step, steps, 1.0, "conf")[1] * (-confidence).softmax(1).sum(0)
+    assert ((again - expected).abs() < 4.5 * expected.sqrt()).all() and expected.min() > 50 and expected[1] > 1.5 * expected[0]
+    assert differs(counted(rows, 2, 5)[:, :4], p[:, :4].double()) < 4.5
+    assert [diffusion.reverse_step(step, steps, 1.0, "conf")[0] for step in range(steps)] == [diffusion.reverse_step(step, steps)[0] for step in range(steps)]
+
+
 def test_remasking_never_touches_what_was_given_or_other_blocks():
     model, given, seen = tiny(vocab_size=40), [1, MASK, 3, MASK, MASK, 6, MASK, MASK], []
     for options in (dict(), dict(cache="dual"), dict(cache="prefix"), dict(cache="block")):
@@ -765,7 +782,8 @@ def test_remasking_never_touches_what_was_given_or_other_blocks():
 
 RULES = [dict(top_p=0.8, temperature=1.0), dict(top_k=3, temperature=0.5, remasking="entropy"), dict(alg_temp=0.5), dict(alg_temp=0.3, temperature=1.0),
          dict(suppress=[5, 6]), dict(defer=[5, 6, 7]), dict(entropy_bound=1.0), dict(entropy_bound=0.5, remasking="entropy", cache="dual"),
-         dict(remasking="ancestral", remask=0.3, temperature=1.0), dict(remasking="ancestral", remask=0.5, remask_schedule="rescale", cache="prefix")]
+         dict(remasking="ancestral", remask=0.3, temperature=1.0), dict(remasking="ancestral", remask=0.5, remask_schedule="rescale", cache="prefix"),
+         dict(remasking="ancestral", remask=1.0, remask_schedule="conf", temperature=0.7)]
 
 
 @pytest.mark.parametrize("options", RULES, ids=str)
@@ -811,7 +829,7 @@ BAD = [
     (dict(cfg_scale=1.0, cache="dual"), "without a cache"), (dict(schedule="fast"), "schedule"), (dict(top_p=1.5), "top_p must be"), (dict(top_k=0), "top_k"),
     (dict(alg_temp=-1.0), "alg_temp must not"), (dict(alg_temp=1.0, remasking="random"), "needs a rule that asks"), (dict(alg_temp=1.0, factor=1.0), "exclude"),
     (dict(entropy_bound=-0.1), "entropy_bound must not"), (dict(entropy_bound=0.1, threshold=0.5), "exclude"), (dict(defer=[1], remasking="random"), "asks the model"),
-    (dict(remask=0.1), "remask needs"), (dict(remask=2.0, remasking="ancestral"), "remask must be"), (dict(remask_schedule="conf"), "remask_schedule must be one of"),
+    (dict(remask=0.1), "remask needs"), (dict(remask=2.0, remasking="ancestral"), "remask must be"), (dict(remask_schedule="often"), "remask_schedule must be one of"),
     (dict(suppress=[40]), "outside the vocabulary"), (dict(defer=[-1]), "outside the vocabulary"), (dict(seed=[1, 2]), "one for each row, 1, got"),
     (dict(top_p=math.nan), "top_p"), (dict(entropy_bound=math.nan), "entropy_bound")]
 

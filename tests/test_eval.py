@@ -17,7 +17,8 @@ from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import eval as evaluation  # noqa: E402
-from evaluation.evaluator import harness_model, until  # noqa: E402
+from evaluation.evaluator import until  # noqa: E402
+from evaluation.harness import harness_model  # noqa: E402
 
 TASKS = ("--include_path=tests/tasks", "--tasks=stdlib_choice,stdlib_cloze,stdlib_text", "--limit=4", "--device=cpu")
 
