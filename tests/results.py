@@ -29,13 +29,11 @@ from model import Transformer  # noqa: E402
 ARMS = {"ar": dict(objective="ar"), "mdlm": {}, **{f"bd3lm-{n}": dict(objective="bd3lm", block_length=n) for n in (4, 16, 64)}}
 
 EXERCISES = {       # what README asks: constants of train_scratch.py
-    "as it is": {}, "optimizer=adamw": dict(optimizer="adamw"), "muon_lr=0.005": dict(muon_lr=0.005), "muon_lr=0.08": dict(muon_lr=0.08),
-    "max_weight=0": dict(max_weight=0.0), "max_weight=1": dict(max_weight=1.0), "schedule=cosine": dict(schedule="cosine"),
-    "warmup=0.3": dict(warmup=0.3), "batch_size=64, max_steps=200": dict(batch_size=64, max_steps=200),
-    "batch_size=4, max_steps=3200": dict(batch_size=4, max_steps=3200), "seq_len=32, batch_size=64": dict(seq_len=32, batch_size=64),
-    "n_layers=8, dim=96": dict(n_layers=8, dim=96), "n_layers=2, dim=176": dict(n_layers=2, dim=176), "tokenizer=byte": dict(tokenizer="byte"),
-    "vocab_size=512": dict(vocab_size=512), "objective=ar": dict(objective="ar"), "objective=bd3lm, block_length=4": dict(objective="bd3lm", block_length=4),
-    "objective=bd3lm, block_length=32": dict(objective="bd3lm", block_length=32),
+    "as it is": {}, "optimizer=adamw": dict(optimizer="adamw"), "muon_lr=0.08": dict(muon_lr=0.08), "max_weight=0": dict(max_weight=0.0),
+    "schedule=cosine": dict(schedule="cosine"), "warmup=0.3": dict(warmup=0.3), "batch_size=64, max_steps=200": dict(batch_size=64, max_steps=200),
+    "batch_size=4, max_steps=3200": dict(batch_size=4, max_steps=3200), "n_layers=8, dim=96": dict(n_layers=8, dim=96),
+    "tokenizer=byte": dict(tokenizer="byte"), "vocab_size=512": dict(vocab_size=512), "objective=ar": dict(objective="ar"),
+    "objective=bd3lm, block_length=4": dict(objective="bd3lm", block_length=4), "objective=bd3lm, block_length=32": dict(objective="bd3lm", block_length=32),
 }
 
 
