@@ -87,17 +87,17 @@ def repeats(out, updates, arms="ar,mdlm"):
             if split == "train" and document and size < 100_000:
                 text, size = [*text, document], size + len(document)
         (out / "small.txt").write_text("\n\n".join(text), encoding="utf-8")
-    passes = 16 * 128 / len(TokenDataset(prepare(str(out / "small.txt"), "bpe", 1024)).train)       # of the corpus in an update
+    data = TokenDataset(prepare(str(out / "small.txt"), "bpe", 1024))
+    passes, held_out, series = 16 * 128 / len(data.train), data.windows("val", 128), {}             # passes over the corpus in an update
     for n in updates:
         for name in arms.split(","):
             train(out / f"{name}-{n}", dataset=out / "small.txt", vocab_size=1024, dim=128, batch_size=16, max_steps=n, eval_interval=0, **ARMS[name])
-    series = {}
     for name in ("ar", "mdlm"):
-        runs = [(n, train(out / f"{name}-{n}")[-1]) for n in updates if (out / f"{name}-{n}" / "loss.png").exists()]
-        series[name] = [n * passes for n, _ in runs], [row["val_nelbo"] for _, row in runs], [row["val_stderr"] for _, row in runs]
-        for n, row in runs:
-            print(f"{name:5} {n * passes:6.0f} passes: {row['val_nelbo']:.4f} +- {row['val_stderr']:.4f} nats/token, on what was trained on "
-                  f"{row['train_loss']:.4f}", flush=True)
+        series[name] = xs, ys, errors = [], [], []
+        for n, folder in ((n, out / f"{name}-{n}") for n in updates if (out / f"{name}-{n}" / "loss.png").exists()):
+            value, error = nelbo(Transformer.from_pretrained(folder, dtype=torch.float32), held_out, num_samples=64)
+            print(f"{name:5} {n * passes:6.0f} passes: {value:.4f} +- {error:.4f} nats/token, in training {train(folder)[-1]['train_loss']:.4f}", flush=True)
+            xs.append(n * passes), ys.append(value), errors.append(error)
     draw("repeats.png", "100 kB of pydocs, again and again; each point a run of its own", "passes over the corpus", "held-out nats per token", series,
          xscale="log")
 

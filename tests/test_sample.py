@@ -256,7 +256,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
     ("--entropy_bound=1 --threshold=0.5", "exclude each other"),
     ("--remask=2", "remask must be between 0 and 1"),
     ("--remask=0.1 --remasking=margin", "remask needs remasking ancestral"),
-    ("--remask_schedule=conf", "remask_schedule must be one of cap, rescale"),
+    ("--remask_schedule=often", "remask_schedule must be one of cap, rescale"),
     ("--suppress=eos,nothing", "suppress takes ids or names of tokens, eos or eot, separated by commas, got 'nothing'"),
     ("--defer=99999", "outside the vocabulary"),
     ("--prompt=a[MASK:3]b", "contains [MASK:3] at character 1"),

@@ -214,7 +214,7 @@ def test_autoregressive_and_block_models_are_served_too():
     ("/v1/completions", {"alg_temp": 1, "remasking": "random"}, 400, "needs a rule that asks the model"),
     ("/v1/completions", {"entropy_bound": -1}, 400, "entropy_bound must not be negative"),
     ("/v1/completions", {"remask": 0.5, "remasking": "entropy"}, 400, "remask needs remasking ancestral"),
-    ("/v1/completions", {"remask_schedule": "conf"}, 400, "remask_schedule must be one of"),
+    ("/v1/completions", {"remask_schedule": "often"}, 400, "remask_schedule must be one of"),
     ("/v1/completions", {"suppress": "never heard of"}, 400, "suppress takes ids or names"),
     ("/v1/completions", {"suppress": "99999"}, 400, "outside the vocabulary"),
     ("/v1/completions", {"defer": [3]}, 400, "defer must be a string"),
