@@ -84,7 +84,7 @@ def plan_memory(config, seq_len, batch_size, lora_rank, lora_targets="q,k,v,o,ga
     """The Plan of one training step of batch_size sequences of seq_len tokens on each rank, every token masked: the worst case.
 
     lora_rank 0 trains everything: weights are float32 then and products in `dtype`; else the base is stored in `dtype`. With
-    several ranks everything is sharded (common.shard).
+    several ranks everything is sharded (sharding.py).
     """
     with torch.device("meta"):
         model = Transformer(config)
