@@ -182,7 +182,7 @@ def init_process(device="auto", threads=0):
 
 
 TIMEOUT_S = 60
-patient = None             # the same processes once more, for work that may take one of them long: preparing data, reading and writing weights
+patient = None              # the same processes once more, for work that may take one of them long: preparing data, reading and writing weights
 
 
 def barrier():
@@ -276,7 +276,7 @@ def peak_flops(device):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# Optimizer, schedule, state, log
+# Optimizers, learning rate, progress
 
 
 class Muon(torch.optim.Optimizer):

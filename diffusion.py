@@ -808,7 +808,8 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
                 score[eligible] = how.score(logits, chosen).cpu()
         if keep is None:
             keep = how.keep(score, eligible, reveal, logits, lambda: _draw(streams, rows, eligible))
-        sureness[rows] = torch.where(keep, score, sureness[rows])
+        if how.remask_schedule == "conf":
+            sureness[rows] = torch.where(keep, score, sureness[rows])
         written = torch.where(keep, written, canvas[rows])
         canvas[rows] = written if hidden is None else torch.where(hidden, mask_id, written)
         is_masked = (canvas == mask_id) & shown

@@ -67,7 +67,7 @@ cart = 0.0                  # Dream's weights that look at the neighbours, with 
 batch_size = 0              # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
 learning_rate = 0.0         # AdamW's peak
-weight_decay = 0.0          # of matrices
+weight_decay = 0.0          # of the blocks' matrices
 beta2 = 0.999               # AdamW's second moment
 grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
 warmup = 0.05               # share of the run in which the learning rate rises
@@ -243,7 +243,7 @@ while True:
         val_nelbo, val_stderr = evaluate(final_eval_sequences if finished else eval_sequences)
         val_bpb = val_nelbo / math.log(2) / bytes_per_token
         if main:
-            log.write(step=step, train_loss=sum(losses) / max(len(losses), 1), val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
+            log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
                       tokens_per_s=bar.tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
         if sample_tokens and (main or sharded):
             show_sample()

@@ -76,7 +76,6 @@ settings["checkpoint"] = checkpoint = checkpoint or default_checkpoint()
 settings["cache"] = "" if cache == "none" else cache
 sampler = Sampler.load(checkpoint, common.init_process(device, threads)[0], None if dtype == "auto" else getattr(torch, dtype), adapter)
 
-
 # ---- chat and serve ------------------------------------------------------------------------------------------------------------
 if chat:
     from sampling.chat import converse

@@ -158,7 +158,7 @@ while True:
         val_nelbo, val_stderr = evaluate(final_eval_tokens if finished else eval_tokens)
         val_bpb = val_nelbo / math.log(2) / bytes_per_token
         if main:
-            log.write(step=step, train_loss=sum(losses) / max(len(losses), 1), val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
+            log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
                       tokens_per_s=bar.tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
             if sample_tokens:
                 show_sample()

@@ -18,6 +18,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from common import rank_and_size
 from model import Config, Transformer
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -605,7 +606,7 @@ def gathered(tensors):
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor                 # one at a time: no memory for all
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank_and_size()[0] == 0:
             whole[name] = tensor.cpu()
     return whole
 

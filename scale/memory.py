@@ -4,7 +4,6 @@ The forward and backward pass runs on tensors that have shapes but no memory (to
 allocation from its birth to its end. So the figures are those of the code itself; what several processes share is then divided.
 """
 import contextlib
-import os
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common import rank_and_size
 from data.checkpoints import find_checkpoint, put_rows, read_config, tiny_config
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
@@ -125,7 +125,7 @@ def plan_memory(config, seq_len, batch_size, lora_rank, lora_targets="q,k,v,o,ga
 def report(settings):
     """finetune_llada.py's settings -> the Plan as a table, and whether it fits the GPU."""
     start, dtype, lora_rank = settings["init_from"], torch.float32 if settings["dtype"] == "float32" else torch.bfloat16, settings["lora_rank"]
-    ranks = (settings["ranks"] or int(os.environ.get("WORLD_SIZE", 1))) if settings["fsdp"] else 1
+    ranks = (settings["ranks"] or rank_and_size()[1]) if settings["fsdp"] else 1
     memory_gb = settings["memory_gb"] or (torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 24.0)
     plan = plan_memory(find_config(start, settings), settings["seq_len"], settings["batch_size"], lora_rank, settings["lora_targets"], dtype,
                        settings["checkpointing"], ranks)

@@ -111,7 +111,7 @@ def exercises(out, seeds, part="1/1"):
         train(folder(name, seed), **{**dict(dim=128, n_layers=4, batch_size=16, max_steps=800, eval_interval=0, seed=seed), **EXERCISES[name]})
     print("| constants | bits/byte | seeds | minutes |\n| --- | --- | --- | --- |")
     for name in EXERCISES:
-        rows = [train(folder(name, seed))[-1] for _, seed in runs if _ == name and (folder(name, seed) / "loss.png").exists()]
+        rows = [train(folder(name, seed))[-1] for seed in seeds.split(",") if (folder(name, seed) / "loss.png").exists()]
         if rows:
             values, minutes = [row["val_bpb"] for row in rows], sum(row["elapsed_s"] for row in rows) / len(rows) / 60
             print(f"| {name} | {sum(values) / len(values):.3f} | {', '.join(f'{value:.3f}' for value in values)} | {minutes:.1f} |")
