@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
-from model import Cache, Transformer
+from model import Cache, Transformer, packed
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Noise schedules: alpha_t and its derivative. Whatever the schedule, the bound is the same number; its variance is not.
@@ -726,8 +726,9 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, tem
     starts = [[] if prompt else start for prompt in prompts]
     how = Sampling(steps=steps, block_length=block_length, temperature=temperature, remasking=remasking, threshold=threshold, factor=factor,
                    cache=cache, cfg_scale=cfg_scale, schedule=schedule, seed=seed, on_step=on_step, **more)
-    answers = _denoise(model, [s + list(p) + [mask_id] * max_new_tokens for s, p in zip(starts, prompts)], mask_id,
-                       [len(s) + len(p) for s, p in zip(starts, prompts)], how, end=config.eos_token_id)
+    with packed(_unwrap(model)):
+        answers = _denoise(model, [s + list(p) + [mask_id] * max_new_tokens for s, p in zip(starts, prompts)], mask_id,
+                           [len(s) + len(p) for s, p in zip(starts, prompts)], how, end=config.eos_token_id)
     return [answer[len(s):] for s, answer in zip(starts, answers)]
 
 
@@ -745,7 +746,8 @@ def infill(model, sequences, steps=128, block_length=None, **more):
     if block_length is not None and block_length < 1:
         raise ValueError(f"block_length must be at least 1, got {block_length}")
     how = Sampling(steps=steps, block_length=block_length or max(map(len, sequences), default=1), **more)
-    return _denoise(model, [list(s) for s in sequences], mask_id, [0] * len(sequences), how)
+    with packed(_unwrap(model)):
+        return _denoise(model, [list(s) for s in sequences], mask_id, [0] * len(sequences), how)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ q/k norm, Henry et al. 2020 (2010.04245); alternating local attention, ModernBER
 
     python model.py FOLDER_OR_HUB_ID      prints the architecture as read
 """
+import contextlib
 import dataclasses
 import math
 import sys
@@ -291,13 +292,26 @@ def take(x, select):
     return x[select] if select.dtype == torch.bool else x.flatten(0, 1)[select]
 
 
-def project(linear, x):
-    """linear(x). For few rows and a large matrix on a CPU, without gradients, by oneDNN's product: it reads the matrix once, where
-    MKL's packs all of it first, which takes longer than the product (V 126464, D 256, 16 rows: 24 ms against 33 on one core)."""
-    few = not torch.is_grad_enabled() and x.dtype == torch.float32 == linear.weight.dtype and x.device.type == "cpu" and x[..., 0].numel() <= 64
-    if few and linear.weight.numel() >= 2**20 and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not torch.is_autocast_enabled("cpu"):
-        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
-    return linear(x)
+@contextlib.contextmanager
+def packed(model, limit=2**31):
+    """While this lasts, a Transformer's products in float32 on a CPU read copies of its matrices in oneDNN's order, up to `limit` bytes.
+
+    For many passes with the same weights. MKL puts a matrix in its own order for every product, which for few rows takes longer
+    than the product (V 126464, D 256, 16 rows, two threads: 26 ms instead of 7). Making the copies takes as long as two passes.
+    """
+    linears = [m for m in (model.head, *model.blocks.modules()) if type(m) is nn.Linear and type(m.weight.data) is torch.Tensor
+               and m.weight.device.type == "cpu" and m.weight.dtype == torch.float32] if isinstance(model, Transformer) else []
+    if torch.is_autocast_enabled("cpu") or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        linears = []
+    for linear in linears:
+        if (limit := limit - linear.weight.nbytes) >= 0:
+            matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+            linear.forward = lambda x, w=matrix, b=linear.bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+    try:
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -321,15 +335,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_h = torch.empty_like(hidden) if need_h else None
             grad_w = torch.zeros(weight.shape, device=weight.device) if need_w else None         # float32: a sum over chunks
             grad_b = torch.zeros(len(weight), device=weight.device) if need_b else None
-            buffers = torch.empty(2, min(chunk, len(targets)), len(weight), dtype=dtype, device=hidden.device)
+            buffer = torch.empty(min(chunk, len(targets)), len(weight), dtype=dtype, device=hidden.device)
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
                 target, row_weight = targets[rows, None], row_weights[rows, None]                 # [chunk, 1]
-                logits, p = buffers[:, :len(target)]                                              # [chunk, V] each
+                p = logits = buffer[:len(target)]                                                 # [chunk, V]
                 torch.mm(hidden[rows], weight.T, out=logits)
                 if bias is not None:
                     logits += bias
-                torch.softmax(logits, dim=-1, out=p)
+                torch.softmax(logits, dim=-1, out=p)                                              # in place
                 nll[rows] = -p.gather(1, target)[:, 0].float().log()
                 if need_grad:
                     p.scatter_add_(1, target, p.new_full(target.shape, -1))                       # d nll / d logits
@@ -378,7 +392,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.checkpoint_blocks = False      # True: keep only the blocks' inputs for the backward pass and recompute the rest
-        self.chunk = max(64, 2**24 // V)    # rows whose logits exist at once in the loss (float32; twice as many in bf16)
+        self.chunk = max(64, 2**25 // V)    # rows whose logits exist at once in the loss (float32; twice as many in bf16)
 
     @torch.no_grad()
     def init_weights(self, seed=0):
@@ -448,7 +462,7 @@ class Transformer(nn.Module):
         if self.head_dense is not None:
             hidden = self.head_norm(ACTIVATIONS[self.config.head_activation](self.head_dense(hidden)))
         if targets is None:
-            return project(self.head, hidden)
+            return self.head(hidden)
         weights = torch.ones(targets.shape, device=targets.device) if weights is None else weights
         weight, bias = self.head.weight, self.head.bias
         if not torch.is_grad_enabled():                     # or the function, which cannot know, would make gradients that nobody asks for

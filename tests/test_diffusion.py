@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import diffusion
 from diffusion import ar_loss, block_loss, generate, infill, log_likelihood, mask_tokens, mdlm_loss, nelbo, sample_t, sample_tokens, weight
 from evaluation.designs import ESTIMATORS
-from model import Config, Transformer, project
+from model import Config, Transformer, packed
 
 MASK = 11
 
@@ -801,14 +801,27 @@ def test_every_rule_gives_a_row_of_a_batch_what_it_gets_alone(options, config):
     assert all(MASK not in answer and all(a == g for a, g in zip(answer, gap) if g != MASK) for gap, answer in zip(gaps, together))
 
 
-def test_few_rows_of_a_large_head_are_the_same_product():
-    for bias in (True, False):
-        head = torch.nn.Linear(32, 2**15, bias=bias)
-        for shape in ((1, 32), (64, 32), (65, 32), (2, 7, 32), (0, 32)):
-            x = torch.randn(shape)
-            with torch.no_grad():
-                torch.testing.assert_close(project(head, x), head(x), rtol=1e-5, atol=1e-5)
-            assert project(head, x).requires_grad, "training takes the product that has a gradient"
+def test_packed_matrices_give_the_same_logits_and_are_forgotten():
+    tokens = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    for options in ({}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "head_bias": True, "gated": False, "tie_embeddings": True}):
+        model = tiny(vocab_size=50, dim=32, mask_token_id=49, **options)
+        plain = lambda: not any("forward" in vars(module) for module in model.modules())  # noqa: E731
+        with torch.no_grad():
+            expected = model(tokens)
+            with packed(model):
+                assert not plain()
+                torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5)
+                alone = [model(tokens[:, :T], select=torch.tensor([0])) for T in (1, 9)]
+                assert alone[1].shape == (1, 50)
+            with packed(model, limit=4 * 50 * 32):                  # the head's matrix, and no other
+                assert "forward" in vars(model.head) and not any("forward" in vars(module) for module in model.blocks.modules())
+        with pytest.raises(KeyboardInterrupt), packed(model):
+            raise KeyboardInterrupt
+        assert plain() and model(tokens).requires_grad, "training takes the product that has a gradient"
+        with packed(model.bfloat16()):
+            assert plain()
+    with packed(Independent(probabilities(4, 7))):
+        pass
 
 
 def test_ancestral_sampling_flips_every_coin():
