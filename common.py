@@ -1,4 +1,4 @@
-"""What every script needs and no lesson lives in: settings, errors, processes and precision, optimizers, progress."""
+"""What every script needs and no lesson lives in: settings, errors, processes and precision, optimizers."""
 import ast
 import contextlib
 import datetime
@@ -266,17 +266,8 @@ def from_rank_0(value, device):
     return shared.item()
 
 
-def peak_flops(device):
-    """Dense bf16 FLOP/s that the maker states for this GPU, or None; for model FLOP/s utilisation (MFU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    table = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12, "T4": 65e12}
-    return next((flops for key, flops in table.items() if key in name), None)
-
-
 # ------------------------------------------------------------------------------------------------------------------------------
-# Optimizers, learning rate, progress
+# Optimizers, learning rate, the end of a run
 
 
 class Muon(torch.optim.Optimizer):
@@ -353,33 +344,6 @@ def check_finite(value, step, folder, what="the loss"):
     """FloatingPointError for a number that is none."""
     if not math.isfinite(value):
         raise FloatingPointError(f"{what} is {value} at step {step}: lower the learning rate; the last checkpoint is in {folder}")
-
-
-class Progress(tqdm):
-    """The progress bar of training: loss, tokens/s since the last evaluation and, on a GPU, the share of its peak FLOP/s (MFU)."""
-
-    def __init__(self, clock, step, max_steps, flops_per_token, device):
-        rank, self.world_size = rank_and_size()
-        self.clock, self.flops_per_token, self.peak, self.losses = clock, flops_per_token, peak_flops(device), []
-        super().__init__(total=max_steps or None, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True,
-                         mininterval=0.5 if sys.stderr.isatty() else 30)
-        self.begin_window()
-
-    def begin_window(self):
-        """After an evaluation: what it took does not count."""
-        self.begin, self.tokens = self.clock.seconds(), 0
-
-    def tokens_per_s(self):
-        return self.tokens / max(self.clock.seconds() - self.begin, 1e-9)
-
-    def count(self, loss, tokens):
-        """A step is done, over so many tokens of all processes."""
-        self.tokens, self.losses = self.tokens + tokens, [*self.losses[-49:], loss]
-        self.update()
-        if self.n % 10 == 0:
-            speed = self.tokens_per_s()
-            mfu = {"mfu": f"{speed * self.flops_per_token / self.peak / self.world_size:.0%}"} if self.peak else {}
-            self.set_postfix(loss=f"{sum(self.losses) / len(self.losses):.3f}", tok_s=f"{speed:,.0f}", **mfu, refresh=False)
 
 
 def stop_signals():

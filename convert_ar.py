@@ -26,7 +26,7 @@ from common import override
 from data import checkpoints
 from data.chat import is_chat, open_dataset
 from data.prepare import prepare
-from data.state import make_folder, save_training, start_training
+from data.state import Progress, make_folder, save_training, start_training
 from data.tokenizer import Tokenizer
 from diffusion import block_loss, generate, mask_tokens, mdlm_loss, nelbo, sample_t
 from model import Transformer
@@ -200,7 +200,7 @@ def show_sample():
 
 # ---- loop ----------------------------------------------------------------------------------------------------------------------
 # One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
-bar = common.Progress(clock, step, max_steps, raw_model.flops_per_token(seq_len, head_share=0.5), device)
+bar = Progress(clock, step, max_steps, raw_model.flops_per_token(seq_len, head_share=0.5), device)
 if main:
     tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {raw_model.config.family} on {device}; {data.summary()}")
 stop = common.stop_signals()

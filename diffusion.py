@@ -509,9 +509,14 @@ REMASKING = {"low_confidence": low_confidence, "entropy": entropy, "margin": mar
 def filter_logits(logits, top_p=None, top_k=None):
     """logits [N, V] with -inf for all but the most probable tokens: as few as together exceed top_p, then top_k of them at most (Dream)."""
     if top_p is not None and top_p < 1:
-        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        outside = F.pad(p.cumsum(-1)[:, :-1] > top_p, (1, 0))                                       # [N, V], in descending order
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), -torch.inf)
+        p = logits.softmax(dim=-1)
+        for k in (256, 4096, logits.shape[1]):                      # to sort a large vocabulary can take longer than the model
+            best, order = p.topk(min(k, logits.shape[1]), dim=-1)                                   # [N, k], the highest first
+            outside = F.pad(best.cumsum(-1)[:, :-1] > top_p, (1, 0))
+            if outside[:, -1].all():                                # every row is full
+                break
+        kept = logits.gather(1, order).masked_fill(outside, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter_(1, order, kept)
     if top_k is not None and top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     return logits

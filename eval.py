@@ -19,7 +19,6 @@ import math
 import os
 from pathlib import Path
 
-
 from common import override
 from data.chat import open_dataset
 from data.checkpoints import find_checkpoint, write_atomically

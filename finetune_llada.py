@@ -27,7 +27,7 @@ from common import override
 from data import checkpoints
 from data.chat import is_chat, open_dataset
 from data.prepare import prepare
-from data.state import make_folder, save_training, start_training
+from data.state import Progress, make_folder, save_training, start_training
 from data.tokenizer import Tokenizer
 from diffusion import generate, mask_tokens, nelbo, sample_t, sft_loss
 from scale.lora import add_lora, check_target, init_lora, published_modules, save_adapter, write_merged
@@ -225,7 +225,7 @@ def show_sample():
 # ---- loop ----------------------------------------------------------------------------------------------------------------------
 # One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
 flops = raw_model.flops_per_token(seq_len, head_share=0.5, training=False) * (2 if lora_rank else 3)      # frozen weights get no gradient
-bar = common.Progress(clock, step, max_steps, flops, device)
+bar = Progress(clock, step, max_steps, flops, device)
 if main:
     tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} learn, {config.family} on {device}; "
                + data.summary())

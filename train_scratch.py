@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common import override
 from data.loader import TokenDataset
 from data.prepare import prepare
-from data.state import make_folder, save_training, start_training
+from data.state import Progress, make_folder, save_training, start_training
 from data.tokenizer import Tokenizer
 from diffusion import SCHEDULES, ar_loss, block_loss, generate, mask_tokens, mdlm_loss, nelbo, sample_t
 from model import Config, Transformer
@@ -141,7 +141,7 @@ def show_sample():
 # ---- loop ----------------------------------------------------------------------------------------------------------------------
 # One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
 slices, tokens_per_step = grad_accum * world_size, batch_size * seq_len * grad_accum * world_size
-bar = common.Progress(clock, step, max_steps, raw_model.flops_per_token(seq_len, head_share=1.0 if objective == "ar" else 0.5), device)
+bar = Progress(clock, step, max_steps, raw_model.flops_per_token(seq_len, head_share=1.0 if objective == "ar" else 0.5), device)
 if main:
     tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {len(data.train):,} training tokens, {objective} on {device}")
 stop = common.stop_signals()

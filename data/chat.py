@@ -341,7 +341,11 @@ class TextDataset(TokenDataset):
         return ChatBatch(super().batch(split, batch_size, self.seq_len, seed, step, rank, world_size))
 
     def val_batch(self, max_examples=None):
-        return ChatBatch(self.windows("val", self.seq_len, None if max_examples is None else max_examples * self.seq_len))
+        """Conversations evenly spread over the validation split, where a mixture stands part after part, the shortest first. For diffusion.nelbo:
+        padding is hidden and only what was answered counts, so that the figure does not depend on how batches are put together."""
+        kept = self.kept["val"]
+        rows = kept[np.linspace(0, len(kept) - 1, min(len(kept), max_examples or len(kept))).round().astype(np.int64)]
+        return self._collate("val", rows[np.argsort(self.index["val"][rows, 1], kind="stable")], "hidden")
 
     def val_bytes_per_token(self, batch, tokenizer):
         return self.bytes_per_token("val")

@@ -613,6 +613,17 @@ def probabilities(T, V, seed=0, mask=True):
     return p / p.sum(-1, keepdim=True)
 
 
+@pytest.mark.parametrize("scales", [(8,), (8, 2), (8, 2, 0.1)], ids=["256 suffice", "4096 suffice", "all"])
+def test_top_p_of_a_large_vocabulary_is_what_sorting_all_of_it_finds(scales):
+    logits = torch.randn(len(scales), 10_000, generator=torch.Generator().manual_seed(0)) * torch.tensor(scales)[:, None]
+    p, order = logits.double().softmax(-1).sort(-1, descending=True)
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, p.cumsum(-1) - p <= 0.9)
+    filtered = diffusion.filter_logits(logits, top_p=0.9)
+    found = filtered.isfinite()
+    assert torch.equal(filtered[found], logits[found]) and (found != kept).sum() <= 1               # where float32 rounds
+    assert [256, 4096, 10_000][len(scales) - 1] >= kept.sum(-1).max() > [0, 256, 4096][len(scales) - 1]
+
+
 @pytest.mark.parametrize("options", [dict(top_p=0.6), dict(top_k=2), dict(top_p=0.8, top_k=3), dict(suppress=[1, 2]), dict(suppress=[0], top_k=2)], ids=str)
 @pytest.mark.parametrize("how", ["generate", "infill"])
 def test_filtered_tokens_are_drawn_with_their_probabilities(options, how):
