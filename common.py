@@ -170,6 +170,8 @@ def init_process(device="auto", threads=0):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if threads:
+        if not 0 < threads <= 1024:
+            raise ValueError(f"threads must be between 0 (torch's choice) and 1024, got {threads}")
         torch.set_num_threads(threads)
     if world_size > 1 and not dist.is_initialized():
         # When a process dies the others see a closed connection at once; when one hangs they wait this long for it.

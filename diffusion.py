@@ -507,16 +507,16 @@ REMASKING = {"low_confidence": low_confidence, "entropy": entropy, "margin": mar
 
 
 def filter_logits(logits, top_p=None, top_k=None):
-    """logits [N, V] with -inf for all but the most probable tokens: as few as together exceed top_p, then top_k of them at most (Dream)."""
+    """logits [N, V] with -inf for all but the most probable tokens: as few as together exceed top_p, then the top_k of them (Dream).
+    Whatever is as probable as the last of them stays as well."""
     if top_p is not None and top_p < 1:
-        p = logits.softmax(dim=-1)
-        for k in (256, 4096, logits.shape[1]):                      # to sort a large vocabulary can take longer than the model
-            best, order = p.topk(min(k, logits.shape[1]), dim=-1)                                   # [N, k], the highest first
+        p, V = logits.softmax(dim=-1), logits.shape[1]
+        for k in sorted({min(k, V) for k in (256, 4096, V)}):       # to sort a large vocabulary can take longer than the model
+            best = p.topk(k, dim=-1).values                                                         # [N, k], the highest first
             outside = F.pad(best.cumsum(-1)[:, :-1] > top_p, (1, 0))
             if outside[:, -1].all():                                # every row is full
                 break
-        kept = logits.gather(1, order).masked_fill(outside, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter_(1, order, kept)
+        logits = logits.masked_fill(p < best.masked_fill(outside, 1).amin(-1, keepdim=True), -torch.inf)
     if top_k is not None and top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     return logits
@@ -635,6 +635,10 @@ class Sampling:
     suppress: list = ()             # tokens that are never written (LLaDA, appendix B.4: logits_eos_inf)
     defer: list = ()                # tokens that are written last: no confidence in them (LLaDA, B.4: confidence_eos_eot_inf)
 
+    def __post_init__(self):
+        if 0 < self.temperature < 1e-6:                             # the same in all that float32 can tell, and does not overflow there
+            self.temperature = 0.0
+
     @property
     def adaptive(self):
         """The rules in use by which the predictions decide how many of them a step keeps."""
@@ -650,7 +654,7 @@ class Sampling:
                                  (1, math.inf, "top_k"), (1, 10**6, "steps")):
             for name in names.split():
                 value, limits = getattr(self, name), f"be between {low} and {high}" if high < math.inf else f"be at least {low}" if low else "not be negative"
-                if value is not None and not low <= value <= high:
+                if value is not None and not (low <= value <= high and value < math.inf):
                     raise ValueError(f"{name} must {limits}, got {value}")
         for name, choices in (("remasking", REMASKING), ("cache", (None, "prefix", "dual", "block")), ("schedule", (None, *STEP_SCHEDULES)),
                               ("remask_schedule", REMASK_SCHEDULES)):
@@ -750,7 +754,8 @@ def infill(model, sequences, steps=128, block_length=None, **more):
             raise ValueError(f"sequence {i} has no mask token: there is nothing to fill")
     if block_length is not None and block_length < 1:
         raise ValueError(f"block_length must be at least 1, got {block_length}")
-    how = Sampling(steps=steps, block_length=block_length or max(map(len, sequences), default=1), **more)
+    longest = max(map(len, sequences), default=1)
+    how = Sampling(steps=steps, block_length=min(block_length or longest, longest), **more)
     with packed(_unwrap(model)):
         return _denoise(model, [list(s) for s in sequences], mask_id, [0] * len(sequences), how)
 
@@ -870,9 +875,9 @@ class _Row:
 
 def _streams(seed, B):
     """A generator for each row; `seed` as in `Sampling`."""
-    seed = torch.seed() if seed is None else seed
-    pairs = [(seed, b) for b in range(B)] if isinstance(seed, int) else [(s, 0) for s in seed]
-    return [torch.Generator().manual_seed((s * 1_000_003 + b) % 2**63) for s, b in pairs]
+    seed = torch.Generator().seed() if seed is None else seed
+    pairs = [(s, 0) for s in seed] if isinstance(seed, list | tuple) else [(seed, b) for b in range(B)]
+    return [torch.Generator().manual_seed((int(s) * 1_000_003 + b) % 2**63) for s, b in pairs]
 
 
 def _draw(streams, rows, where):
@@ -906,7 +911,8 @@ class _Passes:
         shift = int(self.config.shift or self.config.causal)
         if self.kind == "block":
             logits = self._refresh(canvas, rows, eligible, self.final[rows], begin if self.config.causal else end)
-            self.final[rows] = begin if self.config.causal else (begin - shift).clamp(min=0)        # the row before predicts the first
+            fed = eligible.any(1)                                   # a blind rule may write nothing in a row's step, which then feeds nothing
+            self.final[rows[fed]] = (begin if self.config.causal else (begin - shift).clamp(min=0))[fed]    # the row before predicts the first
             return logits
         begin = (begin - shift).clamp(min=0)
         full = self.fresh[rows] != current

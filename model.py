@@ -296,18 +296,19 @@ def take(x, select):
 def packed(model, limit=2**31):
     """While this lasts, a Transformer's products in float32 on a CPU read copies of its matrices in oneDNN's order, up to `limit` bytes.
 
-    For many passes with the same weights. MKL puts a matrix in its own order for every product, which for few rows takes longer
-    than the product (V 126464, D 256, 16 rows, two threads: 26 ms instead of 7). Making the copies takes as long as two passes.
+    For many passes with the same weights: meanwhile they must not be trained, moved or copied. MKL puts a matrix in its own order for
+    every product, which for few rows takes longer than the product (V 126464, D 256, 16 rows, two threads: 26 ms instead of 7). Making
+    the copies takes as long as three products. Compiled models keep their own.
     """
+    usable = (isinstance(model, Transformer) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and not torch.is_autocast_enabled("cpu")
+              and all(m._compiled_call_impl is None for m in model.modules()))
     linears = [m for m in (model.head, *model.blocks.modules()) if type(m) is nn.Linear and type(m.weight.data) is torch.Tensor
-               and m.weight.device.type == "cpu" and m.weight.dtype == torch.float32] if isinstance(model, Transformer) else []
-    if torch.is_autocast_enabled("cpu") or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        linears = []
-    for linear in linears:
-        if (limit := limit - linear.weight.nbytes) >= 0:
-            matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-            linear.forward = lambda x, w=matrix, b=linear.bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+               and m.weight.device.type == "cpu" and m.weight.dtype == torch.float32 and "forward" not in vars(m)] if usable else []
     try:
+        for linear in linears:
+            if (limit := limit - linear.weight.nbytes) >= 0:
+                matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+                linear.forward = lambda x, w=matrix, b=linear.bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
         yield
     finally:
         for linear in linears:
@@ -331,7 +332,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         need_grad = need_h or need_w or need_b
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, weight, nll = hidden.to(dtype), weight.to(dtype), torch.empty(len(targets), device=hidden.device)
-            chunk = chunk * 4 // dtype.itemsize                     # half the bytes, twice the rows: fewer sums into grad_w
+            chunk = max(1, chunk * 4 // dtype.itemsize)             # half the bytes, twice the rows: fewer sums into grad_w
             grad_h = torch.empty_like(hidden) if need_h else None
             grad_w = torch.zeros(weight.shape, device=weight.device) if need_w else None         # float32: a sum over chunks
             grad_b = torch.zeros(len(weight), device=weight.device) if need_b else None
@@ -354,7 +355,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_w = grad_w.addmm_(p.T, weighted) if dtype == torch.float32 else grad_w.add_(p.T @ weighted)
                 if need_b:
                     grad_b += (p.float() * row_weight).sum(0)
-            for rows in (nll > 80).nonzero()[:, 0].split(chunk):        # exp underflows there: the long way
+            for rows in (nll > (9 if dtype == torch.float16 else 80)).nonzero()[:, 0].split(chunk):     # exp underflows there: the long way
                 logits = F.linear(hidden[rows], weight, bias if bias is None else bias.to(dtype)).float()
                 nll[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
         ctx.grads = grad_h, grad_w, grad_b

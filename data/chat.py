@@ -341,11 +341,7 @@ class TextDataset(TokenDataset):
         return ChatBatch(super().batch(split, batch_size, self.seq_len, seed, step, rank, world_size))
 
     def val_batch(self, max_examples=None):
-        """Conversations evenly spread over the validation split, where a mixture stands part after part, the shortest first. For diffusion.nelbo:
-        padding is hidden and only what was answered counts, so that the figure does not depend on how batches are put together."""
-        kept = self.kept["val"]
-        rows = kept[np.linspace(0, len(kept) - 1, min(len(kept), max_examples or len(kept))).round().astype(np.int64)]
-        return self._collate("val", rows[np.argsort(self.index["val"][rows, 1], kind="stable")], "hidden")
+        return ChatBatch(self.windows("val", self.seq_len, None if max_examples is None else max_examples * self.seq_len))
 
     def val_bytes_per_token(self, batch, tokenizer):
         return self.bytes_per_token("val")
@@ -419,21 +415,11 @@ class ChatDataset(TokenDataset):
         return ChatBatch(whole.tokens[rows], whole.maskable[rows], attention_mask, share)
 
     def val_batch(self, max_examples=None):
-        """Conversations from all over the validation split, the shortest first, for diffusion.nelbo: padding is hidden and only what was
-        answered counts, so that the figure does not depend on how batches are put together."""
-        return self._collate("val", self._val_rows(max_examples), "hidden")
-
-    def val_batches(self, batch_size, max_examples=None):
-        """`val_batch` in pieces, each as long as its longest conversation needs."""
-        rows = self._val_rows(max_examples)
-        for start in range(0, len(rows), batch_size):
-            yield self._collate("val", rows[start:start + batch_size], "hidden")
-
-    def _val_rows(self, max_examples):
-        """Evenly spread, for a mixture stands there part after part; by length."""
+        """Conversations evenly spread over the validation split, where a mixture stands part after part, the shortest first. For diffusion.nelbo:
+        padding is hidden and only what was answered counts, so that the figure does not depend on how batches are put together."""
         kept = self.kept["val"]
         rows = kept[np.linspace(0, len(kept) - 1, min(len(kept), max_examples or len(kept))).round().astype(np.int64)]
-        return rows[np.argsort(self.index["val"][rows, 1], kind="stable")]
+        return self._collate("val", rows[np.argsort(self.index["val"][rows, 1], kind="stable")], "hidden")
 
     def val_bytes_per_token(self, batch, tokenizer):
         """UTF-8 bytes of the answers in a `val_batch` per token that counts."""

@@ -8,7 +8,8 @@ import zlib
 import torch
 
 import common
-from diffusion import log_likelihood
+from diffusion import REMASKING, log_likelihood
+from evaluation.designs import ESTIMATORS
 from sampling.sampler import Sampler
 
 
@@ -237,7 +238,10 @@ def check(s):
         raise ValueError(f"num_samples takes a number of at least 1 or auto, got {s['num_samples']!r}")
     if s["dtype"] not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, got {s['dtype']!r}")
-    for name in ("limit", "max_tokens", "seq_len", "max_new_tokens", "batch_size", "seed"):
-        if s[name] < 0:
-            raise ValueError(f"{name} must not be negative, got {s[name]}")
+    for name, low in (("limit", 0), ("max_tokens", 1), ("seq_len", 0), ("max_new_tokens", 0), ("batch_size", 0), ("seed", 0)):
+        if not low <= s[name] < 2**32:
+            raise ValueError(f"{name} must be between {low} and 2**32 - 1, got {s[name]}")
+    for name, choices in (("estimator", ESTIMATORS), ("remasking", REMASKING)):
+        if s[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {s[name]!r}")
     return None if auto else int(s["num_samples"])

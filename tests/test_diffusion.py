@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -624,6 +625,13 @@ def test_top_p_of_a_large_vocabulary_is_what_sorting_all_of_it_finds(scales):
     assert [256, 4096, 10_000][len(scales) - 1] >= kept.sum(-1).max() > [0, 256, 4096][len(scales) - 1]
 
 
+def test_equal_tokens_pass_top_p_together_alone_or_in_a_batch():
+    logits = torch.stack((torch.arange(10_000) % 100 * 0.5, torch.zeros(10_000), torch.arange(10_000) * 1.0))     # ties of 100, of all, none
+    together = diffusion.filter_logits(logits, top_p=0.7)
+    assert torch.equal(together, torch.cat([diffusion.filter_logits(row[None], top_p=0.7) for row in logits]))
+    assert together.isfinite().sum(1).tolist() == [300, 10_000, 2]                  # of the first, a hundred hold 0.39, two 0.63, three 0.78
+
+
 @pytest.mark.parametrize("options", [dict(top_p=0.6), dict(top_k=2), dict(top_p=0.8, top_k=3), dict(suppress=[1, 2]), dict(suppress=[0], top_k=2)], ids=str)
 @pytest.mark.parametrize("how", ["generate", "infill"])
 def test_filtered_tokens_are_drawn_with_their_probabilities(options, how):
@@ -713,7 +721,7 @@ def test_entropy_bound_keeps_the_largest_set_under_the_bound():
         assert diffusion.keep_entropy_bound(score, entropies, eligible, gamma)[0].nonzero()[:, 0].tolist() == sorted(largest)
     p, seen = probabilities(6, 9, seed=2), []
     H = -(p * (p + 1e-10).log()).sum(-1)
-    generate(Independent(p), [[]], 6, 6, 6, remasking="entropy", entropy_bound=float(H.sort().values[:3].sum()), on_step=seen.append)
+    generate(Independent(p), [[]], 6, 6, 6, remasking="entropy", entropy_bound=float(H.sort().values[:3].sum()) + 1e-4, on_step=seen.append)
     assert int(seen[0].revealed.sum()) == 4 and len(seen) < 6       # three of the lowest and the next, which is the maximum
     seen.clear()
     generate(Independent(p), [[]], 6, 6, 6, entropy_bound=0.0, on_step=seen.append)
@@ -833,6 +841,27 @@ def test_packed_matrices_give_the_same_logits_and_are_forgotten():
             assert plain()
     with packed(Independent(probabilities(4, 7))):
         pass
+    model = tiny()
+    model.blocks[0].compile()                                       # nothing is compiled before its first call
+    with packed(model):
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_steps_in_which_a_row_writes_nothing_do_no_harm():
+    """An autoregressive row that the coin leaves out feeds nothing, and so has no new keys in its cache."""
+    model = tiny(causal=True, shift=True)
+    options = dict(max_new_tokens=6, steps=12, remasking="ancestral")
+    assert generate(model, [[1, 2, 3], [4, 5, 6]], seed=[3, 4], **options) == [generate(model, [p], seed=s, **options)[0] for p, s in (([1, 2, 3], 3), ([4, 5, 6], 4))]
+
+
+def test_seeds_and_temperatures_at_the_edge():
+    model, prompts = tiny(), [[1, 2], [3]]
+    state = torch.get_rng_state()
+    assert generate(model, prompts, 8, 8, 8, temperature=1.0) != generate(model, prompts, 8, 8, 8, temperature=1.0), "no seed: anew"
+    assert torch.equal(state, torch.get_rng_state()), "and torch's own numbers are left alone"
+    assert generate(model, prompts, 8, 8, 8, temperature=1.0, seed=np.int64(5)) == generate(model, prompts, 8, 8, 8, temperature=1.0, seed=5)
+    assert generate(model, prompts, 8, 8, 8, temperature=1e-40) == generate(model, prompts, 8, 8, 8)
+    assert infill(model, [[1, MASK, 2]], block_length=10**30) == infill(model, [[1, MASK, 2]])
 
 
 def test_ancestral_sampling_flips_every_coin():
@@ -847,7 +876,7 @@ BAD = [
     (dict(prompts=[[1, MASK]]), "mask token at position 1"), (dict(prompts=[[1, 40]]), "outside the vocabulary"),
     (dict(max_new_tokens=0), "max_new_tokens"), (dict(max_new_tokens=80, block_length=8), "exceed the model's context of 64"),
     (dict(steps=0), "steps"), (dict(steps=2), "too few for 3 blocks"), (dict(block_length=0), "block_length"), (dict(block_length=13), "block_length"),
-    (dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(remasking="best"), "remasking must be one of"),
+    (dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"), (dict(temperature=math.inf), "temperature"), (dict(remasking="best"), "remasking must be one of"),
     (dict(threshold=1.5), "threshold"), (dict(factor=0.0), "factor"), (dict(factor=1.0, threshold=0.5), "exclude"),
     (dict(threshold=0.5, remasking="random"), "low_confidence"), (dict(cache="magic"), "cache"), (dict(cfg_scale=-1.0), "cfg_scale"),
     (dict(cfg_scale=1.0, cache="dual"), "without a cache"), (dict(schedule="fast"), "schedule"), (dict(top_p=1.5), "top_p must be"), (dict(top_k=0), "top_k"),

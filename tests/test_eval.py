@@ -245,7 +245,8 @@ def test_chat_templates_reach_the_model(checkpoint):
     (("--output=nowhere/results.json",), "cannot write results to nowhere/results.json"),
     (("--dataset=pydox",), "no data set, file or folder called 'pydox'; did you mean 'pydocs'?"),
     (("--dtype=int8",), "dtype must be auto, float32 or bfloat16"),
-    (("--limit=-1",), "limit must not be negative")])
+    (("--limit=-1",), "limit must be between 0"), (("--limit=nan",), "limit must be between 0"), (("--seed=4294967296",), "seed must be between"),
+    (("--max_tokens=0",), "max_tokens must be between 1"), (("--remasking=best",), "remasking must be one of"), (("--estimator=exact",), "estimator must be one of")])
 def test_mistakes_are_one_line(arguments, message, checkpoint):
     result = run("eval.py", f"--checkpoint={checkpoint}", "--device=cpu", *arguments, before=only_our_tasks)
     assert result.status == 2 and result.out == ""
