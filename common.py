@@ -237,6 +237,13 @@ def matrix_dtype(device, dtype):
     return getattr(torch, dtype)
 
 
+def weights_dtype(device, dtype):
+    """What a checkpoint's weights are read as, for the same settings; "auto": as they are stored (None), but where a CPU has no instructions
+    for bfloat16, and is ten times slower with it, float32."""
+    as_stored = dtype == "auto" and (device.type != "cpu" or matrix_dtype(device, dtype) == torch.bfloat16)
+    return None if as_stored else matrix_dtype(device, dtype)
+
+
 def autocast(device, dtype):
     """The context in which the forward pass runs, for the setting `dtype` (see matrix_dtype)."""
     return torch.autocast(device.type, torch.bfloat16) if matrix_dtype(device, dtype) == torch.bfloat16 else contextlib.nullcontext()
@@ -275,8 +282,8 @@ def from_rank_0(value, device):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: of each matrix's momentum U S V^T only U V^T is applied (Jordan et al. 2024).
 
-    Five steps of a Newton-Schulz iteration, X <- aX + b(XX^T)X + c(XX^T)^2 X in bfloat16, drive the singular values to about 1. Matrices
-    of one shape are stacked and go through it together, which takes half the time of one after the other (torch.optim.Muon).
+    Five steps of a Newton-Schulz iteration, X <- aX + b(XX^T)X + c(XX^T)^2 X, drive the singular values to about 1. Matrices of one shape are
+    stacked and go through it together, which takes half the time of one after the other (torch.optim.Muon).
     """
 
     def __init__(self, matrices, lr=0.02, momentum=0.95, weight_decay=0.0):
@@ -302,8 +309,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices, steps=5):
-    """Roughly U V^T of each of the matrices U S V^T, [N, rows, columns] with rows <= columns, in bfloat16."""
-    x = matrices.bfloat16()
+    """Roughly U V^T of each of the matrices U S V^T, [N, rows, columns] with rows <= columns, in bfloat16 where that is fast."""
+    x = matrices.to(matrix_dtype(matrices.device, "auto"))
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)                                       # singular values at most 1
     for _ in range(steps):
         a = x @ x.mT                                                                        # [N, rows, rows]

@@ -67,7 +67,7 @@ schedule = ""               # tokens a step: even or timesteps; empty: the famil
 seed = 1337                 # of the sets of hidden tokens and of sampling
 # machine
 device = "auto"             # auto, cpu, cuda, mps
-dtype = "auto"              # of the weights: float32, bfloat16; auto: as stored
+dtype = "auto"              # of the weights: float32, bfloat16; auto: as stored, on a CPU without bfloat16 instructions float32
 threads = 0                 # CPU threads; 0: torch's choice
 settings = override(globals(), read=__name__ == "__main__")
 settings["checkpoint"] = checkpoint = settings["checkpoint"] or default_checkpoint()

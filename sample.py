@@ -14,8 +14,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from common import override
 from sampling.sampler import Sampler, Trace, default_checkpoint
 from sampling.terminal import Terminal, printable
@@ -55,7 +53,7 @@ pause = 0.03                # seconds that --show waits after each step in a ter
 html = ""                   # write the run to this file: a page with a slider over the steps
 # machine
 device = "auto"             # auto, cpu, cuda, mps
-dtype = "auto"              # of the weights: float32, bfloat16; auto: as stored
+dtype = "auto"              # of the weights: float32, bfloat16; auto: as stored, on a CPU without bfloat16 instructions float32
 threads = 0                 # CPU threads; 0: torch's choice
 settings = override(globals())
 
@@ -68,13 +66,12 @@ if (chat or serve) and (html or num_samples != 1):
     raise ValueError("--html and --num_samples are for single runs: not with --chat or --serve")
 if num_samples < 1 or max_new_tokens < 0 or pause < 0:
     raise ValueError(f"num_samples must be at least 1, max_new_tokens and pause not negative, got {num_samples}, {max_new_tokens}, {pause}")
-if dtype not in ("auto", "float32", "bfloat16"):
-    raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
 if html and (Path(html).is_dir() or not os.access(Path(html).parent, os.W_OK)):
     raise OSError(f"cannot write a page to {html}: --html takes the name of a file in a folder that exists and can be written to")
 settings["checkpoint"] = checkpoint = checkpoint or default_checkpoint()
 settings["cache"] = "" if cache == "none" else cache
-sampler = Sampler.load(checkpoint, common.init_process(device, threads)[0], None if dtype == "auto" else getattr(torch, dtype), adapter)
+device, *_ = common.init_process(device, threads)
+sampler = Sampler.load(checkpoint, device, common.weights_dtype(device, dtype), adapter)
 
 # ---- chat and serve ------------------------------------------------------------------------------------------------------------
 if chat:

@@ -24,8 +24,7 @@ class Evaluator:
         self.num_samples = check(s)
         where, self.process, self.processes = common.init_process(s["device"], s["threads"])
         s["batch_size"] = s["batch_size"] or (2048 if where.type == "cpu" else 16384)
-        dtype = None if s["dtype"] == "auto" else getattr(torch, s["dtype"])
-        self.sampler = Sampler.load(s["checkpoint"], where, dtype, s["adapter"] or None)
+        self.sampler = Sampler.load(s["checkpoint"], where, common.weights_dtype(where, s["dtype"]), s["adapter"] or None)
         self.model, self.max_len = self.sampler.model.eval(), self.sampler.config.max_len
         self.passes, self.tokens, self.notes, self.answers = 0, 0, {}, []
         self.model.register_forward_hook(self._count)
@@ -236,8 +235,6 @@ def check(s):
     auto = str(s["num_samples"]) == "auto"
     if not auto and not (str(s["num_samples"]).isdecimal() and int(s["num_samples"])):
         raise ValueError(f"num_samples takes a number of at least 1 or auto, got {s['num_samples']!r}")
-    if s["dtype"] not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype must be auto, float32 or bfloat16, got {s['dtype']!r}")
     for name, low in (("limit", 0), ("max_tokens", 1), ("seq_len", 0), ("max_new_tokens", 0), ("batch_size", 0), ("seed", 0)):
         if not low <= s[name] < 2**32:
             raise ValueError(f"{name} must be between {low} and 2**32 - 1, got {s[name]}")

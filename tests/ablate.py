@@ -25,7 +25,7 @@ from diffusion import ar_loss, mask_tokens, mdlm_loss, nelbo, sample_t  # noqa: 
 from model import Config, Transformer  # noqa: E402
 
 BASE = dict(optimizer="muon", muon_lr=0.02, lr=3e-3, beta2=0.99, weight_decay=0.0, decay="linear", decay_from=0.0, warmup=0.02, batch=32, t="stratified",
-            max_weight=10.0, weight_power=1.0, init="ours", config={}, objective="mdlm", grad_clip=1.0, momentum=0.95, ema=0.0, softcap=0.0, dtype="bfloat16")
+            max_weight=10.0, weight_power=1.0, init="ours", config={}, objective="mdlm", grad_clip=1.0, momentum=0.95, ema=0.0, softcap=0.0, dtype="auto")
 PLAIN = dict(optimizer="adamw", lr=1e-3, decay="cosine", t="uniform", max_weight=None, init="gpt2", weight_decay=0.1, config=dict(qk_norm=False))
 ARMS = {
     "recipe": {}, "plain": PLAIN, "plain float32": dict(PLAIN, dtype="float32"),
@@ -70,7 +70,7 @@ def run(arm, text, seed, updates, minutes=0.0):
     o = dict(BASE)
     for name in arm.split(" + "):
         o |= ARMS[name]
-    T, torch_seed = 128, torch.manual_seed(seed)
+    T, torch_seed, cpu = 128, torch.manual_seed(seed), torch.device("cpu")
     data = TokenDataset(prepare(text, "byte"))
     config = Config(vocab_size=data.vocab_size, mask_token_id=data.mask_token_id, max_len=T,
                     **{**dict(dim=128, n_layers=4, n_heads=4, causal=o["objective"] == "ar", shift=o["objective"] == "ar"), **o["config"]})
@@ -106,7 +106,7 @@ def run(arm, text, seed, updates, minutes=0.0):
             mask, t = torch.cat((half, ~half)), torch.cat((t[:B // 2], 1 - t[:B // 2])).clamp(min=1e-3)
         else:
             mask = mask_tokens((B, T), t[:, None], generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=o["dtype"] == "bfloat16"):
+        with common.autocast(cpu, o["dtype"]):
             if o["objective"] == "ar":
                 loss = ar_loss(model, tokens)
             else:
@@ -127,7 +127,7 @@ def run(arm, text, seed, updates, minutes=0.0):
         progress = (time.perf_counter() - start) / 60 / minutes if minutes else step / updates
     seconds = time.perf_counter() - start
     model = (ema or model).eval()
-    with torch.autocast("cpu", torch.bfloat16):
+    with common.autocast(cpu, "auto"):
         value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
     return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4), tokens_per_s=round(step * B * T / seconds), updates=step)
 

@@ -183,7 +183,8 @@ def test_shapes_of_the_decay():
 
 # ---------------------------------------------------------------- Muon
 
-def test_muon_is_torchs_muon():
+def test_muon_is_torchs_muon(monkeypatch):
+    monkeypatch.setattr(common, "matrix_dtype", lambda device, dtype: torch.bfloat16)       # as torch's does whatever the device
     generator = torch.Generator().manual_seed(0)
     draw = lambda shape: torch.randn(shape, generator=generator)
     shapes = [(16, 16), (44, 16), (16, 44), (16, 16)]                # square, tall, wide, and two that are stacked
