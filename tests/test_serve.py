@@ -164,7 +164,7 @@ def test_the_page_and_its_runs(server):
     status, text = ask(server, "/")
     assert status == 200 and "const TRACE = /*TRACE*/ null" in text
     assert ask(server, "/v1/models")[1]["data"][0]["id"] == "tiny" == ask(server, "/v1/models/tiny")[1]["id"]
-    first, *steps, last, report = [json.loads(event) for event in events(ask(server, "/generate", {"prompt": "ab[MASK:4]yz", "steps": 2})[1])]
+    first, *steps, last, report = [json.loads(event) for event in events(ask(server, "/generate", {"prompt": "ab[MASK:4]yz", "steps": 2, "seed": 1})[1])]
     assert first["rows"] == [["a", "b", None, None, None, None, "y", "z"]]
     assert [len(step["changes"]) for step in steps] == [2, 2] and "".join(last["pieces"][0]) == report["texts"][0]
     assert report["report"].startswith("4 tokens in 2 forward passes")
