@@ -29,11 +29,13 @@ if __name__ == "__main__" and "MALLOC_TRIM_THRESHOLD_" not in os.environ and sys
 
 import torch  # noqa: E402
 
+import common  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import Cache, Config, Transformer  # noqa: E402
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))     # of the machine's cores
 COMMANDS = {}
+BF16 = common.matrix_dtype(torch.device("cpu"), "auto") == torch.bfloat16       # without its instructions a CPU takes minutes for what it does in seconds
 
 
 def command(function):
@@ -46,7 +48,7 @@ def machine():
     """What the figures below it were measured on, in a line."""
     info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")] or [platform.processor()]
-    return (f"{names[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    return (f"{names[0]}, {os.cpu_count()} cores, {'' if BF16 else 'no '}bfloat16 instructions, {torch.get_num_threads()} threads, torch {torch.__version__}, "
             f"load {os.getloadavg()[0]:.1f}")
 
 
@@ -243,16 +245,15 @@ def training_candidates(vocab_size, compiled):
 
     mdlm = lambda: mdlm_loss(ours, tokens, generator=generator).loss
     candidates = {}
-    for bf16, precision in ((False, "float32"), (True, "bf16")):
+    for bf16, precision in ((False, "float32"), (True, "bf16"))[:1 + BF16]:
         candidates[f"ours {precision}"] = lambda bf16=bf16: step(ours, mdlm, bf16)
         candidates[f"full logits {precision}"] = lambda bf16=bf16: step(ours, lambda: full(ours), bf16)
         candidates[f"ours, autoregressive, {precision}"] = lambda bf16=bf16: step(causal, lambda: ar_loss(causal, tokens).loss, bf16)
         candidates[f"plain autoregressive {precision}"] = lambda bf16=bf16: step(causal, lambda: torch.nn.functional.cross_entropy(
             causal(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()), bf16)
+        candidates[f"trunk {precision}"] = lambda bf16=bf16: step(ours, lambda: ours.hidden(tokens).sum(), bf16)
     candidates["transformers, dLLM's loss, float32"] = lambda: step(llama, lambda: full(lambda x: llama(
         x, attention_mask=visible, use_cache=False).logits))
-    candidates["trunk bf16"] = lambda: step(ours, lambda: ours.hidden(tokens).sum(), True)
-    candidates["trunk float32"] = lambda: step(ours, lambda: ours.hidden(tokens).sum())
     return ours, candidates
 
 
@@ -264,7 +265,7 @@ def step():
     ours, candidates = training_candidates(vocab_size, compiled)
     _, eager = training_candidates(vocab_size, False) if compiled else (None, {})
     candidates = {**{f"{name}{' compiled' if compiled and 'transformers' not in name else ''}": f for name, f in candidates.items()}, **eager}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16)[:1 + BF16]:
         a = torch.randn(2048, 2048).to(dtype)
         candidates[f"mm {dtype}"] = lambda a=a: a @ a
     times = interleaved(candidates, rounds=3, warmup=1)
@@ -275,7 +276,7 @@ def step():
             print(f"{name:44} {median * 1e3:10.1f}   {2 * 2048**3 / median / 1e9:6.0f} GFLOP/s")
         else:
             print(f"{name:44} {median * 1e3:10.1f} {2048 / median:10,.0f}   {base / median:5.2f}")
-    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))[:1 + BF16]:
         for suffix in (" compiled", "") if compiled else ("",):
             speed = flops / times[f"ours {precision}{suffix}"].median
             print(f"model FLOP/s of ours {precision}{suffix} over torch.mm: {speed / (2 * 2048**3 / times[f'mm {dtype}'].median):.2f}")
@@ -321,7 +322,8 @@ def block():
     """A training step of block diffusion against one of masked diffusion, the same tokens: the small CPU model; on a GPU T 1024, blocks of 32."""
     from diffusion import block_loss, mdlm_loss
     gpu = torch.cuda.is_available()
-    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16
+    device = torch.device("cuda" if gpu else "cpu")
+    dtype = common.matrix_dtype(device, "auto")
     sizes = [(1024, 16, 32, dict(dim=768, n_layers=12, n_heads=12))] if gpu else [(128, 16, 4, {}), (512, 4, 32, {})]
     for T, B, length, config in sizes:
         config = Config(vocab_size=2048, mask_token_id=2047, max_len=T, **{**dict(dim=192, n_layers=4, n_heads=4), **config})
@@ -331,7 +333,7 @@ def block():
         tokens = torch.randint(0, 2047, (B, T), device=device)
 
         def step(loss, *arguments):
-            with torch.autocast(device.type, dtype):
+            with common.autocast(device, "auto"):
                 loss(model, tokens, *arguments).loss.backward()
             model.zero_grad(set_to_none=True)
             if gpu:
@@ -339,7 +341,7 @@ def block():
 
         times = interleaved({"mdlm": lambda: step(mdlm_loss), "bd3lm": lambda: step(block_loss, length)}, rounds=9 if not gpu else 30, warmup=3)
         wall, cpu = (times["bd3lm"][i] / times["mdlm"][i] for i in (0, 1))
-        print(f"T {T}, B {B}, blocks of {length}, D {config.dim}, bf16 on {device.type}: mdlm {times['mdlm'].median * 1e3:.1f} ms, "
+        print(f"T {T}, B {B}, blocks of {length}, D {config.dim}, {dtype} on {device.type}: mdlm {times['mdlm'].median * 1e3:.1f} ms, "
               f"bd3lm {times['bd3lm'].median * 1e3:.1f} ms, {wall:.2f} times as long ({cpu:.2f} in CPU time)", flush=True)
         if gpu:
             torch.cuda.reset_peak_memory_stats()
