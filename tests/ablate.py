@@ -33,7 +33,8 @@ ARMS = {
     "clip 2": dict(max_weight=2.0), "sqrt weight": dict(weight_power=0.5), "flat weight": dict(weight_power=0.0),
     "complementary masks": dict(t="complementary"), "curriculum": dict(t="curriculum"), "low t": dict(t="low"),
     "adamw": dict(optimizer="adamw"), "adamw 1e-3": dict(optimizer="adamw", lr=1e-3),
-    "cosine decay": dict(decay="cosine"), "decay from half": dict(decay_from=0.5), "init 0.02": dict(init="gpt2"), "no zero init": dict(init="fan_in"),
+    "cosine decay": dict(decay="cosine"), "decay from half": dict(decay_from=0.5), "init 0.02": dict(init="gpt2"), "embedding 0.02": dict(init="embedding"),
+    "no zero init": dict(init="fan_in"),
     "muon 0.01": dict(muon_lr=0.01), "muon 0.04": dict(muon_lr=0.04), "lr 1.5e-3": dict(lr=1.5e-3), "lr 6e-3": dict(lr=6e-3), "lr 1e-2": dict(lr=1e-2),
     "beta2 0.95": dict(beta2=0.95), "weight decay 0.1": dict(weight_decay=0.1), "momentum 0.9": dict(momentum=0.9),
     "batch 16": dict(batch=16), "batch 8": dict(batch=8), "batch 64": dict(batch=64),
@@ -77,8 +78,8 @@ def run(arm, text, seed, updates, minutes=0.0):
     model = Transformer(config).init_weights(seed)
     if o["init"] != "ours":
         for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02 if o["init"] == "gpt2" else module.weight.shape[1] ** -0.5, generator=torch_seed)
+            if isinstance(module, nn.Embedding if o["init"] == "embedding" else (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5 if o["init"] == "fan_in" else 0.02, generator=torch_seed)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     if o["optimizer"] == "muon":
