@@ -397,16 +397,22 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Random weights: N(0, 0.02^2), as GPT-2 has them; biases are zero. So the first loss is about log V.
+        """Random weights: N(0, 1/fan_in) for matrices, N(0, 1) for embeddings, zero for what writes into the residual stream.
 
-        In short runs with Muon this is up to 0.1 nats ahead of N(0, 1/fan_in) with zeros for what writes into the residual stream (README).
+        Blocks begin as the identity, and the head, zero unless tied, gives a uniform distribution: the first loss is log V.
         """
         generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
+        draw = lambda weight, std: weight.copy_(torch.randn(weight.shape, generator=generator) * std)  # noqa: E731
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                if not name.endswith((".o", ".down", "head")):
+                    draw(module.weight, module.in_features ** -0.5)
+                elif name != "head" or not self.config.tie_embeddings:
+                    module.weight.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                draw(module.weight, 0.02 if self.config.tie_embeddings else 1.0)
         return self
 
     @torch.no_grad()

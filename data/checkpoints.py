@@ -382,8 +382,12 @@ def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
 
 
 def tiny_model(family, tokenizer, max_len, seed=0, **size):
-    """A small random model of a family."""
-    return Transformer(tiny_config(family, tokenizer, max_len, **size)).init_weights(seed)
+    """A small random model of a family in which nothing is zero, as it is in new ones: a frozen zero would teach an adapter nothing."""
+    model, generator = Transformer(tiny_config(family, tokenizer, max_len, **size)).init_weights(seed), torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if name.endswith((".o.weight", ".down.weight", "head.weight")):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
+    return model
 
 
 def _flatten_rope(raw):
