@@ -181,6 +181,17 @@ def test_shapes_of_the_decay():
     assert common.learning_rate_factor(0.25, 0, "cosine") == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_without_bfloat16_instructions_computes_in_float32(monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    expected, cpu = torch.bfloat16 if fast else torch.float32, torch.device("cpu")
+    assert common.matrix_dtype(cpu, "auto") == common.orthogonal(torch.randn(1, 4, 4)).dtype == expected
+    assert common.weights_dtype(cpu, "auto") == (None if fast else torch.float32) and common.weights_dtype(torch.device("cuda"), "auto") is None
+    assert common.weights_dtype(cpu, "bfloat16") == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype must be"):
+        common.weights_dtype(cpu, "float16")
+
+
 # ---------------------------------------------------------------- Muon
 
 def test_muon_is_torchs_muon(monkeypatch):

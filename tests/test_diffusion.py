@@ -475,7 +475,7 @@ def test_sample_tokens_follows_the_distribution():
     torch.manual_seed(0)
     V = 1300                                                        # three pieces of 512, the last one short
     logits = torch.randn(1, V) * 2
-    n, temperature = 100_000, 0.7
+    n, temperature = 400_000, 0.7
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n            # evenly spread numbers: counts are n * p up to 1
     counts = torch.zeros(V)
     for part in u.split(20_000):
