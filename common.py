@@ -58,7 +58,7 @@ def override(constants, read=True):
 def fill_in(constants, settings, column, **sizes):
     """Settings that are 0 or "" take the value in this column of `sizes` (name=(value, value, ...)); max_minutes only without max_steps."""
     for name, values in sizes.items():
-        if not settings[name] and not (name == "max_minutes" and settings["max_steps"]):
+        if not settings.get(name) and not (name == "max_minutes" and settings["max_steps"]):
             settings[name] = constants[name] = values[column]
 
 
@@ -67,13 +67,13 @@ def check(settings, at_least_1="", not_negative="", positive="", **choices):
     for names, limit, wrong in ((at_least_1, "be at least 1", lambda value: value < 1), (not_negative, "not be negative", lambda value: value < 0),
                                 (positive, "be positive", lambda value: value <= 0)):
         for name in names.split():
-            if wrong(settings[name]):
-                raise ValueError(f"{name} must {limit}, got {settings[name]}")
+            if wrong(settings.get(name, -1)):                       # a constant edited to None is no setting
+                raise ValueError(f"{name} must {limit}, got {settings.get(name)}")
     if settings["seed"] >= 2**32:
         raise ValueError(f"seed must be below 2**32, got {settings['seed']}")
     for name, allowed in choices.items():
-        if settings[name] not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}")
+        if settings.get(name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {settings.get(name)!r}")
 
 
 def _parse(name, text, default):
@@ -352,7 +352,9 @@ def learning_rate_factor(progress, warmup=0.02, decay="linear", decay_from=0.0):
 def check_finite(value, step, folder, what="the loss"):
     """FloatingPointError for a number that is none."""
     if not math.isfinite(value):
-        raise FloatingPointError(f"{what} is {value} at step {step}: lower the learning rate; the last checkpoint is in {folder}")
+        from data.state import has_state  # it builds on this file
+        last = f"the last checkpoint is in {folder}" if has_state(folder) else "no checkpoint was written yet"
+        raise FloatingPointError(f"{what} is {value} at step {step}: lower the learning rate; {last}")
 
 
 def stop_signals():

@@ -36,13 +36,13 @@ def linear(t):
 
 
 def cosine(t):
-    """alpha_t = 1 - cos(pi/2 (1 - t)), which lingers at few masks (MaskGIT, 2202.04200; MD4, table 1). Returns (alpha_t, alpha'_t)."""
+    """alpha_t = 1 - cos(pi/2 (1 - t)), which lingers at many masks (MaskGIT, 2202.04200; MD4, table 1). Returns (alpha_t, alpha'_t)."""
     angle = math.pi / 2 * (1 - t)
     return 1 - torch.cos(angle), -math.pi / 2 * torch.sin(angle)
 
 
 def polynomial(t, power=2.0):
-    """alpha_t = 1 - t^power (MD4, table 1). Returns (alpha_t, alpha'_t)."""
+    """alpha_t = 1 - t^power, which lingers at few masks (MD4, table 1). Returns (alpha_t, alpha'_t)."""
     return 1 - t**power, -power * t ** (power - 1)
 
 
@@ -166,10 +166,10 @@ def cart_weights(mask, p):
 def ar_loss(model, tokens):
     """-log p(x_i | x_<i) of an autoregressive model, nats per token: the baseline. The first token is given, not predicted."""
     (B, T), device = tokens.shape, tokens.device
-    count = torch.zeros(B, T, dtype=torch.bool, device=device)
-    count[:, 1:] = True
-    t = torch.ones(B, 1, device=device)
-    return _loss(model, tokens, tokens, count, t, T, count, "linear", None, shift=True)
+    predicted = torch.ones(B, T, dtype=torch.bool, device=device)
+    predicted[:, 0] = False
+    t = torch.ones(B, 1, device=device)                             # where the weight 1/t is 1
+    return _loss(model, tokens, tokens, predicted, t, T, predicted, "linear", None, shift=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -850,7 +850,8 @@ class _Row:
         left: the masked tokens of its block.
         """
         while True:
-            if self.step >= self.steps if self.how.remask else not left:
+            block_done = self.step >= self.steps if self.how.remask else not left
+            if block_done:
                 if not self.blocks:
                     return False
                 (self.block, left), self.step = self.blocks.pop(0), 0

@@ -46,7 +46,7 @@ strict = False              # refuse what does not fit into the context, and emp
 confirm_run_unsafe_code = False     # allow tasks that run what the model writes
 # log-likelihoods
 num_samples = "auto"        # forward passes of an answer; auto: 8, where its rank is in doubt up to 120 (nelbo: 1, single answers: 32)
-estimator = "dealt"         # dealt, stratified, llada: how the hidden tokens are chosen, see diffusion.py
+estimator = "dealt"         # dealt, stratified, llada: how the hidden tokens are chosen, see evaluation/designs.py
 batch_size = 0              # tokens of a pass, which many requests share; 0: 2048 on a CPU, 16384 elsewhere
 # generation: the sampler, as in sample.py
 max_new_tokens = 0          # 0: what the task says, 256 if it says nothing
@@ -127,8 +127,8 @@ def main():
 
 
 if __name__ == "__main__":
-    for _chatty in ("lm_eval", "huggingface_hub"):
-        logging.getLogger(_chatty).setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")              # off-line it would tell of every attempt, and we tell of the last
     main()
 else:                                                               # `import eval` is how lm-eval learns of --model unmask
     from lm_eval.api.registry import register_model

@@ -397,7 +397,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Random weights: N(0, 1/fan_in) for matrices, N(0, 1) for embeddings, zero for what writes into the residual stream.
+        """Random weights: N(0, 1/fan_in) for matrices, N(0, 1) for embeddings (tied ones: 0.02^2), zero for what writes into the residual stream.
 
         Blocks begin as the identity, and the head, zero unless tied, gives a uniform distribution: the first loss is log V.
         """
@@ -455,7 +455,7 @@ class Transformer(nn.Module):
         positions       int64 [S] or [B, S]; None: 0, 1, 2...
         targets         int64 [N] (with `select`) or [B, S]: returns (sum of weights * nll, nll float32 [N]) instead, nll in
                         nats, without ever holding the logits; `weights` float32 of the same shape, None: all one.
-        Raises ValueError for more positions than the model has.
+        Raises ValueError for more positions than a model with learned ones has.
         """
         hidden = self.hidden(tokens, attention_mask, select, cache, positions)      # [B, S, D] or [N, D]
         if self.norm is not None:
@@ -565,6 +565,6 @@ if __name__ == "__main__":
     from common import show_errors_in_one_line
     from data.checkpoints import describe
     show_errors_in_one_line()
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise ValueError("usage: python model.py FOLDER_OR_HUB_ID")
     print(describe(sys.argv[1]))

@@ -42,7 +42,7 @@ threads = 0                 # CPU threads; 0: torch's choice. If others use the 
 dataset = "pydocs"          # pydocs, pystdlib, shakespeare, tinystories, fineweb_edu, openwebtext, or a text file or folder
 tokenizer = "bpe"           # bpe (trained on the data), byte, gpt2
 vocab_size = 2048           # pieces of the bpe tokenizer, special tokens included
-# model: 0 takes the value for the device from `sizes` below
+# model: 0 takes the value for the device from `fill_in` below
 n_layers = 0                # transformer blocks
 n_heads = 0                 # attention heads
 dim = 0                     # width
@@ -64,7 +64,7 @@ grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
 warmup = 0.02               # share of the run in which the learning rate rises
 decay = "linear"            # linear or cosine: how it falls to 0
 max_steps = 0               # updates; 0: as many as fit into max_minutes
-max_minutes = 0.0           # minutes of training; 0: from `sizes`, unless max_steps is set. Learning rate follows the clock then
+max_minutes = 0.0           # minutes of training; 0: from `fill_in`, unless max_steps is set. Learning rate follows the clock then
 # evaluation
 eval_interval = 400         # updates between evaluations, checkpoints and samples; 0: at the end only
 eval_tokens = 2**14         # validation tokens of an evaluation on the way
@@ -74,7 +74,7 @@ settings = override(globals())
 
 # ---- process, precision --------------------------------------------------------------------------------------------------------
 device, rank, world_size = common.init_process(device, threads)
-common.fill_in(             # CPU, GPU. In minutes on a CPU, many small updates are best for bytes, fewer and larger ones for pieces of words
+common.fill_in(             # zeros become (CPU, GPU). In minutes on a CPU, many small updates are best for bytes, fewer and larger ones for pieces of words
     globals(), settings, column=int(device.type != "cpu"), n_layers=(4, 8), n_heads=(4, 8), dim=(192, 512), seq_len=(128, 512),
     batch_size=(16 if tokenizer == "byte" else 32, 64), max_minutes=(6.5, 8.0))
 common.check(settings, at_least_1="n_layers n_heads dim seq_len batch_size grad_accum eval_tokens final_eval_tokens", positive="learning_rate muon_lr",

@@ -203,6 +203,9 @@ FAMILIES = {
              global_attn_every_n_layers=3, global_rope_theta=160000.0, local_rope_theta=10000.0, classifier_bias=False,
              classifier_activation="gelu", decoder_bias=True, tie_word_embeddings=True)),
 }
+# What a family's own config.json cannot say, and is written into it where a model was turned into another kind. transformers 5 and vLLM
+# read `is_causal`, too; dLLM has model types of its own instead, "a2d-qwen3".
+ROLE_KEYS = {"causal": "is_causal", "shift": "shift", "block_length": "block_length"}
 _ACTIVATION_NAMES = {"swish": "silu", "gelu_python": "gelu",
                      "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}     # safetensors' spelling
@@ -318,6 +321,7 @@ def read_config(folder):
                 raise ValueError(f"unknown family {values['family']!r}; known are {', '.join(FAMILIES)}")
             values["rope_scaling"] = _check_rope_scaling(values.get("rope_scaling"))
             return Config(**values), dict.fromkeys(values, "our config.json")
+        name = name.removeprefix("a2d-") if isinstance(name, str) else name     # dLLM's word for "opened": see ROLE_KEYS
         if name not in list(FAMILIES):
             raise ValueError(f"unknown model_type {name!r}; known are {', '.join(FAMILIES)}")
         values, origin = interpret(FAMILIES[name], raw)
@@ -364,6 +368,11 @@ def interpret(family, raw):
     if family.offset and type(values["max_len"]) is type(values["pad_token_id"]) is int:
         values["position_offset"], origin["position_offset"] = values["pad_token_id"] + 1, "pad_token_id + 1"
         values["max_len"] -= values["position_offset"]
+    if str(raw.get("model_type")).startswith("a2d-"):
+        values["causal"], origin["causal"] = False, f"model_type = {raw['model_type']!r}"
+    for field, key in ROLE_KEYS.items():
+        if raw.get(key) is not None:
+            values[field], origin[field] = raw[key], f"{key} = {raw[key]!r}"
     return values, origin
 
 
@@ -439,7 +448,11 @@ def publish_config(config, dtype):
     after = Config(**interpret(family, raw)[0])                     # what a reader of it will understand
     for field in (field.name for field in dataclasses.fields(Config)):
         value = getattr(config, field)
-        if value != getattr(after, field) and field not in ("family", "published", "causal", "shift", "block_length"):
+        if value == getattr(after, field) or field in ("family", "published") or field == "shift" and config.causal:
+            continue
+        if field in ROLE_KEYS:
+            raw[ROLE_KEYS[field]] = value
+        else:
             raise ValueError(f"a {family.architecture} cannot have {field} = {value!r}: save_pretrained can write this model")
     return raw
 

@@ -582,6 +582,8 @@ def main():
         folder = prepare(**arguments)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
     meta = TokenDataset(folder).meta
     for split in SPLITS:
         print(f"{split:5} {meta['tokens'][split]:>13,} tokens {meta['bytes'][split]:>13,} bytes")

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -55,10 +56,17 @@ def start_training(folder, model, optimizers, must_match, resume, sharded=False)
         model.load_state_dict(record["model"])
         for optimizer, state in zip(optimizers, record["optimizers"]):
             optimizer.load_state_dict(state)
-    elif main and any((folder / name).exists() for name in ("train_state", "train_state.pt")):
-        tqdm.write(f"replacing the run in {folder} (--resume=True would continue it)")
+    elif main and has_state(folder):
+        tqdm.write(f"replacing the run in {folder} (--resume=True would have continued it)")
+        (folder / "train_state.pt").unlink(missing_ok=True)         # or, killed before its first checkpoint, this run would resume as that one
+        shutil.rmtree(folder / "train_state", ignore_errors=True)
     log = Log(folder / "log.jsonl", keep_up_to=record["step"] if resume else None) if main else None
     return record["step"], Clock(record["elapsed_s"]), record["losses"], log
+
+
+def has_state(folder):
+    """Whether a run in this folder got as far as a checkpoint."""
+    return any((Path(folder) / name).exists() for name in ("train_state", "train_state.pt"))
 
 
 def save_state(path, state):

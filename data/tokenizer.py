@@ -306,7 +306,7 @@ def _read_json(path):
 
 def _family(settings, config):
     for name in (settings.get("tokenizer_class"), config.get("model_type")):
-        name = str(name).removesuffix("Fast").removesuffix("Tokenizer").lower()
+        name = str(name).removesuffix("Fast").removesuffix("Tokenizer").lower().removeprefix("a2d-")
         if name in FAMILIES:
             return FAMILIES[name]
     return None

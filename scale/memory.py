@@ -127,9 +127,11 @@ def report(settings):
     start, dtype, lora_rank = settings["init_from"], torch.float32 if settings["dtype"] == "float32" else torch.bfloat16, settings["lora_rank"]
     ranks = (settings["ranks"] or rank_and_size()[1]) if settings["fsdp"] else 1
     memory_gb = settings["memory_gb"] or (torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 24.0)
-    plan = plan_memory(find_config(start, settings), settings["seq_len"], settings["batch_size"], lora_rank, settings["lora_targets"], dtype,
+    config = find_config(start, settings)
+    seq_len = min(settings["seq_len"], config.max_len)
+    plan = plan_memory(config, seq_len, settings["batch_size"], lora_rank, settings["lora_targets"], dtype,
                        settings["checkpointing"], ranks)
-    lines = [f"{start}: {f'LoRA of rank {lora_rank}' if lora_rank else 'full fine-tuning'}, {settings['batch_size']} x {settings['seq_len']} tokens a "
+    lines = [f"{start}: {f'LoRA of rank {lora_rank}' if lora_rank else 'full fine-tuning'}, {settings['batch_size']} x {seq_len} tokens a "
              f"process, {ranks} process{'es' * (ranks > 1)}, checkpointing {'on' if settings['checkpointing'] else 'off'}",
              f"  parameters    {plan.parameters:,}", f"  of them learn {plan.trained:,}", "  on each process, in GB (10^9 bytes):"]
     for name, note in (("weights", "frozen ones as they are, what learns in float32"), ("gradients", "float32"), ("optimizer", "AdamW's two moments, float32"),

@@ -139,6 +139,8 @@ def run(arm, text, seed, updates, minutes=0.0):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        sys.exit(print(__doc__, file=sys.stderr) or 2)
     text, out, arms, seeds, *length = sys.argv[1:]
     minutes = float(length[0].removesuffix("min")) if length and length[0].endswith("min") else 0.0
     if not minutes:

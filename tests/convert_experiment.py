@@ -103,7 +103,7 @@ def plot(out, path, names):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(print(__doc__, file=sys.stderr) or 2)
     options = dict(argument.split("=") for argument in sys.argv[2:])
     out, minutes = Path(sys.argv[1]).resolve(), float(options.get("MINUTES", 6))

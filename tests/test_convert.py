@@ -117,10 +117,12 @@ def test_every_family(short, published, tmp_path, family):
     transformers = pytest.importorskip("transformers")
     kind = transformers.AutoModelForMaskedLM if family in ENCODERS else transformers.AutoModelForCausalLM
     theirs = kind.from_pretrained(tmp_path / "export", attn_implementation="eager").eval()
-    ours = Transformer.from_pretrained(tmp_path / "export").eval()
+    ours = Transformer.from_pretrained(tmp_path / "export", causal=family in DECODERS).eval()       # as transformers 4 reads it
+    again = Transformer.from_pretrained(tmp_path / "export")        # and as it was trained
     tokens = torch.randint(2, 256, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-3, atol=1e-4)
+        assert torch.equal(again(tokens), model.eval()(tokens)) and not again.config.causal
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "export").mask_token_id == tokenizer.mask_token_id
 
 

@@ -269,6 +269,49 @@ def test_our_own_models_export_as_qwen3(tmp_path):
     assert back.config.family == "qwen3" and torch.equal(our_logits(back, tokens), our_logits(model, tokens))
 
 
+@pytest.mark.parametrize("change", [dict(), dict(shift=True), dict(block_length=8)])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_an_opened_model_stays_open(family, change, tmp_path):
+    """What is exported after a conversion comes back as what it was trained to be, and nothing but config.json says so."""
+    theirs, tokens = reference_model(family), random_tokens(2, 20)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = Transformer.from_pretrained(tmp_path / "theirs", causal=False)
+    for field, value in change.items():
+        setattr(ours.config, field, value)
+    ours.export_pretrained(tmp_path / "exported")
+    (before, weights), (after, exported) = read_folder(tmp_path / "theirs"), read_folder(tmp_path / "exported")
+    assert after == {**before, "is_causal": False, **change} and weights.keys() == exported.keys()
+    back = Transformer.from_pretrained(tmp_path / "exported")
+    assert not back.config.causal and all(getattr(back.config, field) == value for field, value in change.items())
+    assert difference(our_logits(back, tokens), their_logits(theirs, tokens, opened=True)) < TOLERANCE
+    closed = Transformer.from_pretrained(tmp_path / "exported", causal=True)
+    assert difference(our_logits(closed, tokens), their_logits(theirs, tokens)) < TOLERANCE
+    closed.config.shift, closed.config.block_length = False, 0
+    closed.export_pretrained(tmp_path / "closed")
+    assert Transformer.from_pretrained(tmp_path / "closed").config.causal
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_what_dllm_converts_is_open(family, tmp_path):
+    """dLLM gives a family whose attention it opened a model type of its own; the block length of a BD3-LM is added by hand."""
+    theirs, tokens = reference_model(family), random_tokens(2, 20)
+    theirs.save_pretrained(tmp_path)
+    raw, _ = read_folder(tmp_path)
+    published = {**raw, "model_type": f"a2d-{family}", "architectures": ["A2DLMHeadModel"], "auto_map": {"AutoModelForMaskedLM": "modeling.A2DLMHeadModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    ours = Transformer.from_pretrained(tmp_path)
+    assert not ours.config.causal and not ours.config.shift and ours.config.family == family
+    assert difference(our_logits(ours, tokens), their_logits(theirs, tokens, opened=True)) < TOLERANCE
+    assert f"model_type = 'a2d-{family}'" in describe(tmp_path)
+    ours.export_pretrained(tmp_path / "exported")
+    assert read_folder(tmp_path / "exported")[0] == published
+    (tmp_path / "config.json").write_text(json.dumps({**published, "block_length": 32}))
+    assert Transformer.from_pretrained(tmp_path).config.block_length == 32
+    (tmp_path / "config.json").write_text(json.dumps({**published, "is_causal": "no"}))
+    with pytest.raises(ValueError, match="causal must be true or false, got 'no'"):
+        Transformer.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("change", [dict(qk_norm=False), dict(norm="layer"), dict(mlp_bias=True), dict(qkv_bias=True),
                                     dict(gated=False),
                                     dict(positions="learned"), dict(embed_norm=True), dict(head_bias=True)])

@@ -454,6 +454,16 @@ def test_a_loss_that_is_not_finite(tiny, tmp_path, settings):
     assert [row["step"] for row in rows(tmp_path)][-1] == 28
 
 
+def test_a_run_that_was_replaced_is_not_resumed(tiny, tmp_path):
+    """Killed or broken before its first checkpoint, the new run has nothing to resume: least of all the old one."""
+    train(*tiny(tmp_path))
+    result = run(SCRIPT, *tiny(tmp_path, "--seed=7", "--learning_rate=inf", "--muon_lr=inf"))
+    assert result.status == 1 and "replacing the run in" in result.out + result.err and result.err.splitlines()[-1].endswith("no checkpoint was written yet")
+    refused = run(SCRIPT, *tiny(tmp_path, "--resume=True"))
+    assert refused.status == 2 and "there is nothing to resume" in refused.err.splitlines()[-1], refused
+    assert loads(tmp_path)                                          # the old model can still be sampled
+
+
 class Limit:
     """No file of this process may be larger."""
 
