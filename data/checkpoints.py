@@ -4,6 +4,7 @@ How LLaDA, Dream, BERT, RoBERTa, ModernBERT, GPT-2, Llama, Qwen2 and Qwen3 name 
 a table each in `FAMILIES`, read in both directions. Nothing is unpickled and no remote code runs.
 """
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -486,8 +487,9 @@ def find_checkpoint(path_or_hub_id, weights=True):
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", *["*.safetensors"] * weights, "*.txt", "*.jinja", "*.py"],
                                       ignore_patterns=["*/*"]))     # the .py are copied on export, never run
     except Exception as error:          # the hub's errors have no common class; whatever it was, the reader needs the same advice
-        reason = type(error).__name__
-        raise FileNotFoundError(f"there is no folder {path_or_hub_id}, and it could not be fetched from the hub ({reason}): pass "
+        reason, here = type(error).__name__, [str(file.parent) for depth in ("*", "*/*") for file in Path().glob(f"{depth}/config.json")]
+        near = "".join(f"did you mean {name}? Else " for name in difflib.get_close_matches(str(folder), here, 1, 0.8))
+        raise FileNotFoundError(f"there is no folder {path_or_hub_id}, and it could not be fetched from the hub ({reason}): {near}pass "
                                 "a local folder with config.json and .safetensors, or connect and check the name") from None
 
 

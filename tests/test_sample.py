@@ -288,6 +288,8 @@ def test_mistakes_about_files(checkpoint, tmp_path):
     assert "not UTF-8 at byte 3" in run("sample.py", f"--checkpoint={checkpoint}", f"--prompt=FILE:{tmp_path}/latin.txt").err
     result = run("sample.py", "--checkpoint=out/never_trained")
     assert result.status == 2 and "run python train_scratch.py first" in result.err
+    result = run("sample.py", "--checkpoint=checkpoints/mdml", environment={"HF_HUB_OFFLINE": "1"})
+    assert result.status == 2 and "did you mean checkpoints/mdlm?" in result.err and "Traceback" not in result.err
     (checkpoint / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     result = run("sample.py", f"--checkpoint={checkpoint}")
     (tmp_path / "tokenizer.json").rename(checkpoint / "tokenizer.json")
