@@ -43,7 +43,8 @@ def load_tasks(names, include_path, confirm_run_unsafe_code):
     for name in names:
         if not manager.match_tasks([name]):
             near = difflib.get_close_matches(name, ["nelbo", *manager.all_tasks], 3, 0.5)
-            raise ValueError(f"no task called {name!r}" + f"; did you mean {' or '.join(near)}?" * bool(near) + " (lm-eval's `lm_eval ls tasks` lists all; tasks of one's own want --include_path)")
+            near = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"no task called {name!r}{near} (lm-eval's `lm_eval ls tasks` lists all; tasks of one's own want --include_path)")
         for task in manager.match_tasks([name]):
             try:
                 loaded[task] = manager.load([task])

@@ -35,6 +35,17 @@ def override(monkeypatch):
 
 # ---------------------------------------------------------------- settings
 
+def test_fill_in_and_check():
+    constants, settings = {}, {"dim": 0, "depth": 3, "max_minutes": 0.0, "max_steps": 5, "seed": 1, "kind": "a"}
+    common.fill_in(constants, settings, column=1, dim=(1, 2), depth=(1, 2), max_minutes=(1.0, 2.0), gone=(1, 2))
+    assert constants == {"dim": 2, "gone": 2} and settings["dim"] == 2 and settings["depth"] == 3 and not settings["max_minutes"]
+    common.check(settings, at_least_1="dim", positive="depth", not_negative="max_minutes", kind=("a", "b"))
+    for wrong, words in ((dict(at_least_1="max_minutes"), "max_minutes must be at least 1, got 0.0"), (dict(kind=("b", "c")), "kind must be one of b, c, got 'a'"),
+                         (dict(not_negative="weight"), "weight must not be negative, got None")):     # a constant edited to None is no setting
+        with pytest.raises(ValueError, match=words):
+            common.check(settings, **wrong)
+
+
 @pytest.mark.parametrize(("argument", "name", "value"), [
     ("--n_layer=12", "n_layer", 12),
     ("--seed=-7", "seed", -7),

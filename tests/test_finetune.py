@@ -448,3 +448,4 @@ def test_plan_of_several_processes():
     assert eight.weights + eight.optimizer + eight.gathered < eight.peak < alone.peak / 2
     text = succeed(run(SCRIPT, "--init_from=tiny", "--plan", "--ranks=2", "--memory_gb=0.5")).out
     assert "2 processes" in text and "gathered" in text and "fits into 0.5 GB: no" in text
+    assert "1 x 256 tokens a process" in succeed(run(SCRIPT, "--init_from=checkpoints/mdlm", "--plan")).out         # its context
