@@ -286,7 +286,7 @@ class Muon(torch.optim.Optimizer):
     stacked and go through it together, which takes half the time of one after the other (torch.optim.Muon).
     """
 
-    def __init__(self, matrices, lr=0.02, momentum=0.95, weight_decay=0.0):
+    def __init__(self, matrices, lr=0.02, momentum=0.9, weight_decay=0.0):
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()

@@ -212,7 +212,7 @@ def test_muon_is_torchs_muon(monkeypatch):
     shapes = [(16, 16), (44, 16), (16, 44), (16, 16)]                # square, tall, wide, and two that are stacked
     ours = [torch.nn.Parameter(draw(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimizers = common.Muon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
+    optimizers = common.Muon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9)
     for _ in range(3):
         for a, b in zip(ours, theirs):
             a.grad = draw(a.shape)
