@@ -397,22 +397,17 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Random weights: N(0, 1/fan_in) for matrices, N(0, 1) for embeddings (tied ones: 0.02^2), zero for what writes into the residual stream.
+        """Random weights: N(0, 0.02^2) for matrices and tied embeddings, as GPT-2 has them, N(0, 1) for other embeddings, zero for biases.
 
-        Blocks begin as the identity, and the head, zero unless tied, gives a uniform distribution: the first loss is log V.
+        So the first loss is about log V. What writes into the residual stream is often made zero instead; here that costs (README, "What pays").
         """
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda weight, std: weight.copy_(torch.randn(weight.shape, generator=generator) * std)  # noqa: E731
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                if not name.endswith((".o", ".down", "head")):
-                    draw(module.weight, module.in_features ** -0.5)
-                elif name != "head" or not self.config.tie_embeddings:
-                    module.weight.zero_()
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, nn.Embedding):
-                draw(module.weight, 0.02 if self.config.tie_embeddings else 1.0)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                std = 1.0 if isinstance(module, nn.Embedding) and not self.config.tie_embeddings else 0.02
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
         return self
 
     @torch.no_grad()

@@ -392,11 +392,11 @@ def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
 
 
 def tiny_model(family, tokenizer, max_len, seed=0, **size):
-    """A small random model of a family in which nothing is zero, as it is in new ones: a frozen zero would teach an adapter nothing."""
+    """A small random model of a family with matrices as large as in trained ones: frozen small ones would teach an adapter little."""
     model, generator = Transformer(tiny_config(family, tokenizer, max_len, **size)).init_weights(seed), torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if name.endswith((".o.weight", ".down.weight", "head.weight")):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not model.embed.weight:
+            nn.init.normal_(module.weight, std=module.in_features ** -0.5, generator=generator)
     return model
 
 

@@ -26,7 +26,7 @@ from model import Config, Transformer  # noqa: E402
 
 # init: standard deviation of matrices (None: fan-in ** -0.5), of embeddings, and whether the head and what writes into the residual stream are zero.
 BASE = dict(optimizer="muon", muon_lr=0.02, lr=3e-3, beta2=0.99, weight_decay=0.0, decay="linear", decay_from=0.0, warmup=0.02, batch=32, t="stratified",
-            max_weight=10.0, weight_power=1.0, init=(None, 1.0, True), config={}, objective="mdlm", grad_clip=1.0, momentum=0.9, ema=0.0, softcap=0.0, dtype="auto")
+            max_weight=10.0, weight_power=1.0, init=(0.02, 1.0, False), config={}, objective="mdlm", grad_clip=1.0, momentum=0.9, ema=0.0, softcap=0.0, dtype="auto")
 PLAIN = dict(optimizer="adamw", lr=1e-3, decay="cosine", t="uniform", max_weight=None, init=(0.02, 0.02, False), weight_decay=0.1, config=dict(qk_norm=False))
 ARMS = {
     "recipe": {}, "plain": PLAIN, "plain float32": dict(PLAIN, dtype="float32"),
@@ -34,9 +34,8 @@ ARMS = {
     "clip 2": dict(max_weight=2.0), "sqrt weight": dict(weight_power=0.5), "flat weight": dict(weight_power=0.0),
     "complementary masks": dict(t="complementary"), "curriculum": dict(t="curriculum"), "low t": dict(t="low"),
     "adamw": dict(optimizer="adamw"), "adamw 1e-3": dict(optimizer="adamw", lr=1e-3),
-    "cosine decay": dict(decay="cosine"), "decay from half": dict(decay_from=0.5), "init 0.02": dict(init=(0.02, 0.02, False)),
-    "small embedding": dict(init=(None, 0.02, True)), "embedding 1": dict(init=(0.02, 1.0, False)), "zero outputs": dict(init=(0.02, 1.0, True)),
-    "fan-in init": dict(init=(None, None, False)),
+    "cosine decay": dict(decay="cosine"), "decay from half": dict(decay_from=0.5), "init 0.02": dict(init=(0.02, 0.02, False)), "zero init": dict(init=(None, 1.0, True)),
+    "zero init, small embedding": dict(init=(None, 0.02, True)), "zero outputs": dict(init=(0.02, 1.0, True)), "fan-in init": dict(init=(None, 1.0, False)),
     "muon 0.01": dict(muon_lr=0.01), "muon 0.04": dict(muon_lr=0.04), "lr 1.5e-3": dict(lr=1.5e-3), "lr 6e-3": dict(lr=6e-3), "lr 1e-2": dict(lr=1e-2),
     "beta2 0.95": dict(beta2=0.95), "weight decay 0.1": dict(weight_decay=0.1), "momentum 0.95": dict(momentum=0.95),
     "batch 16": dict(batch=16), "batch 8": dict(batch=8), "batch 64": dict(batch=64),

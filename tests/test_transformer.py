@@ -1,4 +1,6 @@
 """The transformer by itself: the cache, the loss without logits, masks and Config."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,10 +244,12 @@ def test_too_long_for_learned_positions():
         model(torch.zeros(1, 65, dtype=torch.int64))
 
 
-def test_first_loss_is_that_of_a_uniform_guess():
-    model = Transformer(Config(vocab_size=60, dim=32, n_layers=2, n_heads=4)).init_weights()
-    _, nll = model(random_tokens(2, 8), targets=random_tokens(2, 8))
-    assert close(nll, torch.full((16,), 60.0).log())
+@pytest.mark.parametrize("tied", [False, True])
+def test_first_loss_is_about_that_of_a_uniform_guess(tied):
+    model = Transformer(Config(vocab_size=60, dim=32, n_layers=2, n_heads=4, tie_embeddings=tied)).init_weights()
+    _, nll = model(random_tokens(2, 8), targets=random_tokens(2, 8).flip(1))
+    assert abs(nll.mean().item() - math.log(60)) < 0.05 and (model.head.weight is model.embed.weight) == tied
+    assert all(p.std().item() == pytest.approx(1.0 if p is model.embed.weight and not tied else 0.02, rel=0.2) for p in model.parameters() if p.ndim == 2)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
