@@ -29,7 +29,7 @@ BASE = dict(optimizer="muon", muon_lr=0.02, lr=3e-3, beta2=0.99, weight_decay=0.
             max_weight=10.0, weight_power=1.0, init=(0.02, 1.0, False), config={}, objective="mdlm", grad_clip=1.0, momentum=0.9, ema=0.0, softcap=0.0, dtype="auto")
 PLAIN = dict(optimizer="adamw", lr=1e-3, decay="cosine", t="uniform", max_weight=None, init=(0.02, 0.02, False), weight_decay=0.1, config=dict(qk_norm=False))
 ARMS = {
-    "recipe": {}, "plain": PLAIN, "plain float32": dict(PLAIN, dtype="float32"),
+    "recipe": {}, "old": dict(batch=16, momentum=0.95, init=(None, 1.0, True)), "plain": PLAIN, "plain float32": dict(PLAIN, dtype="float32"),
     "uniform t": dict(t="uniform"), "no clip": dict(max_weight=None), "clip 5": dict(max_weight=5.0), "clip 3": dict(max_weight=3.0),
     "clip 2": dict(max_weight=2.0), "sqrt weight": dict(weight_power=0.5), "flat weight": dict(weight_power=0.0),
     "complementary masks": dict(t="complementary"), "curriculum": dict(t="curriculum"), "low t": dict(t="low"),
