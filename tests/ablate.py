@@ -35,7 +35,7 @@ ARMS = {
     "complementary masks": dict(t="complementary"), "curriculum": dict(t="curriculum"), "low t": dict(t="low"),
     "adamw": dict(optimizer="adamw"), "adamw 1e-3": dict(optimizer="adamw", lr=1e-3),
     "cosine decay": dict(decay="cosine"), "decay from half": dict(decay_from=0.5), "init 0.02": dict(init=(0.02, 0.02, False)), "zero init": dict(init=(None, 1.0, True)),
-    "zero init, small embedding": dict(init=(None, 0.02, True)), "zero outputs": dict(init=(0.02, 1.0, True)), "fan-in init": dict(init=(None, 1.0, False)),
+    "small embedding": dict(init=(None, 0.02, True)), "zero outputs": dict(init=(0.02, 1.0, True)), "fan-in init": dict(init=(None, 1.0, False)),
     "muon 0.01": dict(muon_lr=0.01), "muon 0.04": dict(muon_lr=0.04), "lr 1.5e-3": dict(lr=1.5e-3), "lr 6e-3": dict(lr=6e-3), "lr 1e-2": dict(lr=1e-2),
     "beta2 0.95": dict(beta2=0.95), "weight decay 0.1": dict(weight_decay=0.1), "momentum 0.95": dict(momentum=0.95),
     "batch 16": dict(batch=16), "batch 8": dict(batch=8), "batch 64": dict(batch=64),
