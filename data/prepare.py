@@ -458,8 +458,9 @@ def install(temporary, folder, is_prepared):
 def remove_leftovers(root, prefix):
     """Temporary folders of preparations that were killed: a day old, so that none at work is hit."""
     for path in root.glob(f"{prefix}*"):
-        if time.time() - path.stat().st_mtime > 86400:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):     # who prepares the same at once may just have renamed it
+            if time.time() - path.stat().st_mtime > 86400:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- choosing

@@ -314,6 +314,12 @@ def test_killed_at_any_moment(book, tmp_path):
     assert [path.name for path in root.iterdir()] == [folder.name]
 
 
+def test_leftover_that_vanishes(tmp_path):
+    """Whoever prepares the same at once renames its folder between our listing and our stat: to stat, a dangling link."""
+    (tmp_path / ".book-gone").symlink_to(tmp_path / "nowhere")
+    prepare_module.remove_leftovers(tmp_path, ".book-")
+
+
 def test_many_at_once(book, tmp_path):
     results, errors = [], []
 
