@@ -129,10 +129,9 @@ if not (max_steps or max_minutes):
 
 # ---- model ---------------------------------------------------------------------------------------------------------------------
 if tiny:
-    config = checkpoints.tiny_config(tiny_family or "qwen3", text, seq_len, dim, n_layers, n_heads)
-    if not config.causal:
+    raw_model = checkpoints.tiny_model(tiny_family or "qwen3", text, seq_len, seed, dim=dim, n_layers=n_layers, n_heads=n_heads)
+    if not raw_model.config.causal:
         raise ValueError(f"{init_from} would not be an autoregressive model: convert_bert.py converts encoders")
-    raw_model = Transformer(config).init_weights(seed)
 else:
     raw_model = Transformer.from_pretrained(init_from, dtype=torch.float32).train()
     raw_model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))

@@ -121,10 +121,9 @@ if not (max_steps or max_minutes):
 # ---- model ---------------------------------------------------------------------------------------------------------------------
 # Encoders see in both directions and predict a token where it stands: that is all that masked diffusion asks for.
 if tiny:
-    config = checkpoints.tiny_config(tiny_family or "modernbert", text, seq_len, dim, n_layers, n_heads)
-    if config.causal:
+    raw_model = checkpoints.tiny_model(tiny_family or "modernbert", text, seq_len, seed, dim=dim, n_layers=n_layers, n_heads=n_heads)
+    if raw_model.config.causal:
         raise ValueError(f"{init_from} would be an autoregressive model: convert_ar.py converts it")
-    raw_model = Transformer(config).init_weights(seed)
 else:
     raw_model = Transformer.from_pretrained(init_from, dtype=torch.float32).train()
     raw_model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))

@@ -66,7 +66,7 @@ decay = "linear"            # linear or cosine: how it falls to 0
 max_steps = 0               # updates; 0: as many as fit into max_minutes
 max_minutes = 0.0           # minutes of training; 0: from `fill_in`, unless max_steps is set. Learning rate follows the clock then
 # evaluation
-eval_interval = 400         # updates between evaluations, checkpoints and samples; 0: at the end only
+eval_interval = 200         # updates between evaluations, checkpoints and samples; 0: at the end only
 eval_tokens = 2**14         # validation tokens of an evaluation on the way
 final_eval_tokens = 2**18   # and of the last one
 sample_tokens = 64          # length of the samples shown on the way; 0: none

@@ -392,7 +392,8 @@ def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
 
 
 def tiny_model(family, tokenizer, max_len, seed=0, **size):
-    """A small random model of a family with matrices as large as in trained ones: frozen small ones would teach an adapter little."""
+    """A small random model of a family with matrices as large as in trained ones, N(0, 1/fan-in): frozen small ones would teach an adapter
+    little, and by AdamW all of them learn a little faster."""
     model, generator = Transformer(tiny_config(family, tokenizer, max_len, **size)).init_weights(seed), torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not model.embed.weight:
