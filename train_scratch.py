@@ -74,9 +74,9 @@ settings = override(globals())
 
 # ---- process, precision --------------------------------------------------------------------------------------------------------
 device, rank, world_size = common.init_process(device, threads)
-common.fill_in(             # zeros become (CPU, GPU). In minutes on a CPU, many small updates are best for bytes, fewer and larger ones for pieces of words
-    globals(), settings, column=int(device.type != "cpu"), n_layers=(4, 8), n_heads=(4, 8), dim=(192, 512), seq_len=(128, 512),
-    batch_size=(16 if tokenizer == "byte" else 32, 64), max_minutes=(6.5, 8.0))
+common.fill_in(             # zeros become (CPU, GPU). In minutes on a CPU, many small updates are best
+    globals(), settings, column=int(device.type != "cpu"), n_layers=(4, 8), n_heads=(4, 8), dim=(192, 512), seq_len=(128, 512), batch_size=(16, 64),
+    max_minutes=(6.5, 8.0))
 common.check(settings, at_least_1="n_layers n_heads dim seq_len batch_size grad_accum eval_tokens final_eval_tokens", positive="learning_rate muon_lr",
              not_negative="max_weight weight_decay grad_clip warmup max_steps max_minutes eval_interval sample_tokens seed",
              objective=("mdlm", "bd3lm", "ar"), schedule=SCHEDULES, optimizer=("muon", "adamw"), decay=("linear", "cosine"))
