@@ -2,8 +2,9 @@
 
     python tests/ablate.py TEXT_FILE OUT.jsonl ARM,ARM... SEED,SEED... [UPDATES or MINUTESmin]
 
-Byte level, T 128, 4 layers, D 128. 1000 updates of 4,096 tokens on one thread (two runs side by side fill two cores and do not disturb
-each other), or, with "2.5min", as many as 2.5 minutes allow on all cores. An arm is a name below, or several as in "batch 16 + complementary masks". Each line of OUT: arm, seed, validation NELBO in nats/byte with the true weights, its standard error, tokens/s.
+Byte level, T 128, 4 layers, D 128. 1000 updates of 2,048 tokens (other batches: equal tokens) on one thread (two runs side by side fill two
+cores and do not disturb each other), or, with "2.5min", as many as 2.5 minutes allow on all cores. An arm is a name below, or several as in
+"old + adamw". Each line of OUT: arm, seed, validation NELBO in nats/byte with the true weights, its standard error, tokens/s.
 """
 import copy
 import json
@@ -25,11 +26,11 @@ from diffusion import ar_loss, mask_tokens, mdlm_loss, nelbo, sample_t  # noqa: 
 from model import Config, Transformer  # noqa: E402
 
 # init: standard deviation of matrices (None: fan-in ** -0.5), of embeddings, and whether the head and what writes into the residual stream are zero.
-BASE = dict(optimizer="muon", muon_lr=0.02, lr=3e-3, beta2=0.99, weight_decay=0.0, decay="linear", decay_from=0.0, warmup=0.02, batch=32, t="stratified",
+BASE = dict(optimizer="muon", muon_lr=0.02, lr=3e-3, beta2=0.99, weight_decay=0.0, decay="linear", decay_from=0.0, warmup=0.02, batch=16, t="stratified",
             max_weight=10.0, weight_power=1.0, init=(0.02, 1.0, False), config={}, objective="mdlm", grad_clip=1.0, momentum=0.9, ema=0.0, softcap=0.0, dtype="auto")
-PLAIN = dict(optimizer="adamw", lr=1e-3, decay="cosine", t="uniform", max_weight=None, init=(0.02, 0.02, False), weight_decay=0.1, config=dict(qk_norm=False))
+PLAIN = dict(optimizer="adamw", lr=1e-3, decay="cosine", t="uniform", max_weight=None, init=(0.02, 0.02, False), weight_decay=0.1, batch=32, config=dict(qk_norm=False))
 ARMS = {
-    "recipe": {}, "old": dict(batch=16, momentum=0.95, init=(None, 1.0, True)), "plain": PLAIN, "plain float32": dict(PLAIN, dtype="float32"),
+    "recipe": {}, "old": dict(momentum=0.95, init=(None, 1.0, True)), "plain": PLAIN, "plain float32": dict(PLAIN, dtype="float32"),
     "uniform t": dict(t="uniform"), "no clip": dict(max_weight=None), "clip 5": dict(max_weight=5.0), "clip 3": dict(max_weight=3.0),
     "clip 2": dict(max_weight=2.0), "sqrt weight": dict(weight_power=0.5), "flat weight": dict(weight_power=0.0),
     "complementary masks": dict(t="complementary"), "curriculum": dict(t="curriculum"), "low t": dict(t="low"),
@@ -38,7 +39,7 @@ ARMS = {
     "small embedding": dict(init=(None, 0.02, True)), "zero outputs": dict(init=(0.02, 1.0, True)), "fan-in init": dict(init=(None, 1.0, False)),
     "muon 0.01": dict(muon_lr=0.01), "muon 0.04": dict(muon_lr=0.04), "lr 1.5e-3": dict(lr=1.5e-3), "lr 6e-3": dict(lr=6e-3), "lr 1e-2": dict(lr=1e-2),
     "beta2 0.95": dict(beta2=0.95), "weight decay 0.1": dict(weight_decay=0.1), "momentum 0.95": dict(momentum=0.95),
-    "batch 16": dict(batch=16), "batch 8": dict(batch=8), "batch 64": dict(batch=64),
+    "batch 8": dict(batch=8), "batch 32": dict(batch=32), "batch 64": dict(batch=64),
     "no q/k norm": dict(config=dict(qk_norm=False)), "theta 1000": dict(config=dict(rope_theta=1000.0)), "theta 100": dict(config=dict(rope_theta=100.0)),
     "2 heads": dict(config=dict(n_heads=2)), "8 heads": dict(config=dict(n_heads=8)), "relu^2": dict(config=dict(gated=False, activation="relu2")),
     "gelu": dict(config=dict(gated=False, activation="gelu")), "tied": dict(config=dict(tie_embeddings=True)),
@@ -94,7 +95,7 @@ def run(arm, text, seed, updates, minutes=0.0):
     peaks = [[g["lr"] for g in opt.param_groups] for opt in optimizers]
     B, ema = o["batch"], copy.deepcopy(model) if o["ema"] else None
     model = SoftCap(model, o["softcap"]) if o["softcap"] else model
-    updates = updates * 32 // B             # equal tokens, which is about equal minutes
+    updates = updates * BASE["batch"] // B  # equal tokens, which is about equal minutes
     start = time.perf_counter()
     step, progress = 0, 0.0
     while progress < 1:
