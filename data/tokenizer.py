@@ -6,12 +6,17 @@ template; building a tokenizer from the older vocab.txt or vocab.json + merges.t
 
 A rule to know: `encode` treats text as text. A document that spells "<|endoftext|>" becomes the characters, not the
 control token, unless the caller says parse_special=True (as the chat template, which writes control tokens, must).
+The mask is stricter still: it stands for what the model fills in, so nobody's words may become one.
+All of this repository encodes with parse_special=False or with parse_mask=False. The default, True,
+is what `transformers` does.
 """
 
 import contextlib
 import functools
 import itertools
 import json
+import os
+import secrets
 import sys
 import threading
 import time
@@ -31,6 +36,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+_told_of_no_template = set()      # folders of which note_missing_template has spoken
+
 
 class Tokenizer:
     """Attributes: `vocab_size` (the largest id + 1), `mask_token_id`, `eos_token_id`, `pad_token_id`, `bos_token_id`
@@ -47,6 +54,8 @@ class Tokenizer:
         backend.no_padding()
         self.backend, self.roles, self.config_ids = backend, dict(roles), config_ids or {}
         self.chat_templates = chat_templates or {"default": CHAT_TEMPLATE}
+        self.without_template = None      # folder of a checkpoint that brought no chat template
+        self.has_chat_tokens = False      # whether add_chat_tokens has prepared it for ChatML
         self._set_ids()
         # Each byte its own id and nothing around it: then the text's UTF-8 bytes are the ids, no library needed.
         self._is_bytes = (backend.get_vocab(with_added_tokens=False) == _byte_vocab()
@@ -63,6 +72,7 @@ class Tokenizer:
         self.bos_token_id = self._role_id("bos", "cls")
         self.eos_token_id = self._role_id("eos", "sep")
         self.mask_token = None if self.mask_token_id is None else self.backend.id_to_token(self.mask_token_id)
+        self._unmasked = None         # what unmasked_backend makes when it is first needed
 
     def _role_id(self, *names):
         for name in names:
@@ -129,29 +139,79 @@ class Tokenizer:
         backend = _load_backend(folder, settings, family, roles)
         _add_declared_tokens(backend, folder, settings, family, roles)
         roles = {role: token for role, token in roles.items() if backend.token_to_id(token) is not None}
-        return cls(backend, roles, _read_chat_templates(folder, settings), _read_config_ids(config, folder))
+        templates = _read_chat_templates(folder, settings)
+        tokenizer = cls(backend, roles, templates, _read_config_ids(config, folder))
+        tokenizer.without_template = folder if templates is None else None
+        return tokenizer
 
     # ---------------------------------------------------------------- text <-> ids
 
-    def encode(self, text, add_special_tokens=False, parse_special=False):
+    def encode(self, text, add_special_tokens=False, parse_special=False, parse_mask=True):
         """The ids of one str. add_special_tokens wraps them as the checkpoint does ([CLS] ... [SEP]); parse_special
-        turns text that spells a special token into that token, as `transformers` does."""
-        return self.encode_batch([text], add_special_tokens, parse_special)[0]
+        turns text that spells a special token into that token, as `transformers` does. With
+        parse_mask=False the mask is excepted: its spelling stays text, as without parse_special."""
+        return self.encode_batch([text], add_special_tokens, parse_special, parse_mask)[0]
 
-    def encode_batch(self, texts, add_special_tokens=False, parse_special=False):
+    def encode_batch(self, texts, add_special_tokens=False, parse_special=False, parse_mask=True):
         """The ids of many texts, on all cores: list of list of int. ValueError for what is not Unicode text."""
         texts = list(texts)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("only str can be encoded, one by one or in a list")
         if self._is_bytes and not parse_special:
             return [list(text.encode("utf-8")) for text in texts]
+        rows = self._encode(self.backend, texts, add_special_tokens, parse_special)
+        if parse_special and parse_mask:
+            return rows
+        # A mask can come from a special token, from an added token that is not special (which the
+        # library finds in text as well), or from the vocabulary itself. Whatever it was, such a
+        # text is encoded again without it.
+        masks = self._mask_ids()
+        masked = [i for i, ids in enumerate(rows) if any(mask in ids for mask in masks)]
+        if masked:
+            texts = [texts[i] for i in masked]
+            again = self._encode(self.unmasked_backend(), texts, add_special_tokens, parse_special)
+            for i, ids in zip(masked, again):
+                rows[i] = ids
+        return rows
+
+    def _encode(self, backend, texts, add_special_tokens, parse_special):
         try:
             with self._lock:
-                self.backend.encode_special_tokens = not parse_special
-                encodings = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+                backend.encode_special_tokens = not parse_special
+                encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         except Exception as error:  # noqa: BLE001  the library raises nothing narrower, say for a model without [UNK]
             raise ValueError(f"this text cannot be encoded: {_one_line(error)}") from None
         return [encoding.ids for encoding in encodings]
+
+    def _mask_ids(self):
+        """The ids that no text may become: the tokenizer's mask, and config.json's if that differs.
+        A token with a second part to play (an unknown token that masks, too) must stay readable."""
+        masks = {self.mask_token_id, self.config_ids.get("mask_token_id")} - {None}
+        others = [self.backend.token_to_id(token) for role, token in self.roles.items()
+                  if role not in ("mask_token", "pad_token")]
+        return masks - set(others)
+
+    def unmasked_backend(self):
+        """A copy of the backend in which masks have names that nobody can guess.
+
+        So their own names are ordinary text, and every id stays what it was."""
+        if self._unmasked is None:
+            masks = [self.backend.id_to_token(mask) for mask in self._mask_ids()]
+            names = {mask: secrets.token_hex(16) for mask in masks}
+            layout = json.loads(self.backend.to_str())
+            for token in layout["added_tokens"]:
+                token["content"] = names.get(token["content"], token["content"])
+            model = layout["model"]
+            if isinstance(model["vocab"], dict):
+                model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+            else:                         # Unigram: [[piece, score], ...], the place is the id
+                vocab = model["vocab"]
+                model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+            if "merges" in model:         # [left, right]: none may make the mask, or use it
+                model["merges"] = [[left, right] for left, right in model["merges"]
+                                   if not {left, right, left + right} & set(names)]
+            self._unmasked = Backend.from_str(json.dumps(layout))
+        return self._unmasked
 
     def decode(self, ids, skip_special_tokens=False):
         """The text of an iterable of ids. Ids that are no token (a padded embedding has some) are left out."""
@@ -170,6 +230,7 @@ class Tokenizer:
 
         `variables` go to the template (tools=..., enable_thinking=...). ValueError when the template refuses the
         messages, reaches outside its sandbox or does not end."""
+        self.note_missing_template()
         if template not in self.chat_templates:
             known = ", ".join(sorted(self.chat_templates))
             raise ValueError(f"no chat template called {template!r}; this tokenizer has {known}")
@@ -178,8 +239,21 @@ class Tokenizer:
         return render_template(self.chat_templates[template], variables)
 
     def apply_chat_template(self, messages, add_generation_prompt=True, template="default", **variables):
-        """render_chat as ids. Control tokens count wherever they are spelled, in messages too, as in `transformers`."""
-        return self.encode(self.render_chat(messages, add_generation_prompt, template, **variables), parse_special=True)
+        """render_chat as ids. Control tokens count wherever they are spelled, in messages too, as
+        in `transformers`; but the mask's spelling is text."""
+        text = self.render_chat(messages, add_generation_prompt, template, **variables)
+        return self.encode(text, parse_special=True, parse_mask=False)
+
+    def note_missing_template(self):
+        """Say, once in a process, that ChatML stands in where a checkpoint brought no template."""
+        if self.without_template is None or self.chat_templates != {"default": CHAT_TEMPLATE}:
+            return
+        folder = str(Path(self.without_template).resolve())
+        first = folder not in _told_of_no_template
+        _told_of_no_template.add(folder)
+        if first and os.environ.get("RANK", "0") == "0":      # one process of torchrun's is enough
+            print(f"note: {self.without_template} has no chat template: ChatML (<|im_start|>user) "
+                  "is used, which the model may never have seen", file=sys.stderr, flush=True)
 
     # ---------------------------------------------------------------- growing and saving
 
@@ -200,6 +274,7 @@ class Tokenizer:
         """Make the tokens of our own chat template special, where it is used because the checkpoint brought none."""
         if self.chat_templates == {"default": CHAT_TEMPLATE}:
             self.add_special_tokens([IM_START, IM_END])
+            self.has_chat_tokens = True
 
     def save_pretrained(self, folder):
         """Write tokenizer.json and tokenizer_config.json; from_pretrained and transformers' AutoTokenizer read them."""
@@ -214,6 +289,11 @@ class Tokenizer:
             **{role: token for role, token in (tokens | self.roles).items() if token is not None},
             "chat_template": templates[0]["template"] if list(self.chat_templates) == ["default"] else templates,
         }
+        # A checkpoint without a template stays one, unless it was prepared for ChatML: it does not
+        # learn that by being copied.
+        stands_in = self.without_template and self.chat_templates == {"default": CHAT_TEMPLATE}
+        if stands_in and not self.has_chat_tokens:
+            del settings["chat_template"]
         settings = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         for name, content in (("tokenizer.json", self.backend.to_str(pretty=True)), ("tokenizer_config.json", settings)):
             (folder / f"{name}.tmp").write_text(content, encoding="utf-8")

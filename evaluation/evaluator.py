@@ -42,9 +42,8 @@ class Evaluator:
 
     def tok_encode(self, text, add_special_tokens=None, **_):
         """Control tokens count where they are spelled, as in `transformers`; but no text may spell the mask."""
-        tokenizer, head = self.sampler.tokenizer, self.sampler.head
-        tokens = tokenizer.encode(text, parse_special=True)
-        tokens = tokenizer.encode(text) if self.sampler.mask_id in tokens else tokens
+        head = self.sampler.head
+        tokens = self.sampler.tokenizer.encode(text, parse_special=True, parse_mask=False)
         return tokens if add_special_tokens is False or tokens[:len(head)] == head else head + tokens
 
     def tokens_of(self, context, answer):
@@ -208,8 +207,18 @@ class Evaluator:
     # ---------------------------------------------------------------- chat
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """The text of a conversation. Without a generation prompt the last message is how the
+        answer begins (a task's gen_prefix): the model goes on behind it, so what closes its turn is
+        left out, as in `transformers`."""
         self.settings["apply_chat_template"] = True                 # an end of turn then ends an answer
-        return self.sampler.tokenizer.render_chat(chat_history, add_generation_prompt)
+        text = self.sampler.tokenizer.render_chat(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        begun = chat_history[-1]["content"].strip()
+        if begun not in text:
+            raise ValueError("the chat template does not write how the answer should begin: "
+                             f"{begun[:60]!r}")
+        return text[:text.rindex(begun) + len(begun)]
 
     def chat_template(self, chat_template=False):
         return self.sampler.tokenizer.chat_templates.get("default", "")

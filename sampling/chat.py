@@ -8,6 +8,7 @@ from sampling.terminal import Terminal, printable
 def converse(sampler, settings):
     """Read questions until the end of the input and answer them; settings: the constants of sample.py by name."""
     messages, typed = [], sys.stdin.isatty()
+    sampler.tokenizer.note_missing_template()
     if typed:
         import readline  # noqa: F401  arrow keys and history for input()
         print("Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves.")

@@ -66,8 +66,9 @@ class Sampler:
     # ---------------------------------------------------------------- text -> tokens
 
     def encode_prompt(self, text):
-        """The tokens to continue. Raises ValueError for a text with a gap in it, saying where."""
-        gap = GAP.search(text)
+        """The tokens to continue. The mask's spelling, [MASK] too, is text; but [MASK:12], which is
+        ours and means a gap, is a ValueError that says where it stands."""
+        gap = next((gap for gap in GAP.finditer(text) if gap[1]), None)
         if gap:
             raise ValueError(f"the prompt contains {gap[0]} at character {gap.start()}: use infill to fill it")
         return self.head + self.tokenizer.encode(text) or list(self.start)
@@ -95,7 +96,7 @@ class Sampler:
         """The special token that the chat template writes behind an answer (<|im_end|>, <|eot_id|>), in a set; empty if there is none."""
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         after = self.tokenizer.render_chat(messages, add_generation_prompt=False).rpartition("answer")[2]
-        first = self.tokenizer.encode(after, parse_special=True)[:1]
+        first = self.tokenizer.encode(after, parse_special=True, parse_mask=False)[:1]
         known = self.tokenizer.backend.get_added_tokens_decoder()
         return {token for token in first if token in known and known[token].special}
 

@@ -222,6 +222,19 @@ def test_control_tokens_in_a_corpus_stay_text(tmp_path):
         assert (np.asarray(data.train) == data.eos_token_id).sum() == 1 and data.mask_token_id not in data.train
 
 
+def test_a_mask_that_is_no_special_token_stays_text_in_a_corpus(tmp_path):
+    """The library finds an added token that is not special in text, whatever one says."""
+    tokenizer = Tokenizer.train(["a b " * 50], 270)         # not bytes alone: those need no library
+    tokenizer.backend.add_tokens([tokenizers.AddedToken("<|m|>", special=False, normalized=False)])
+    tokenizer = Tokenizer(tokenizer.backend, {"eos_token": "<|endoftext|>", "mask_token": "<|m|>"})
+    path = tmp_path / "x.txt"
+    path.write_text("a<|m|>b " * 100)
+    folder = prepare(path, tokenizer, root=tmp_path / "prepared")
+    data = TokenDataset(folder)
+    assert data.mask_token_id == tokenizer.vocab_size - 1 and data.mask_token_id not in data.train
+    assert text_of(folder, "train").startswith("a<|m|>b a<|m|>b")
+
+
 def test_the_bpe_has_not_seen_the_validation_split(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("abc " * 900 + "xyz " * 90)  # the last tenth has other words

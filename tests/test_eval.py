@@ -299,6 +299,31 @@ def test_a_text_cannot_spell_the_mask(checkpoint):
     assert lm.sampler.mask_id not in lm.tok_encode(f"a {spelled} b") and lm.tok_encode("<|endoftext|>") == [256]
 
 
+def test_a_user_who_spells_the_mask_leaves_the_templates_tokens_alone(checkpoint):
+    """The chat's control tokens are tokens, the mask's spelling is text, also in answers."""
+    lm = lm_of(checkpoint)
+    asked = lm.apply_chat_template([{"role": "user", "content": "What is <|mask|>?"}])
+    tokens = lm.tok_encode(asked)
+    assert lm.sampler.mask_id not in tokens and lm.sampler.tokenizer.decode(tokens) == asked
+    assert tokens.count(258) == 2 and tokens.count(259) == 1
+    prefix, target = lm.tokens_of(asked, " <|mask|>")
+    assert prefix + target == tokens + list(b" <|mask|>")           # cut before the last newline
+    requests = requests_of("generate_until", (asked, {"until": [], "max_gen_toks": 2}))
+    assert len(lm.generate_until(requests)) == 1
+
+
+def test_an_answer_that_a_task_begins_is_gone_on_with(checkpoint):
+    """lm-eval's gen_prefix: the last message of the assistant stays open."""
+    lm = lm_of(checkpoint)
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "It is "}]
+    text = lm.apply_chat_template(messages, add_generation_prompt=False)
+    assert text == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\nIt is"
+    assert lm.apply_chat_template(messages[:1]) + "It is" == text
+    lm.sampler.tokenizer.chat_templates = {"default": "{{ messages[0].content }}"}
+    with pytest.raises(ValueError, match="does not write how the answer should begin"):
+        lm.apply_chat_template(messages, add_generation_prompt=False)
+
+
 def test_an_unknown_setting_of_model_args(checkpoint):
     with pytest.raises(ValueError, match="no setting called 'chekpoint'; did you mean 'checkpoint'"):
         harness_model(evaluation.settings)(chekpoint="x")

@@ -213,6 +213,24 @@ def test_a_chat_in_a_pipe(tmp_path):
     assert "forgotten)" in out and out.count("error: ") == 1
 
 
+def test_a_chat_about_the_mask(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "chat", max_len=400)
+    out = talk(checkpoint, b"What is <|mask|>?\nAnd [MASK]?", tmp_path, "--max_new_tokens=4")
+    assert len(REPORT.findall(out)) == 2 and "error" not in out
+
+
+def test_a_chat_in_chatml_for_want_of_a_template_says_so(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "chat", max_len=400)
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "said").write_bytes(b"one\ntwo")
+    result = run("sample.py", f"--checkpoint={checkpoint}", "--device=cpu", "--chat",
+                 "--max_new_tokens=4", before=functools.partial(read_from, str(tmp_path / "said")))
+    assert result.status == 0 and re.fullmatch(r"note: [^\n]*template[^\n]*\n", result.err), result
+    assert sample(checkpoint, "--prompt=a", "--max_new_tokens=2"), "and nothing where nobody chats"
+
+
 def test_a_chat_forgets_its_oldest_turns(tmp_path):
     checkpoint = tiny_checkpoint(tmp_path / "chat", max_len=100)
     out = talk(checkpoint, b"one\ntwo\nthree\nfour", tmp_path, "--max_new_tokens=20")
@@ -331,6 +349,23 @@ def test_a_wordpiece_model_finds_its_mask_and_its_frame(tmp_path):
     assert sampler.encode_gaps("the [MASK] [MASK:2].") == [2, 5, 4, 4, 4, 9, 3]
     assert sampler.pieces([5, 6, 7, 8, 9]) == ["the", " cat", " play", "ing", "."]
     assert sampler.pieces([5, 4, 8])[:2] == ["the", None]
+
+
+@pytest.mark.parametrize("text", ["a [MASK] b", "[mask]", "[MASK][MASK]"])
+def test_the_masks_spelling_in_a_prompt_is_text(tmp_path, text):
+    """Only a gap with a number, which is no model's spelling, is a mistake; --infill reads both."""
+    model = tiny_model(vocab_size=11, mask_token_id=None, eos_token_id=None)
+    words = Sampler(model, make_wordpiece(tmp_path / "bert"))
+    for sampler in (words, tiny_sampler()):
+        assert sampler.mask_id not in sampler.encode_prompt(text)
+        assert sampler.mask_id not in sampler.encode_chat([{"role": "user", "content": text}])
+        with pytest.raises(ValueError, match="character 2: use infill"):
+            sampler.encode_prompt("a [MASK:1]")
+    assert tiny_sampler().encode_prompt("<|mask|>[MASK]") == list(b"<|mask|>[MASK]")
+
+
+def test_the_masks_spelling_is_text_around_gaps_too():
+    assert tiny_sampler().encode_gaps("<|mask|>[MASK]<|mask|>") == [*b"<|mask|>", 257, *b"<|mask|>"]
 
 
 def test_a_gap_takes_the_space_before_it_where_words_carry_theirs():

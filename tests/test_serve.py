@@ -233,7 +233,6 @@ def test_autoregressive_and_block_models_are_served_too():
     ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, 400, "content"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools is not supported"),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "<|mask|>"}]}, 400, "mask token"),
     ("/generate", {"prompt": "a", "cache": "big"}, 400, "cache must be"),
     ("/nowhere", {}, 404, "nothing that this server knows"),
     ("/v1/models", {}, 405, "nothing that this server knows"),
@@ -243,6 +242,41 @@ def test_a_mistake_is_4xx_with_an_error_of_openai(server, path, body, status, wo
     got, answer = ask(server, path, **({"raw": body} if isinstance(body, bytes) else {"body": body}))
     assert got == status and words in answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error", answer
     assert complete(server, prompt="a", max_tokens=2), "and the server goes on"
+
+
+def test_a_users_words_may_spell_the_mask(server):
+    """In chats, prompts and suffixes; no answer takes them for something to fill in."""
+    words = "What is <|mask|>?"
+    asked = {"messages": [{"role": "user", "content": words}], "max_tokens": 2}
+    status, answer = ask(server, "/v1/chat/completions", asked)
+    assert status == 200, answer
+    prompt = server.sampler.encode_chat(asked["messages"])
+    assert answer["usage"]["prompt_tokens"] == len(prompt) and prompt.count(257) == 0
+    answer = complete(server, prompt=words, max_tokens=2, echo=True)
+    assert answer["choices"][0]["text"].startswith(words)
+    answer = complete(server, prompt=words, suffix="[MASK] <|mask|>", max_tokens=2)
+    assert answer["usage"]["prompt_tokens"] == len(words)
+    for chat in (False, True):
+        status, text = ask(server, "/generate", {"prompt": words, "chat": chat, "max_tokens": 2})
+        rows = json.loads(events(text)[0])["rows"]
+        assert status == 200 and "<|mask|>" in "".join(piece or "" for piece in rows[0])
+        assert rows[0].count(None) == 2
+
+
+def test_chatml_for_want_of_a_template_is_said_once_and_not_for_each_request(tmp_path, capfd):
+    tiny_checkpoint(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    server = start(sampler=Sampler.load(tmp_path))
+    try:
+        for _ in range(3):
+            body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+            assert ask(server, "/v1/chat/completions", body)[0] == 200
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert capfd.readouterr().err.count("no chat template") == 1
 
 
 def test_only_this_machine_is_answered(server):

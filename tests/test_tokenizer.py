@@ -4,6 +4,8 @@ import json
 import random
 
 import pytest
+from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, render_template
 
@@ -555,3 +557,139 @@ def test_fuzzed_files(tmp_path, bpe):
         if (tmp_path / "hidden").exists():
             (tmp_path / "hidden").rename(hidden)
     assert failed > 100
+
+
+# ---------------------------------------------------------------- nobody's words are a mask
+
+
+def with_mask(kind, folder):
+    """(a tokenizer, a text that spells its mask) of each kind in which a mask can get into text."""
+    tokenizer = Tokenizer.bytes()
+    if kind == "ours":
+        return tokenizer, "a<|mask|>b"
+    if kind == "config":                                    # LLaDA's: only config.json names it
+        return Tokenizer.from_pretrained(llada_folder(folder, tokenizer)), "a <|mdm_mask|> b"
+    if kind == "bert":
+        return Tokenizer.from_pretrained(wordpiece_folder(folder)), "the [MASK] mask"
+    if kind == "bert, normalized":                          # found in the lower-cased text, too
+        wordpiece_folder(folder)
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").replace("[MASK]", "[mask]")
+        (folder / "vocab.txt").write_text(lines, encoding="utf-8")
+        mask = {"content": "[mask]", "normalized": True, "special": False}
+        settings = {"mask_token": "[mask]", "added_tokens_decoder": {"5": mask}}
+        write_json(folder / "tokenizer_config.json", settings)
+        return Tokenizer.from_pretrained(folder), "the [MASK] mask"
+    if kind == "roberta":
+        tokens = ["<s>", "<pad>", "</s>", "<unk>"]
+        bpe_folder(folder, tokenizer, tokens, ["<mask>"], "roberta")
+        return Tokenizer.from_pretrained(folder), "a <mask> b"
+    if kind == "not special":
+        tokenizer = Tokenizer.train(["a b " * 50], 270)     # bytes alone need no library
+        tokenizer.backend.add_tokens([AddedToken("<|m|>", special=False, normalized=False)])
+        return Tokenizer(tokenizer.backend, {"mask_token": "<|m|>"}), "a<|m|>b"
+    if kind == "words":                                     # in the vocabulary itself
+        backend = Backend(models.WordLevel({"a": 0, "[MASK]": 1, "?": 2, "b": 3}, unk_token="?"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return Tokenizer(backend, {"mask_token": "[MASK]"}), "a [MASK] b"
+    if kind == "whole words":                               # BPE that takes words it knows whole
+        vocab = {**tokenizer.backend.get_vocab(with_added_tokens=False), "<m": 256, "<m>": 257}
+        merges = [("<", "m"), ("<m", ">")]
+        backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return Tokenizer(backend, {"mask_token": "<m>"}), "a <m> b"
+    pieces = [("?", 0.0), *((c, -5.0) for c in "ab<m>"), ("<m>", -1.0)]
+    return Tokenizer(Backend(models.Unigram(pieces, unk_id=0)), {"mask_token": "<m>"}), "a<m>b"
+
+
+@pytest.mark.parametrize("kind", ["ours", "config", "bert", "bert, normalized", "roberta",
+                                  "not special", "words", "whole words", "unigram"])
+def test_no_text_spells_the_mask(tmp_path, kind):
+    """Its spelling is what it would be if there were no such token; all else is as before."""
+    tokenizer, text = with_mask(kind, tmp_path)
+    mask = tokenizer.mask_token_id
+    assert mask in tokenizer.encode(text, parse_special=True)           # as `transformers`
+    for options in ({}, {"parse_special": True, "parse_mask": False}):
+        spelled, other = tokenizer.encode_batch([text, "a b"], **options)
+        assert mask not in spelled and len(spelled) >= 3
+        assert spelled[0] == tokenizer.encode(text, parse_special=True)[0]
+        assert other == tokenizer.encode("a b", parse_special=True)
+        if kind in ("ours", "config", "roberta", "not special"):
+            assert tokenizer.decode(spelled) == text
+    control = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()
+               if token.content != tokenizer.mask_token]
+    for token in control:
+        ids = tokenizer.encode(token + text, parse_special=True, parse_mask=False)
+        assert ids[0] == tokenizer.backend.token_to_id(token) and mask not in ids
+    for text in TEXTS * (kind in ("ours", "config", "roberta", "bert")):
+        ids = tokenizer.encode(text, parse_special=True)
+        assert mask in ids or ids == tokenizer.encode(text, parse_special=True, parse_mask=False)
+
+
+def test_a_mask_that_is_added_later_is_text_as_well(bpe):
+    tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
+    ids = tokenizer.encode("<|mask|>", parse_special=True, parse_mask=False)
+    assert tokenizer.mask_token_id not in ids
+    new, = tokenizer.add_special_tokens(["<|eot|>"])        # after a text that spelled a mask
+    ids = tokenizer.encode("<|mask|><|eot|>", parse_special=True, parse_mask=False)
+    assert ids[-1] == new and tokenizer.decode(ids[:-1]) == "<|mask|>" and len(ids) == 9
+
+
+def test_a_mask_with_a_second_part_stays_readable():
+    """A model that masks with its unknown token: what the vocabulary lacks is still that."""
+    backend = Backend(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(backend, {"mask_token": "?", "unk_token": "?"})
+    assert tokenizer.encode("a b") == [0, 1]
+
+
+def test_a_user_who_spells_the_mask_in_a_chat():
+    tokenizer = Tokenizer.bytes()
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is <|mask|>?"}])
+    assert tokenizer.mask_token_id not in ids
+    assert tokenizer.decode(ids).startswith("<|im_start|>user\nWhat is <|mask|>?<|im_end|>")
+    assert ids[0] == 258 and ids.count(259) == 1            # the template's tokens are tokens
+
+
+# ---------------------------------------------------------------- no chat template
+
+
+def test_chatml_in_place_of_a_template_is_said_once(tmp_path, bpe, capsys):
+    bpe_folder(tmp_path, bpe, last=["<|endoftext|>"])
+    chat = [{"role": "user", "content": "hi"}]
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    tokenizer.encode("no chat")
+    assert capsys.readouterr().err == ""
+    for _ in range(3):
+        tokenizer.apply_chat_template(chat)
+        Tokenizer.from_pretrained(tmp_path).render_chat(chat)
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert "no chat template" in said.err and "ChatML" in said.err
+    assert str(tmp_path) in said.err
+
+
+def test_a_copy_of_a_checkpoint_without_a_template_has_none(tmp_path, bpe, capsys):
+    """Until it is prepared to be trained in ChatML."""
+    bpe_folder(tmp_path, bpe, last=["<|endoftext|>"])
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    tokenizer.add_mask_token()
+    tokenizer.save_pretrained(tmp_path / "converted")
+    chat = [{"role": "user", "content": "hi"}]
+    Tokenizer.from_pretrained(tmp_path / "converted").render_chat(chat)
+    assert "no chat template" in capsys.readouterr().err
+    tokenizer.add_chat_tokens()
+    tokenizer.save_pretrained(tmp_path / "trained")
+    again = Tokenizer.from_pretrained(tmp_path / "trained")
+    assert again.render_chat(chat) == tokenizer.render_chat(chat)
+    assert "trained" not in capsys.readouterr().err
+
+
+def test_who_brings_a_template_hears_nothing(tmp_path, bpe, capsys):
+    folder = dream_folder(tmp_path, bpe)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    for tokenizer in (Tokenizer.from_pretrained(folder), Tokenizer.bytes(), bpe):
+        tokenizer.render_chat(CHATS[0])
+    tokenizer = Tokenizer.from_pretrained(bpe_folder(tmp_path, bpe))
+    tokenizer.chat_templates = {"default": "{{ messages[0].content }}"}      # given by hand
+    tokenizer.render_chat(CHATS[0])
+    assert capsys.readouterr().err == ""
