@@ -15,6 +15,7 @@ val.index, (start, length, first response) of each conversation as int64. All ar
 
 import functools
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,13 @@ import torch
 from data import prepare as text_sets
 from data.loader import SPLITS, TokenDataset
 from data.prepare import VAL_FRACTION, TokenWriter, docstrings, hash_fraction, shuffled, stream_rows
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, render_template
 
 ROLES = ("system", "user", "assistant")
 BATCH = 1000                # conversations encoded in one go
 POOL = 64                   # batches whose conversations are sorted by length together
 STREAM_VAL_FRACTION = 0.005  # of a streamed set
+RENDERING = 2              # the rules that mark responses; what older ones prepared is made again
 
 
 # ---------------------------------------------------------------- chat sets: each yields (text that decides the split, messages)
@@ -177,25 +179,107 @@ def conversations(parts):
 # ---------------------------------------------------------------- rendering: where are the responses?
 
 def render(messages, tokenizer):
-    """(text of a conversation, [(begin, end) of each response in it]).
+    """(text of a conversation, [(begin, end) of each response in it]). The text ends where the
+    last response does.
 
-    A response is what a template adds behind the turns before it and the header of the answer. Where a template rewrites earlier
-    turns (drops what was thought, say), a turn's beginning is not the beginning of the whole: then the last response counts alone.
+    A response begins where the prompt ends that sampling would feed, and ends with what closes its
+    turn (<|im_end|>). Where a template rewrites earlier turns (drops what was thought, say), the
+    conversation up to one of them is not the beginning of the whole: then the last response counts
+    alone.
     """
     check_messages(messages)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
     if not turns:
         raise ValueError("it has no response")
     messages = messages[:turns[-1] + 1]                             # what nobody answers teaches nothing
-    whole, spans = tokenizer.render_chat(messages, add_generation_prompt=False), []
+    roles = tuple(tokenizer.roles.items())
+    ending, is_header = find_ending(tokenizer.chat_templates.get("default"), roles)
+    whole = tokenizer.render_chat(messages, add_generation_prompt=False)
+    if is_header:
+        whole = whole.removesuffix(ending)
+    spans = []
     for i in turns:
-        before = tokenizer.render_chat(messages[:i])
-        upto = whole if i == turns[-1] else tokenizer.render_chat(messages[:i + 1], add_generation_prompt=False)
-        if whole.startswith(upto) and upto.startswith(before) and len(upto) > len(before):
-            spans.append((len(before), len(upto)))
+        begin = find_begin(messages[:i], whole, tokenizer, ending)
+        upto = whole
+        if i != turns[-1]:
+            upto = tokenizer.render_chat(messages[:i + 1], add_generation_prompt=False)
+            upto = upto.removesuffix(ending)
+        if begin is not None and whole.startswith(upto) and begin < len(upto):
+            spans.append((begin, len(upto)))
     if not spans or spans[-1][1] != len(whole):
         raise ValueError("its template does not write a response behind the prompt")
     return whole, spans if len(spans) == len(turns) else spans[-1:]
+
+
+def find_begin(before, whole, tokenizer, ending):
+    """Where the response to the messages `before` begins in the text of the whole conversation;
+    None if it has no such place.
+
+    That is behind the prompt. Some prompts end with more than the template writes before an answer
+    (<think>): then what both have in common counts. A stand-in for the answer that begins like no
+    prompt shows how much that is. The true answer would not: it may begin with "<t" itself.
+    """
+    prompt = tokenizer.render_chat(before)
+    if whole.startswith(prompt):
+        return len(prompt)
+    stand_in = {"role": "assistant", "content": "\ue000"}           # a character that no text uses
+    answered = tokenizer.render_chat([*before, stand_in], add_generation_prompt=False)
+    begin = common_length(prompt, answered)
+    asked = tokenizer.render_chat(before, add_generation_prompt=False).removesuffix(ending)
+    least = common_length(prompt, asked)                            # what was asked is no answer
+    if begin == 0 or begin < least or not whole.startswith(prompt[:begin]):
+        return None
+    return begin
+
+
+@functools.lru_cache(maxsize=8)
+def find_ending(template, roles):
+    """(what a template writes behind the last answer only, whether that is the header of a next
+    answer). roles: a tokenizer's, as pairs.
+
+    Some templates end every conversation with the assistant's header, whether it is asked for or
+    not (LLaDA's), some with an end of text (Phi-3's). Most write nothing: ("", False). A small
+    conversation and a longer one tell: what follows the answer in both is the end of its turn and
+    perhaps the beginning of the next header, with which the whole conversation begins, too.
+    """
+    user, answer, more = ({"role": role, "content": text} for role, text in
+                          (("user", "ask-1"), ("assistant", "reply-1"), ("user", "ask-2")))
+
+    def show(*messages, prompt=False):
+        variables = {"tools": None, "documents": None, **dict(roles),
+                     "messages": [*messages], "add_generation_prompt": prompt}
+        return render_template(template, variables)
+
+    try:
+        start = show(user, prompt=True)
+        closed = show(user, answer)
+        longer = show(user, answer, more)
+    except ValueError:
+        return "", False
+    if not ("reply-1" in closed and "reply-1" in longer):
+        return "", False
+    closed = closed.rpartition("reply-1")[2]
+    longer = longer.rpartition("reply-1")[2]
+    if longer.startswith(closed):
+        return "", False
+    turn_end = closed[:common_length(closed, longer)]
+    # The header's part in it: the conversation begins with it, perhaps behind tags like <s>.
+    tags = re.match(r"(<[^<>\s]*>|\[[^\[\]\s]*\])*", start)[0]
+    places = [0] + [i + 1 for i, character in enumerate(tags) if character in ">]"]
+    shared = 0
+    for length in range(1, len(turn_end)):
+        if any(start.startswith(turn_end[-length:], place) for place in places):
+            shared = length
+    turn_end = turn_end[:len(turn_end) - shared]
+    turn_end = re.sub(r"(<[^<>\s]*|\[[^\[\]\s]*)$", "", turn_end)    # nor does it end inside a tag
+    ending = closed[len(turn_end):]
+    is_header = start.endswith(ending)
+    return (ending, is_header) if turn_end or is_header else ("", False)
+
+
+def common_length(a, b):
+    """How many characters two texts have in common at their beginning."""
+    return len(os.path.commonprefix([a, b]))
 
 
 def encode_rendered(rendered, tokenizer):
@@ -206,12 +290,14 @@ def encode_rendered(rendered, tokenizer):
     """
     cuts = [[border for span in spans for border in span][:-1] for _, spans in rendered]
     texts = [text[:cut] for (text, _), borders in zip(rendered, cuts) for cut in (*borders, None)]
-    encoded = iter(tokenizer.encode_batch(texts, parse_special=True))
+    # The template writes control tokens; but nobody's words become a mask.
+    encode = functools.partial(tokenizer.encode_batch, parse_special=True, parse_mask=False)
+    encoded = iter(encode(texts))
     for (text, _), borders in zip(rendered, cuts):
         *parts, ids = [next(encoded) for _ in (*borders, None)]
         if any(ids[:len(part)] != part for part in parts):
             pieces = [text[begin:end] for begin, end in zip([0, *borders], [*borders, None])]
-            pieces = tokenizer.encode_batch(pieces, parse_special=True)
+            pieces = encode(pieces)
             ids, ends = sum(pieces, []), np.cumsum([len(piece) for piece in pieces])
         else:
             ends = [*map(len, parts), len(ids)]
@@ -280,6 +366,7 @@ def prepare_chat(dataset, tokenizer, root=None, vocab_size=2048):
     tokenizer_name, tokenizer = text_sets.find_tokenizer(tokenizer, vocab_size)
     name = text_sets.file_name("+".join(part[0] + (f"-{part[3]}" if part[3] is not None else "") for part in parts))
     if tokenizer != "bpe":
+        tokenizer.note_missing_template()
         tokenizer.add_chat_tokens()
         # The template is the tokenizer's as much as its vocabulary is.
         tokenizer_name = text_sets.short_hash(f"{tokenizer.backend.to_str()}{tokenizer.chat_templates}".encode())
@@ -287,21 +374,23 @@ def prepare_chat(dataset, tokenizer, root=None, vocab_size=2048):
 
     def fill(temporary):
         rows, learned = conversations(parts), tokenizer
+        facts = {"name": name, "source": str(dataset), "tokenizer": tokenizer_name,
+                 "rendering": RENDERING}
         if tokenizer == "bpe":
             rows = list(rows)           # a mixture that is streamed comes with the tokenizer of a checkpoint
             learned = Tokenizer.train((m["content"] for split, messages in rows if split == "train" for m in messages), vocab_size)
-        write_conversations(temporary, rows, learned, {"name": name, "source": str(dataset), "tokenizer": tokenizer_name})
+        write_conversations(temporary, rows, learned, facts)
 
     return folder if is_prepared(folder) else text_sets.make_dataset(folder, fill, is_prepared)
 
 
 def is_prepared(folder):
     try:
-        ChatDataset(folder, seq_len=2**40, padding="hidden")
+        data = ChatDataset(folder, seq_len=2**40, padding="hidden")
         Tokenizer.from_pretrained(folder)
     except (FileNotFoundError, ValueError):
         return False
-    return True
+    return data.meta.get("rendering") == RENDERING
 
 
 # ---------------------------------------------------------------- reading

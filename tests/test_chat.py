@@ -142,6 +142,158 @@ def test_a_template_that_rewrites_earlier_turns():
     assert tokenizer.decode(np.array(ids)[mask == 1]) == "<think>2<|im_end|>\n" and "1<|im_end|>" in tokenizer.decode(np.array(ids)[mask == 0])
 
 
+def speaking(template):
+    """A tokenizer of bytes with this template, in which ~ stands for a newline that jinja keeps."""
+    tokenizer = Tokenizer.bytes()
+    tokenizer.chat_templates = {"default": template.replace("~", "{{ '\\n' }}")}
+    return tokenizer
+
+
+def for_each(user, assistant, system="", end=""):
+    """A template: what is written for each message by its role, and at the end of all."""
+    return ("{% for m in messages %}{% if m.role == 'user' %}" + user
+            + "{% elif m.role == 'system' %}" + system + "{% else %}" + assistant
+            + "{% endif %}{% endfor %}" + end)
+
+
+LLADA = ("{% for m in messages %}{% set content = '<|start_header_id|>' + m['role']"
+         " + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' %}"
+         "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+         "{{ content }}{% endfor %}<|start_header_id|>assistant<|end_header_id|>~~")
+CHATML_ALWAYS = ("{% for m in messages %}<|im_start|>{{ m.role }}~{{ m.content }}<|im_end|>~"
+                 "{% endfor %}<|im_start|>assistant~")
+DEFAULT_SYSTEM = ("{% if messages[0].role != 'system' %}<|im_start|>system~Be kind.<|im_end|>~"
+                  "{% endif %}")
+ASKED = "{% if add_generation_prompt %}"
+THINKING = CHAT_TEMPLATE.replace("assistant\n'", "assistant\n<think>\n'")
+# DeepSeek's: what is thought is not written, yet the prompt opens a thought.
+DEEPSEEK = for_each("<｜User｜>{{ m.content }}",
+                    "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end｜>", "{{ m.content }}",
+                    ASKED + "<｜Assistant｜><think>~{% endif %}")
+# The template, and what the answers "4" and "6" are in it.
+SPANS = {
+    "llada": (LLADA, ["4<|eot_id|>", "6<|eot_id|>"]),
+    "header always": (CHATML_ALWAYS, ["4<|im_end|>\n", "6<|im_end|>\n"]),
+    "header always, a system turn": (
+        DEFAULT_SYSTEM + CHATML_ALWAYS, ["4<|im_end|>\n", "6<|im_end|>\n"]),
+    "header always, behind a token that no role names": (
+        "<|startoftext|>" + LLADA.replace("bos_token + ", ""), ["4<|eot_id|>", "6<|eot_id|>"]),
+    "header always, that begins with the first token of the text": (
+        CHATML_ALWAYS.replace("<|im_start|>", "{{ bos_token }}"),
+        ["4<|im_end|>\n", "6<|im_end|>\n"]),
+    "header always, one token at the beginning and at all ends": (
+        "{{ bos_token }}" + for_each("User: {{ m.content }}{{ eos_token }}",
+                                     "Bot:{{ m.content }}{{ eos_token }}", "", "Bot:"),
+        ["4<|endoftext|>", "6<|endoftext|>"]),
+    "header always, tags that begin alike": (
+        for_each("<|user|>~{{ m.content }}</s>~", "<|assistant|>~{{ m.content }}</s>~",
+                 "", "<|assistant|>~"), ["4</s>\n", "6</s>\n"]),
+    "header always, no end": (
+        for_each("<|user|>{{ m.content }}", "<|assistant|>{{ m.content }}", "", "<|assistant|>"),
+        ["4", "6"]),
+    "header always, in words": (
+        for_each("User: {{ m.content }}~~", "Assistant: {{ m.content }}~~", "", "Assistant:"),
+        [" 4\n\n", " 6\n\n"]),
+    "header always, in words that begin alike": (
+        for_each("### User:~{{ m.content }}~~", "### Bot:~{{ m.content }}~~", "",
+                 "### Bot:~"), ["4\n\n", "6\n\n"]),
+    "header and thought always": (
+        CHATML_ALWAYS + "<think>~", ["4<|im_end|>\n", "6<|im_end|>\n"]),
+    "thought": (THINKING, ["4<|im_end|>\n", "6<|im_end|>\n"]),
+    "deepseek": (DEEPSEEK, ["4<｜end｜>", "6<｜end｜>"]),
+    "phi-3": (
+        for_each("<|user|>~{{ m.content }}<|end|>~", "<|assistant|>~{{ m.content }}<|end|>~",
+                 "", ASKED + "<|assistant|>~{% else %}{{ eos_token }}{% endif %}"),
+        ["4<|end|>\n", "6<|end|>\n<|endoftext|>"]),
+    "mistral": (
+        "{{ bos_token }}" + for_each("[INST] {{ m.content }} [/INST]", " {{ m.content }}</s>"),
+        [" 4</s>", " 6</s>"]),
+    "gemma": (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+        "{{ 'model' if m.role == 'assistant' else m.role }}~{{ m.content | trim }}<end_of_turn>~"
+        "{% endfor %}" + ASKED + "<start_of_turn>model~{% endif %}",
+        ["4<end_of_turn>\n", "6<end_of_turn>\n"]),
+    "marked": (
+        for_each("<|user|>{{ m.content }}",
+                 "<|assistant|>{% generation %}{{ m.content }}</s>{% endgeneration %}~", "",
+                 ASKED + "<|assistant|>{% endif %}"), ["4</s>\n", "6</s>\n"]),
+    "nothing before an answer": (
+        for_each("Q: {{ m.content }}~", "{{ m.content }}~"), ["4\n", "6\n"]),
+}
+SUMS = [USER | {"content": "2+2?"}, ASSISTANT | {"content": "4"},
+        USER | {"content": "3+3?"}, ASSISTANT | {"content": "6"}]
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_answers_in_the_templates_of_others(name):
+    """Both answers with what ends their turns, nothing else; and the text ends behind the last."""
+    tokenizer = speaking(SPANS[name][0])
+    for before in ([], [SYSTEM | {"content": "Be brief."}]):
+        text, spans = render(before + SUMS, tokenizer)
+        assert [text[begin:end] for begin, end in spans] == SPANS[name][1]
+        assert spans[-1][1] == len(text)
+        for (begin, _), number in zip(spans, (1, 3)):             # what stands before is the prompt
+            prompt = tokenizer.render_chat((before + SUMS)[:len(before) + number])
+            assert prompt.removesuffix("<think>\n") == text[:begin]
+        # One answer alone, and a question that nobody answers behind both.
+        alone, ((begin, end),) = render((before + SUMS)[:-2], tokenizer)
+        assert alone[begin:].startswith(SPANS[name][1][0]) and end == len(alone)
+        assert render([*before, *SUMS, USER | {"content": "?"}], tokenizer) == (text, spans)
+
+
+def test_the_prompt_of_llada_is_what_sampling_feeds():
+    tokenizer = speaking(LLADA)
+    tokenizer.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    (ids, mask), = encode_rendered([render(SUMS, tokenizer)], tokenizer)
+    for number in (1, 3):
+        prompt = tokenizer.apply_chat_template(SUMS[:number])
+        assert ids[:len(prompt)] == prompt and mask[len(prompt)] and not mask[len(prompt) - 1]
+    eot = tokenizer.backend.token_to_id("<|eot_id|>")
+    assert [token for token, marked in zip(ids, mask) if marked] == [ord("4"), eot, ord("6"), eot]
+    assert mask[-1]
+
+
+@pytest.mark.parametrize("template", [THINKING, CHATML_ALWAYS + "<think>~", DEEPSEEK])
+@pytest.mark.parametrize("answer", ["<table>", "<think", "<", "\n<b>"])
+def test_an_answer_that_begins_like_the_prompts_thought(template, answer):
+    """No character of the answer is taken for the prompt's end."""
+    tokenizer = speaking(template)
+    more = [USER | {"content": "?"}, ASSISTANT | {"content": answer}]
+    text, spans = render(SUMS + more, tokenizer)
+    assert len(spans) == 3 and text[spans[-1][0]:].startswith(answer)
+
+
+def test_an_answer_that_was_thought_about():
+    """It begins behind the prompt's <think> where the template writes it, else before."""
+    messages = [SUMS[0], ASSISTANT | {"content": "<think>\nhm\n</think>\n\n4"}]
+    for template, answer in ((THINKING, "hm\n</think>\n\n4<|im_end|>\n"),
+                             (DEEPSEEK, "\n\n4<｜end｜>")):
+        text, ((begin, end),) = render(messages, speaking(template))
+        assert text[begin:end] == answer
+
+
+def test_qwen3_writes_an_empty_thought_into_its_last_answer():
+    template = ("{% for m in messages %}<|im_start|>{{ m.role }}~"
+                "{% if loop.last and m.role == 'assistant' %}<think>~~</think>~~{% endif %}"
+                "{{ m.content.split('</think>')[-1] }}<|im_end|>~{% endfor %}"
+                + ASKED + "<|im_start|>assistant~{% endif %}")
+    for end in ("", ASKED + "<think>~~</think>~~{% endif %}"):      # with thinking, and without
+        tokenizer = speaking(template + end)
+        text, ((begin, _),) = render(SUMS, tokenizer)
+        assert text[:begin] == tokenizer.render_chat(SUMS[:3])
+        assert text[begin:] == ("6<|im_end|>\n" if end else "<think>\n\n</think>\n\n6<|im_end|>\n")
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages | length }}",
+    "{% if add_generation_prompt %}Q{% endif %}{{ messages[-1].content }}",
+])
+def test_a_template_without_a_place_for_answers_is_refused(template):
+    tokenizer = speaking(template)
+    with pytest.raises(ValueError, match="template does not write a response behind the prompt"):
+        render(SUMS, tokenizer)
+
+
 def test_bpe_never_merges_over_the_border():
     """A tokenizer to which the header and an answer are one piece: they are encoded apart."""
     tokenizer = Tokenizer.train(["Ayes Ayes"] * 50, 270)
@@ -150,6 +302,48 @@ def test_bpe_never_merges_over_the_border():
     assert len(tokenizer.encode("Ayes")) == 1
     (ids, mask), = encode_rendered([render([USER | {"content": "?"}, ASSISTANT | {"content": "yes"}], tokenizer)], tokenizer)
     assert tokenizer.decode(np.array(ids)[mask == 0]) == "Q?A" and tokenizer.decode(np.array(ids)[mask == 1]) == "yes"
+
+
+def test_nobodys_words_become_a_mask(tmp_path):
+    """What a user or an assistant says of <|mask|> is text; the template's tokens are not."""
+    rows = [{"prompt": f"What is <|mask|> {n}?", "response": f"A <|mask|> is {n}."}
+            for n in range(20)]
+    folder = prepare(write(tmp_path / "mask.jsonl", *rows), "byte", root=tmp_path / "p")
+    data, tokenizer = ChatDataset(folder, 200), Tokenizer.from_pretrained(folder)
+    for split in ("train", "val"):
+        ids = np.asarray(getattr(data, split))
+        assert data.mask_token_id not in ids and (ids == 258).sum() == 2 * data.examples[split]
+        for _, answer in texts(folder, split):
+            assert re.match(r"A <\|mask\|> is \d+\.<\|im_end\|>", answer)
+    given, _ = data.prompt("train", 0)
+    number = re.search(r"(\d+)\?", tokenizer.decode(given))[1]
+    asked = [USER | {"content": f"What is <|mask|> {number}?"}]
+    assert given == tokenizer.apply_chat_template(asked)
+
+
+def test_what_older_rules_prepared_is_prepared_again(tmp_path):
+    path = write(tmp_path / "a.jsonl", *map(pair, range(20)))
+    folder = prepare_chat(path, "byte", tmp_path / "p")
+    meta = json.loads((folder / "meta.json").read_text())
+    older = {name: value for name, value in meta.items() if name != "rendering"}
+    (folder / "meta.json").write_text(json.dumps(older))
+    assert prepare_chat(path, "byte", tmp_path / "p") == folder
+    assert json.loads((folder / "meta.json").read_text()) == meta
+
+
+def test_training_in_chatml_for_want_of_a_template_is_said(tmp_path, capsys):
+    """Even where the conversations are prepared already."""
+    path = write(tmp_path / "a.jsonl", *map(pair, range(20)))
+    for number in range(2):
+        folder = tmp_path / str(number)
+        Tokenizer.bytes().save_pretrained(folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        del settings["chat_template"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        prepare_chat(path, Tokenizer.from_pretrained(folder), tmp_path / "p")
+        said = capsys.readouterr().err
+        assert said.count("no chat template") == said.count("note:") == 1
+    assert len(list((tmp_path / "p").iterdir())) == 1
 
 
 def test_the_template_is_part_of_the_name(tmp_path):
