@@ -137,7 +137,8 @@ else:
     raw_model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
     raw_model.source = None                                         # its tokenizer files are no longer the model's: `save` writes ours
 config = raw_model.config
-config.mask_token_id, config.eos_token_id = text.mask_token_id, text.eos_token_id
+config.mask_token_id = text.mask_token_id
+config.put_end_first(text.eos_token_id)
 config.causal, config.shift = False, shift                          # every position sees every other: no weight changes
 config.block_length = block_length if objective == "bd3lm" else 0
 raw_model.checkpoint_blocks = checkpointing

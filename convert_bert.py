@@ -128,7 +128,8 @@ else:
     raw_model = Transformer.from_pretrained(init_from, dtype=torch.float32).train()
     raw_model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
     raw_model.source = None                                         # its tokenizer files are no longer the model's: `save` writes ours
-raw_model.config.mask_token_id, raw_model.config.eos_token_id = text.mask_token_id, text.eos_token_id
+raw_model.config.mask_token_id = text.mask_token_id
+raw_model.config.put_end_first(text.eos_token_id)
 raw_model.checkpoint_blocks = checkpointing
 raw_model.to(device)                                                # saved and sampled; `model` may be wrapped
 if common.is_on(compile, auto=device.type == "cuda"):

@@ -737,7 +737,7 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, tem
                    cache=cache, cfg_scale=cfg_scale, schedule=schedule, seed=seed, on_step=on_step, **more)
     with packed(_unwrap(model)):
         answers = _denoise(model, [s + list(p) + [mask_id] * max_new_tokens for s, p in zip(starts, prompts)], mask_id,
-                           [len(s) + len(p) for s, p in zip(starts, prompts)], how, end=config.eos_token_id)
+                           [len(s) + len(p) for s, p in zip(starts, prompts)], how, config.ends)
     return [answer[len(s):] for s, answer in zip(starts, answers)]
 
 
@@ -761,10 +761,11 @@ def infill(model, sequences, steps=128, block_length=None, **more):
 
 
 @torch.no_grad()
-def _denoise(model, sequences, mask_id, first, how, end=None):
+def _denoise(model, sequences, mask_id, first, how, ends=()):
     """The one loop: predict the masked tokens of each row's current block, keep some, until no mask is left.
 
-    first: int [B], where a row's first block begins; end: the token that ends a row when its order is left to right, or None.
+    first: int [B], where a row's first block begins; ends: the tokens any of which ends a row when
+    its order is left to right.
     """
     config, B = _config(model), len(sequences)
     how.check(config, sequences)
@@ -825,9 +826,9 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
         written = torch.where(keep, written, canvas[rows])
         canvas[rows] = written if hidden is None else torch.where(hidden, mask_id, written)
         is_masked = (canvas == mask_id) & shown
-        if left_to_right and end is not None:
+        if left_to_right and ends:
             for state in work:
-                state.stop_at(end, canvas, is_masked, block_of, lengths, shown)
+                state.stop_at(ends, canvas, is_masked, block_of, lengths, shown)
         if how.on_step is not None and looks:
             revealed, confidence = torch.zeros_like(is_masked), torch.zeros(B, T, dtype=torch.float64)
             revealed[rows], confidence[rows] = keep, torch.where(keep, score, 0)
@@ -866,10 +867,12 @@ class _Row:
             if self.reveal or self.how.remask:
                 return True
 
-    def stop_at(self, end, canvas, is_masked, block_of, lengths, shown):
+    def stop_at(self, ends, canvas, is_masked, block_of, lengths, shown):
         """If the block is finished and holds an end of text, it is the row's last."""
         inside = (block_of[self.row] == self.block) & shown[self.row]
-        if (canvas[self.row][inside] == end).any() and not (is_masked[self.row] & inside).any() and (self.final or not self.how.remask):
+        has_end = torch.isin(canvas[self.row][inside], torch.tensor(ends)).any()
+        unfinished = (is_masked[self.row] & inside).any() or self.how.remask and not self.final
+        if has_end and not unfinished:
             shown[self.row] &= block_of[self.row] <= self.block
             lengths[self.row], self.blocks = int(shown[self.row].sum()), []
 

@@ -72,6 +72,7 @@ class Config:
     eos_token_id: int = None
     pad_token_id: int = None
     bos_token_id: int = None
+    eos_token_ids: list = None      # all ends of text where there are several (Llama 3); see `ends`
     published: dict = None          # the published config.json that this was read from, kept for export
 
     def __post_init__(self):
@@ -108,6 +109,36 @@ class Config:
                 raise ValueError(f"{name} must be a token id, got {value!r}")
         if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
             raise ValueError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}")
+        ends = [] if self.eos_token_ids is None else self.eos_token_ids
+        is_list = isinstance(ends, list | tuple)
+        if not is_list or any(type(token) is not int or token < 0 for token in ends):
+            raise ValueError(f"eos_token_ids must be a list of token ids, got {ends!r}")
+        if ends and self.eos_token_id not in (None, *ends):
+            raise ValueError(f"eos_token_id {self.eos_token_id} is not one of eos_token_ids {ends}")
+        self.set_ends([self.eos_token_id, *ends])
+
+    @property
+    def ends(self):
+        """The tokens that end a text, a tuple, eos_token_id first. Whoever sets eos_token_id to a
+        token outside the list, or to None, means that alone."""
+        if self.eos_token_id is None:
+            return ()
+        others = self.eos_token_ids or []
+        if self.eos_token_id not in others:
+            return (self.eos_token_id,)
+        return tuple(dict.fromkeys([self.eos_token_id, *others]))
+
+    def set_ends(self, tokens):
+        """Let these tokens end a text, the first of them as eos_token_id; None is no token."""
+        tokens = list(dict.fromkeys(token for token in tokens if token is not None))
+        self.eos_token_id = tokens[0] if tokens else None
+        self.eos_token_ids = tokens if len(tokens) > 1 else None
+
+    def put_end_first(self, token):
+        """Make `token`, the tokenizer's end of text, eos_token_id. Where there are several
+        ends, the others stay."""
+        others = self.ends if token is not None and len(self.ends) > 1 else ()
+        self.set_ends([token, *others])
 
     def is_local(self, layer):
         return self.local_window > 0 and layer % self.global_every != 0

@@ -253,7 +253,9 @@ def save(model, folder, state=None):
     state = dict(state or model.state_dict())
     if model.config.tie_embeddings:
         state.pop("head.weight", None)
-    _write(model, folder, {"model_type": "unmask", **dataclasses.asdict(model.config)}, state, TOKENIZER_FILES)
+    raw = dataclasses.asdict(model.config)
+    raw["eos_token_ids"] = list(model.config.ends) if len(model.config.ends) > 1 else None
+    _write(model, folder, {"model_type": "unmask", **raw}, state, TOKENIZER_FILES)
 
 
 def export(model, folder):
@@ -277,6 +279,17 @@ def _write(model, folder, raw_config, state, beside):
     if source is not None and source.resolve() != folder.resolve():
         for file in (file for pattern in beside for file in source.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
+            is_generation = file.name == "generation_config.json"
+            if is_generation and model.config.ends != read_config(source)[0].ends:
+                _correct_generation_config(folder / file.name, model.config.ends)
+
+
+def _correct_generation_config(path, ends):
+    """Write the ends of a model that has others than its source into the copy of its file."""
+    raw = read_json(path)
+    raw["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0] if ends else None
+    text = json.dumps(raw, indent=2) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -326,9 +339,16 @@ def read_config(folder):
         if name not in list(FAMILIES):
             raise ValueError(f"unknown model_type {name!r}; known are {', '.join(FAMILIES)}")
         values, origin = interpret(FAMILIES[name], raw)
-        return Config(family=name, published=raw, **values), origin
+        config = Config(family=name, published=raw, **values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    # `transformers` stops at those of generation_config.json; training, and what loads without
+    # that file, knows those of config.json. A text ends at either.
+    more = [token for token in _generation_ends(folder) if token not in config.ends]
+    if more:
+        config.set_ends([*config.ends, *more])
+        origin["eos_token_ids"] = "with those of generation_config.json"
+    return config, origin
 
 
 def read_json(path):
@@ -356,9 +376,15 @@ def interpret(family, raw):
             raise ValueError(f"{keys[-1]} is missing")
         value = flat[given[0]] if given else family.defaults.get(keys[0])
         origin[field] = f"{given[0]} = {value!r}" if given else f"{keys[-1]} not given"
-        if field.endswith("_token_id"):                             # Llama 3 lists several ends of text; -1 stands for none
-            value = value[0] if isinstance(value, list) and value else value
-            value = None if value == -1 else value
+        if field == "eos_token_id":                             # Llama 3 lists several
+            tokens = _read_ids(value, keys[-1])
+            value = tokens[0] if tokens else None
+            values["eos_token_ids"] = tokens if len(tokens) > 1 else None
+            origin["eos_token_ids"] = origin[field]
+        elif field.endswith("_token_id"):
+            if isinstance(value, list) and len(value) == 1:
+                value = value[0]
+            value = None if value == -1 else value                  # -1 stands for none
         elif field in ("activation", "head_activation"):
             value = _ACTIVATION_NAMES.get(value, value) if isinstance(value, str) else value
         elif field == "rope_scaling":
@@ -375,6 +401,27 @@ def interpret(family, raw):
         if raw.get(key) is not None:
             values[field], origin[field] = raw[key], f"{key} = {raw[key]!r}"
     return values, origin
+
+
+def _read_ids(value, name):
+    """The token ids, each once, in a config's value, a number or a list; None and -1 are none."""
+    tokens = value if isinstance(value, list) and value else [value]
+    tokens = [token for token in tokens if token is not None and token != -1]
+    for token in tokens:
+        if type(token) is not int or token < 0:
+            raise ValueError(f"{name} must be a token id or a list of them, got {value!r}")
+    return list(dict.fromkeys(tokens))
+
+
+def _generation_ends(folder):
+    """The ends of text in a folder's generation_config.json; some list them only there."""
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        return _read_ids(read_json(path).get("eos_token_id"), "eos_token_id")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
@@ -444,12 +491,16 @@ def publish_config(config, dtype):
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
     for field, keys in family.keys.items():
         value = getattr(config, field)
-        if before is None or value != getattr(before, field):
+        if field == "eos_token_id" and config.ends != (before.ends if before else ()):
+            raw["eos_token_id"] = list(config.ends) if len(config.ends) > 1 else value
+        elif before is None or value != getattr(before, field):
             value = "gelu_new" if value == "gelu_tanh" else value + config.position_offset if field == "max_len" else value
             raw.update(dict.fromkeys((keys,) if isinstance(keys, str) else keys, value))
     after = Config(**interpret(family, raw)[0])                     # what a reader of it will understand
     for field in (field.name for field in dataclasses.fields(Config)):
         value = getattr(config, field)
+        if field in ("eos_token_id", "eos_token_ids") and config.ends == after.ends:
+            continue                            # the list may be that of a former eos_token_id
         if value == getattr(after, field) or field in ("family", "published") or field == "shift" and config.causal:
             continue
         if field in ROLE_KEYS:

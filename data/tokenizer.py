@@ -138,6 +138,7 @@ class Tokenizer:
         roles = _read_roles(folder, settings, family)
         backend = _load_backend(folder, settings, family, roles)
         _add_declared_tokens(backend, folder, settings, family, roles)
+        _follow_settings(backend, folder / "tokenizer_config.json", settings, config, roles)
         roles = {role: token for role, token in roles.items() if backend.token_to_id(token) is not None}
         templates = _read_chat_templates(folder, settings)
         tokenizer = cls(backend, roles, templates, _read_config_ids(config, folder))
@@ -223,6 +224,21 @@ class Tokenizer:
         special = {token for token, added in self.backend.get_added_tokens_decoder().items() if added.special}
         return self.decode(itertools.takewhile(lambda token: token not in special, ids))
 
+    def frame(self):
+        """(head, tail): the ids that the checkpoint puts in front of a text and behind it, as [CLS]
+        and [SEP]; often none. An empty text would not tell which of them stand behind it."""
+        try:
+            encoding = self.backend.encode("a", add_special_tokens=True)
+        except Exception:  # noqa: BLE001  a vocabulary without "a" and [UNK]
+            encoding = self.backend.encode("", add_special_tokens=True)
+        added = [bool(flag) for flag in encoding.special_tokens_mask]
+        if all(added):
+            behind = int(encoding.ids[-1:] == [self.eos_token_id])
+            middle = len(encoding.ids) - behind
+            return encoding.ids[:middle], encoding.ids[middle:]
+        first, last = added.index(False), len(added) - added[::-1].index(False)
+        return encoding.ids[:first], encoding.ids[last:]
+
     # ---------------------------------------------------------------- chat
 
     def render_chat(self, messages, add_generation_prompt=True, template="default", **variables):
@@ -286,6 +302,8 @@ class Tokenizer:
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            # Its readers take false where it is not named, whatever tokenizer.json says.
+            "add_prefix_space": bool(_state(self.backend.pre_tokenizer).get("add_prefix_space")),
             **{role: token for role, token in (tokens | self.roles).items() if token is not None},
             "chat_template": templates[0]["template"] if list(self.chat_templates) == ["default"] else templates,
         }
@@ -362,6 +380,27 @@ FAMILY_ROLES = {
 }
 ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
+# Some classes of `transformers` change what tokenizer.json says, by tokenizer_config.json or by a
+# default of their own. These put BOS and EOS around a text:
+# {class: (its bos_token, its eos_token, whether it adds BOS unless told otherwise)}.
+FRAMING = {
+    "Llama": ("<s>", "</s>", True),
+    "CodeLlama": ("<s>", "</s>", True),
+    "Gemma": ("<bos>", "<eos>", True),
+    "Cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", True),
+    "GPTNeoX": (EOS, EOS, False),
+}
+# These set the lower case and the accents of BERT's normalizer.
+NORMALIZING = ("Bert", "DistilBert", "Electra", "ConvBert", "Funnel", "LayoutLM", "Lxmert",
+               "MobileBert", "SqueezeBert", "MPNet", "Splinter")
+# These do neither: they read tokenizer.json as it is, but for `add_prefix_space`.
+PLAIN = ("PreTrained", "GPT2", "Qwen2", "Roberta", "Bart", "Longformer", "Deberta", "Whisper",
+         "XLMRoberta", "Bloom", "T5")
+# The class (without its "TokenizerFast") of a checkpoint that names none.
+CLASS_OF_MODEL = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen2", "gpt2": "GPT2",
+                  "bert": "Bert", "distilbert": "DistilBert", "roberta": "Roberta",
+                  "modernbert": "PreTrained"}
+
 # Qwen2 splits digits one by one and keeps a newline with what stands before it; GPT-2's rule is inside ByteLevel.
 QWEN2_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -414,11 +453,13 @@ def _read_roles(folder, settings, family):
 
 
 def _read_config_ids(config, folder):
-    """mask_token_id and its like from config.json; a list of end tokens (Llama 3) gives its first."""
+    """mask_token_id and its like from config.json; a list of end tokens (Llama 3) gives its first:
+    data/checkpoints.py reads them all."""
     ids = {}
     for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
         value = config.get(name)
-        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, list) and (name == "eos_token_id" and value or len(value) == 1):
+            value = next((token for token in value if token is not None and token != -1), None)
         if value is None or value == -1:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -492,6 +533,127 @@ def _bpe(folder, settings, family, roles):
             pre_tokenizers.Split(Regex(QWEN2_REGEX), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=False)])
     return backend
+
+
+def _follow_settings(backend, path, settings, config, roles):
+    """Change the backend as that class does by which `transformers` reads the folder: BOS and EOS,
+    lower case and accents, a space in front of a text. `path` is that of tokenizer_config.json.
+    ValueError for what cannot be followed."""
+    name = _class_name(settings, config)
+    flags = {}
+    for key in ("add_bos_token", "add_eos_token", "do_lower_case", "strip_accents",
+                "tokenize_chinese_chars", "add_prefix_space"):
+        value = settings.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{path}: {key} should be true or false, not {_one_line(repr(value))}")
+        flags[key] = value
+    has_tokenizer_json = path.with_name("tokenizer.json").is_file()
+    if name in FRAMING:
+        _set_frame(backend, path, settings, FRAMING[name], roles)
+    elif name == "GPT2" and flags["add_bos_token"] and not has_tokenizer_json:
+        # OPT: this class adds BOS, never EOS, where it has only vocab.json and merges.txt.
+        _set_frame(backend, path, {**settings, "add_eos_token": False}, (EOS, EOS, False), roles)
+    elif name in NORMALIZING:
+        _set_normalizer(backend, path, flags, name)
+    elif name not in PLAIN:
+        _check_unknown_class(backend, path, flags, settings.get("tokenizer_class"), roles)
+    _set_prefix_space(backend, path, flags["add_prefix_space"], name)
+
+
+def _class_name(settings, config):
+    """The class that the files name, or that their model type has, "Llama" for LlamaTokenizerFast;
+    None: neither is known."""
+    for named in (settings.get("tokenizer_class"), config.get("tokenizer_class")):
+        if isinstance(named, str):
+            return named.removesuffix("Fast").removesuffix("Tokenizer")
+    return CLASS_OF_MODEL.get(config.get("model_type"))
+
+
+def _state(component):
+    """The settings of a part of the backend, as tokenizer.json has them; {} for none."""
+    return {} if component is None else json.loads(component.__getstate__())
+
+
+def _set_frame(backend, path, settings, defaults, roles):
+    """The classes of FRAMING replace what tokenizer.json puts around a text by BOS and EOS, each if
+    it is wanted."""
+    bos, eos, bos_is_default = defaults
+    used = {}                                   # {"bos_token": its text}
+    for key, default, wanted in (("bos_token", bos, bos_is_default), ("eos_token", eos, False)):
+        if key not in settings:
+            roles.setdefault(key, default)
+        if not settings.get(f"add_{key}", wanted):
+            continue
+        token = roles.get(key)
+        if token is None or backend.token_to_id(token) is None:
+            if f"add_{key}" in settings:
+                raise ValueError(f"{path}: add_{key} is true, but {key} is {token!r}, which the "
+                                 "tokenizer has not")
+            return              # only a default asks for it, and this vocabulary is of another kind
+        used[key] = token
+    head = [f"{used['bos_token']}:0"] if "bos_token" in used else []
+    tail = [f"{used['eos_token']}:0"] if "eos_token" in used else []
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*head, "$A:0", *tail], pair=[*head, "$A:0", *tail, *head, "$B:0", *tail],
+        special_tokens=[(token, backend.token_to_id(token)) for token in set(used.values())])
+
+
+def _set_normalizer(backend, path, flags, name):
+    """The classes of NORMALIZING set what BERT's normalizer does; any other they leave as it is."""
+    state = _state(backend.normalizer)
+    if not state and (flags["do_lower_case"] or flags["strip_accents"]):
+        raise ValueError(f"{path} asks for lower case or no accents, but tokenizer.json has no "
+                         "normalizer: correct one of them")
+    if state.get("type") != "BertNormalizer":
+        return
+    chinese = flags["tokenize_chinese_chars"] is not False
+    if name in ("MPNet", "Splinter"):
+        chinese = state["handle_chinese_chars"]
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=state["clean_text"], handle_chinese_chars=chinese,
+        strip_accents=flags["strip_accents"], lowercase=flags["do_lower_case"] is not False)
+
+
+def _set_prefix_space(backend, path, wanted, name):
+    """Every class sets `add_prefix_space` of the pre-tokenizer, if that is ByteLevel and not one
+    part of several; false where tokenizer_config.json is silent. Llama and T5 would convert
+    tokenizer.model instead, which is not read here."""
+    if name in ("Llama", "T5"):
+        if wanted is not None and wanted != _prefixes_space(backend):
+            raise ValueError(f"{path}: add_prefix_space is {str(wanted).lower()}, but "
+                             "tokenizer.json does otherwise: correct one of them")
+        return
+    state = _state(backend.pre_tokenizer)
+    if wanted is None and name is not None:
+        wanted = False
+    if name in ("Bloom", "Cohere") and wanted and '"add_prefix_space": false' in json.dumps(state):
+        raise ValueError(f"{path}: add_prefix_space is true and tokenizer.json says false: correct "
+                         "one of them")
+    if wanted is not None and state.get("type") == "ByteLevel":
+        del state["type"]
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(**{**state, "add_prefix_space": wanted})
+
+
+def _prefixes_space(backend):
+    """Whether a text is read as if it began with a space."""
+    text = "a" if backend.normalizer is None else backend.normalizer.normalize_str("a")
+    if backend.pre_tokenizer is not None:
+        pieces = backend.pre_tokenizer.pre_tokenize_str(text)
+        text = pieces[0][0] if pieces else ""
+    return text[:1] in (" ", "\u2581", "\u0120")  # a space, Llama's and GPT-2's sign for one
+
+
+def _check_unknown_class(backend, path, flags, named, roles):
+    """ValueError if the settings of a class that is not known here contradict tokenizer.json."""
+    normalizer = _state(backend.normalizer)
+    head, tail = Tokenizer(backend, roles).frame()
+    does = {"add_bos_token": bool(head), "add_eos_token": bool(tail),
+            "do_lower_case": normalizer.get("lowercase")}
+    for key, value in does.items():
+        if value is not None and flags[key] not in (None, value):
+            raise ValueError(f"{path}: {key} is {str(flags[key]).lower()}, tokenizer.json does "
+                             f"otherwise, and what tokenizer_class {named!r} makes of that is not "
+                             "known here: correct one of them")
 
 
 def _read_text(path):

@@ -198,11 +198,19 @@ class Evaluator:
             def run(batch):
                 seeds = [zlib.crc32(repr((s["seed"], i, prompts[i])).encode()) for i in batch]
                 answers = self.sampler.run([prompts[i] for i in batch], {**arguments, "seed": seeds})
-                return [self.sampler.decode(answer[len(prompts[i]):], chat=s["apply_chat_template"])[0] for i, answer in zip(batch, answers)]
+                return [self.text_until(answer[len(prompts[i]):], requests[i].args[1].get("until"))
+                        for i, answer in zip(batch, answers)]
 
             batches = self.batches({i: (count, len(prompt)) for i, prompt in prompts.items()})
             texts |= {i: text for batch, found in zip(batches, common.share(run, batches)) for i, text in zip(batch, found)}
-        return [until(texts[i], request.args[1].get("until") or []) for i, request in enumerate(requests)]
+        return [texts[i] for i in range(len(requests))]
+
+    def text_until(self, tokens, stops):
+        """The text of an answer before the first stop string, which may spell special tokens."""
+        stops = [stops] if isinstance(stops, str) else stops or []
+        text, used, _ = self.sampler.decode(tokens, chat=self.settings["apply_chat_template"])
+        text, _ = self.sampler.cut_at_special(tokens[:used + 1], text, stops)
+        return until(text, stops)
 
     # ---------------------------------------------------------------- chat
 

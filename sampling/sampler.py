@@ -42,14 +42,13 @@ class Sampler:
         if self.config.mask_token_id is None and not self.config.causal:
             raise ValueError(f"neither the config nor the tokenizer of {name} has a mask token: convert it first (convert_bert.py, convert_ar.py)")
         self.mask_id = self.config.vocab_size if self.config.causal else self.config.mask_token_id      # as diffusion.generate writes masks
-        frame = tokenizer.encode("", add_special_tokens=True)       # what the checkpoint puts around a text: [CLS] ... [SEP], or nothing
-        self.tail = [frame.pop()] if frame and frame[-1] == self.config.eos_token_id else []
-        self.head = frame
+        # What the checkpoint puts around a text: [CLS] ... [SEP], BOS, or nothing.
+        self.head, self.tail = tokenizer.frame()
         # An autoregressive model needs a first token to continue.
         self.start = [token for token in (self.config.bos_token_id, self.config.eos_token_id) if token is not None and self.config.causal][:1]
         # Most tokenizers glue a space to the word behind it: a gap takes the space before it along.
         self.glues_space = tokenizer.encode(" the")[:1] != tokenizer.encode(" ")
-        self.ends = {self.config.eos_token_id, tokenizer.eos_token_id} - {None}
+        self.ends = {*self.config.ends, tokenizer.eos_token_id} - {None}
         self._decode = functools.lru_cache(2**16)(lambda ids: tokenizer.decode(ids))
 
     @classmethod
@@ -107,6 +106,44 @@ class Sampler:
         ends = self.ends | self.end_of_turn if chat else self.ends
         used = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         return self.tokenizer.decode(tokens[:used], skip_special_tokens=True), used, used < len(tokens)
+
+    @functools.cached_property
+    def special_tokens(self):
+        """{spelling: id} of the special tokens, which `decode` leaves out of the text."""
+        added = self.tokenizer.backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
+    def cut_at_special(self, tokens, text, stops):
+        """(the text before the first stop string that spells special tokens, whether there is one).
+
+        stops: list of str, <|im_end|> or a mixture as <|im_end|>user; plain ones are for the caller
+        to find. text: what the tokens say without special tokens. Each special token that a stop
+        spells gets a character that no text contains, a lone surrogate. It stands in the text where
+        the token stood, and in the stop for its spelling, so that one is found in the other.
+        """
+        marks = {}                                              # spelling -> its character
+        for spelling in sorted(self.special_tokens, key=len, reverse=True):     # the longest match
+            if any(spelling in stop for stop in stops):
+                marks[spelling] = chr(0xD800 + len(marks))
+        if not marks:
+            return text, False
+        by_id = {self.special_tokens[spelling]: mark for spelling, mark in marks.items()}
+        spelled = re.compile("|".join(map(re.escape, marks)))
+        wanted = [spelled.sub(lambda found: marks[found[0]], stop)
+                  for stop in stops if spelled.search(stop)]
+        marked, done, last = "", 0, -1
+        for i, token in enumerate(tokens):
+            if token in by_id:
+                if last < 0 or last < i - 1:  # else no text stands between the two
+                    before = self.tokenizer.decode(tokens[:i], skip_special_tokens=True)
+                    position = min(max(done, len(before)), len(text))
+                    marked, done = marked + text[done:position], position
+                marked, last = marked + by_id[token], i
+        marked += text[done:]
+        cut = min((at for stop in wanted if (at := marked.find(stop)) >= 0), default=-1)
+        if cut < 0:
+            return text, False
+        return "".join(c for c in marked[:cut] if c not in marks.values()), True
 
     def split(self, tokens):
         """The texts in a row of tokens, which ends of text separate."""

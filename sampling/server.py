@@ -266,6 +266,8 @@ def answer_text(sampler, tokens, stops, job, final=True):
         text, used, ended = sampler.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens), True
     else:
         text, used, ended = sampler.decode(tokens, job.chat)
+    text, stopped = sampler.cut_at_special(tokens[:used + 1], text, stops)
+    ended = ended or stopped
     cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=-1)
     if cut >= 0:
         return text[:cut], used, "stop"

@@ -462,6 +462,29 @@ def test_a_block_model_stops_behind_the_block_with_an_end_of_text():
     assert generate(model, [[1, 2, 3, 4]], 16, 16)[0] == full[:4 + ((where - 4) // 4 + 1) * 4]
 
 
+def test_any_of_several_ends_of_text_stops():
+    """Llama 3 lists several: generation stops at the first that comes."""
+    model = tiny(vocab_size=40, causal=True, shift=True, mask_token_id=None, bos_token_id=0)
+    prompt = [1, 2, 3]
+    full = generate(model, [prompt], 10)[0]
+    absent = next(token for token in range(40) if token not in full)
+    blocks = tiny(vocab_size=40, block_length=4)
+    written = generate(blocks, [prompt], 16, 16)[0]
+    unseen = next(token for token in range(40) if token not in written)
+    for cache in (None, "block"):
+        for order in (1, -1):
+            model.config.set_ends([absent, full[6]][::order])
+            assert generate(model, [prompt], 10)[0] == full[: full.index(full[6], 3) + 1]
+            blocks.config.set_ends([unseen, written[8]][::order])
+            behind = 3 + ((written.index(written[8], 3) - 3) // 4 + 1) * 4
+            assert (
+                behind < len(written)
+                and generate(blocks, [prompt], 16, 16, cache=cache)[0] == written[:behind]
+            )
+    model.config.set_ends([absent])
+    assert generate(model, [prompt], 10)[0] == full
+
+
 def test_infill_writes_masks_and_nothing_else():
     model = tiny(vocab_size=40)
     sequences = [[1, MASK, 3, MASK, MASK, 6], [MASK, 4, MASK], [5, 6, 7, 8, MASK, 1, 2, 3, MASK]]

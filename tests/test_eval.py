@@ -205,6 +205,27 @@ def test_rolling_adds_up_the_windows(tmp_path):
     assert value == pytest.approx(total, rel=1e-5)
 
 
+def test_stops_that_are_special_tokens(checkpoint, monkeypatch):
+    """What a model writes behind a stop must not reach a task's filter."""
+    lm = lm_of(checkpoint)
+    answer = lm.sampler.tokenizer.encode("It is 4!<|im_end|>\n5<|endoftext|>6", parse_special=True)
+    monkeypatch.setattr(
+        lm.sampler, "run", lambda prompts, arguments: [list(prompt) + answer for prompt in prompts]
+    )
+    for stops, text in (
+        (["</s>", "<|im_end|>"], "It is 4!"),
+        ("<|im_end|>", "It is 4!"),
+        (["<|im_end|>\n5"], "It is 4!"),
+        (["!<|im_end|>"], "It is 4"),
+        (["<|im_end|>", "is"], "It "),
+        (["<|im_start|>"], "It is 4!\n5"),
+        (None, "It is 4!\n5"),
+    ):
+        assert lm.generate_until(
+            requests_of("generate_until", ("The", {"until": stops, "max_gen_toks": 20}))
+        ) == [text]
+
+
 def test_generation_batches_by_settings_and_stops(checkpoint):
     lm = lm_of(checkpoint)
     requests = requests_of("generate_until", *[(prompt, {"until": until, "max_gen_toks": count}) for prompt, until, count in (

@@ -440,6 +440,101 @@ def test_other_spellings(tmp_path):
     assert origin["dim"] == "hidden_size = 48" and origin["qk_norm"] == "every LlamaForCausalLM"
 
 
+def with_ends(folder, ends, generation=None):
+    """The folder of a tiny Llama with these ends in its two config files."""
+    reference_model("llama").save_pretrained(folder)
+    rewrite(folder, config=lambda raw: dict(raw, eos_token_id=ends))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "ends, generation, expected",
+    [
+        (5, None, (5,)),
+        ([5], None, (5,)),
+        ([7, 8, 9], None, (7, 8, 9)),
+        ([7, 7, None, -1, 8], None, (7, 8)),
+        (None, None, ()),
+        ([-1], None, ()),
+        ([None, 6, 5], None, (6, 5)),
+        (5, 5, (5,)),
+        (5, [5, 6], (5, 6)),
+        ([5, 6], 6, (5, 6)),
+        (None, [8, 9], (8, 9)),
+        (3, [-1, 4], (3, 4)),
+    ],
+)
+def test_all_ends_of_text_are_read_saved_and_exported(tmp_path, ends, generation, expected):
+    """Llama 3 lists several, and some checkpoints list them in generation_config.json only."""
+    model = Transformer.from_pretrained(with_ends(tmp_path / "theirs", ends, generation))
+    assert model.config.ends == expected and model.config.eos_token_id == (
+        expected[0] if expected else None
+    )
+    model.save_pretrained(tmp_path / "ours")
+    model.export_pretrained(tmp_path / "exported")
+    for name in ("ours", "exported"):
+        assert read_config(tmp_path / name)[0].ends == expected
+    exported = json.loads((tmp_path / "exported/config.json").read_text())
+    if generation is None:
+        assert exported == json.loads((tmp_path / "theirs/config.json").read_text()) | {
+            "dtype": exported["dtype"]
+        }
+    else:
+        assert (tmp_path / "exported/generation_config.json").read_bytes() == (
+            tmp_path / "theirs/generation_config.json"
+        ).read_bytes()
+        assert exported["eos_token_id"] == (expected[0] if len(expected) == 1 else list(expected))
+
+
+def test_an_end_of_text_that_was_changed(tmp_path):
+    model = Transformer.from_pretrained(with_ends(tmp_path / "theirs", [7, 8], [7, 8]))
+    config = model.config
+    config.put_end_first(8)
+    assert (config.eos_token_id, config.ends) == (8, (8, 7))
+    config.put_end_first(4)
+    assert config.ends == (4, 8, 7), "the tokenizer's own comes first, the others stay"
+    config.eos_token_id = 3
+    assert config.ends == (3,), "one that was set by hand is the only one"
+    for write, name in ((model.save_pretrained, "ours"), (model.export_pretrained, "exported")):
+        write(tmp_path / name)
+        assert read_config(tmp_path / name)[0].ends == (3,)
+    assert (
+        json.loads((tmp_path / "exported/generation_config.json").read_text())["eos_token_id"] == 3
+    ), "transformers reads this first"
+    config.put_end_first(5)
+    assert config.ends == (5,), "where there was one, it is replaced"
+    config.eos_token_id = None
+    assert config.ends == ()
+
+
+def test_ends_of_text_that_cannot_be(tmp_path):
+    for ends in ([], ["</s>"], [5, True], [5, -2], [[5]], {"a": 1}):
+        with pytest.raises(ValueError, match="eos_token_id must be a token id"):
+            read_config(with_ends(tmp_path, ends))
+        with pytest.raises(
+            ValueError, match="generation_config.json: eos_token_id must be a token id"
+        ):
+            read_config(with_ends(tmp_path, 5, ends))
+    for wrong in (
+        dict(eos_token_ids=5),
+        dict(eos_token_ids=["a"]),
+        dict(eos_token_id=1, eos_token_ids=[2, 3]),
+    ):
+        with pytest.raises(ValueError, match="eos_token_ids"):
+            Config(**wrong)
+    assert (
+        Config(eos_token_ids=[4, 5]).eos_token_id == 4
+        and Config(eos_token_id=4, eos_token_ids=[4]).eos_token_ids is None
+    )
+    reference_model("llama").save_pretrained(tmp_path)
+    rewrite(tmp_path, config=lambda raw: dict(raw, bos_token_id=[1, 2]))
+    with pytest.raises(ValueError, match="bos_token_id must be a token id"):
+        read_config(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------- files, types and memory
 
 

@@ -14,6 +14,7 @@ import torch
 from scripts import ROOT, Script, run
 from tiny import tiny_checkpoint, tiny_model, tiny_sampler
 from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from data.tokenizer import Tokenizer
 from sampling.sampler import Sampler, Trace
@@ -406,3 +407,65 @@ def test_no_mask_token_anywhere():
 
 def test_the_page_has_its_placeholder():
     assert (ROOT / "sampling" / "page.html").read_text(encoding="utf-8").count("/*TRACE*/ null") == 1
+
+
+# ---- ends of text, BOS, stops ----
+def test_a_completion_is_cut_at_any_end_of_text():
+    sampler = tiny_sampler(eos_token_id=250, eos_token_ids=[250, 251])
+    assert sampler.ends == {250, 251, 256}  # 256 is the tokenizer's own
+    for end in (250, 251, 256):
+        assert sampler.decode([97, 98, end, 99]) == ("ab", 2, True)
+    assert sampler.split([97, 251, 98, 250, 99]) == ["a", "b", "c"]
+    assert sampler.named_tokens("suppress", "eos") == (250, 251, 256)
+
+
+def test_what_stands_around_a_text_is_read_off_a_text():
+    """BOS that is EOS as well stands in front; that of a chat template is not doubled."""
+    tokenizer = Tokenizer.bytes()
+    tokenizer.backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    sampler = Sampler(tiny_model(), tokenizer)
+    assert (sampler.head, sampler.tail) == ([256], [])
+    assert sampler.encode_prompt("ab") == [256, 97, 98]
+    assert sampler.encode_gaps("a[MASK]") == [256, 97, 257]
+    tokenizer.chat_templates = {"default": "{{ bos_token }}{{ messages[0].content }}"}
+    assert sampler.encode_chat([{"role": "user", "content": "a"}]) == [256, 97]
+
+
+@pytest.mark.parametrize(
+    "text, stops, expected",
+    [
+        ("4<|im_end|>the end", ["<|im_end|>"], "4"),
+        ("4<|im_end|>\n5", ["<|im_end|>\n"], "4"),
+        ("4<|im_end|>5", ["<|im_end|>\n"], None),
+        ("4!<|im_end|>5", ["!<|im_end|>"], "4"),
+        ("a<|im_start|>b<|im_end|>c", ["x", "<|im_end|>"], "ab"),
+        ("é中<|im_start|><|im_end|>c", ["<|im_start|><|im_end|>"], "é中"),
+        ("a<|im_end|>b<|im_start|>", ["<|im_start|>", "<|im_end|>"], "a"),
+        ("<|im_end|>", ["<|im_end|>"], ""),
+        ("a<|im_start|>b", ["<|im_end|>"], None),
+        ("a<|im_end|>b", ["im", "|", "<|im"], None),
+        ("a<|im_end|>b", [], None),
+        ("a!<|endoftext|>", ["!<|endoftext|>"], "a"),
+    ],
+)
+def test_stops_that_spell_special_tokens(text, stops, expected):
+    sampler = tiny_sampler()
+    tokens = sampler.tokenizer.encode(text, parse_special=True)
+    plain = sampler.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert sampler.cut_at_special(tokens, plain, stops) == (
+        (plain, False) if expected is None else (expected, True)
+    )
+
+
+def test_stops_that_spell_special_tokens_between_words(tmp_path):
+    """WordPiece puts spaces between tokens."""
+    sampler = Sampler(
+        tiny_model(vocab_size=11, mask_token_id=None, eos_token_id=None),
+        make_wordpiece(tmp_path / "bert"),
+    )
+    tokens = sampler.tokenizer.encode("the cat[SEP]the[MASK]cat", parse_special=True)
+    text = sampler.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert sampler.cut_at_special(tokens, text, ["[MASK]"]) == ("the cat the", True)
+    assert sampler.cut_at_special(tokens, text, ["[SEP]"]) == ("the cat", True)

@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from scripts import Script, run
 from tiny import tiny_checkpoint, tiny_sampler
 
+from diffusion import Step
 from sampling import server as serve
 from sampling.sampler import Sampler
 
@@ -158,6 +160,77 @@ def test_a_stream_holds_back_what_could_be_a_stop(server):
     whole = complete(server, **body, stop=stop)["choices"][0]["text"]
     chunks = [json.loads(chunk) for chunk in events(ask(server, "/v1/completions", {**body, "stop": stop, "stream": True})[1])[:-1]]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
+
+
+class FixedSampler(Sampler):
+    """Writes the same tokens whatever the model says."""
+
+    answer = ()
+
+    def run(self, sequences, arguments, gaps=False, on_step=None):
+        rows = [list(sequence) + list(self.answer) for sequence in sequences]
+        for n in range(len(self.answer) if on_step else 0):  # from the left to the right
+            canvas = torch.tensor(
+                [
+                    row[: len(row) - len(self.answer) + n + 1]
+                    + [self.mask_id] * (len(self.answer) - n - 1)
+                    for row in rows
+                ]
+            )
+            revealed = torch.zeros_like(canvas, dtype=torch.bool)
+            revealed[:, canvas.shape[1] - len(self.answer) + n] = True
+            on_step(
+                Step(
+                    n + 1,
+                    canvas,
+                    revealed,
+                    torch.zeros(canvas.shape),
+                    torch.tensor([len(row) for row in rows]),
+                )
+            )
+        return rows
+
+
+@pytest.mark.parametrize(
+    "written, stop, text, reason, used",
+    [
+        ("4<|im_start|>the 5", "<|im_start|>", "4", "stop", 7),
+        ("4<|im_start|>\n5", ["x", "<|im_start|>\n"], "4", "stop", 4),
+        ("ab4<|im_start|>the 5", ["the", "<|im_start|>t"], "ab4", "stop", 9),
+        ("4<|im_start|>5", ["<|im_end|>"], "45", "length", 3),
+        ("4!<|im_start|>5<|endoftext|>6", ["!<|im_start|>"], "4", "stop", 4),
+        ("4!<|endoftext|>6", ["!<|endoftext|>"], "4", "stop", 2),
+    ],
+)
+def test_stops_that_are_special_tokens(written, stop, text, reason, used):
+    fast = tiny_sampler()
+    sampler = FixedSampler(fast.model, fast.tokenizer, "fixed")
+    sampler.answer = fast.tokenizer.encode(written, parse_special=True)
+    server = start(sampler=sampler)
+    for path, body in (
+        ("/v1/completions", {"prompt": "ab"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+    ):
+        body = body | {"max_tokens": len(sampler.answer), "stop": stop}
+        [choice] = ask(server, path, body)[1]["choices"]
+        assert (
+            choice.get("text", choice.get("message", {}).get("content")),
+            choice["finish_reason"],
+        ) == (text, reason)
+        assert ask(server, path, body)[1]["usage"]["completion_tokens"] == used
+        chunks = [
+            json.loads(chunk)["choices"][0]
+            for chunk in events(ask(server, path, {**body, "stream": True})[1])[:-1]
+        ]
+        assert (
+            "".join(
+                chunk.get("text", chunk.get("delta", {}).get("content", "")) for chunk in chunks
+            )
+            == text
+        )
+        assert chunks[-1]["finish_reason"] == reason
+    server.shutdown()
+    server.server_close()
 
 
 def test_the_page_and_its_runs(server):

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, render_template
@@ -370,6 +370,236 @@ def test_a_list_of_end_tokens_and_ids_outside_the_vocabulary(tmp_path, bpe):
     )
     ours = Tokenizer.from_pretrained(folder)
     assert (ours.eos_token_id, ours.pad_token_id, ours.mask_token_id, ours.mask_token) == (7, None, 5000, None)
+
+
+# ---------------------------------------------------------------- what tokenizer_config.json asks for
+
+
+def byte_folder(
+    folder, settings, post_processor=None, pre_tokenizer=None, normalizer=None, model_type="llama"
+):
+    """A tokenizer.json of bytes with <s> and </s>, and what else a test asks for."""
+    tokenizer = Tokenizer.bytes()
+    begin, end = tokenizer.add_special_tokens(["<s>", "</s>"])
+    if post_processor:
+        tokens = [("<s>", begin), ("</s>", end)]
+        tokenizer.backend.post_processor = processors.TemplateProcessing(
+            single=post_processor, special_tokens=tokens
+        )
+    tokenizer.backend.pre_tokenizer = pre_tokenizer or tokenizer.backend.pre_tokenizer
+    if normalizer:
+        tokenizer.backend.normalizer = normalizer
+    folder.mkdir(exist_ok=True)
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "config.json", {"model_type": model_type})
+    return folder
+
+
+def same_frames(folder):
+    """Whether we and `transformers` give a text the same ids, BOS and EOS included."""
+    ours, hf = Tokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ("the cat", "", " ÀB <s>x")
+    return all(
+        ours.encode(text, True, parse_special=True) == hf.encode(text, add_special_tokens=True)
+        for text in texts
+    )
+
+
+@pytest.mark.parametrize("post_processor", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaTokenizer",
+        "LlamaTokenizerFast",
+        "PreTrainedTokenizerFast",
+        "Qwen2Tokenizer",
+        "GPT2Tokenizer",
+        "GemmaTokenizer",
+        "GPTNeoXTokenizerFast",
+        "RobertaTokenizer",
+        "CohereTokenizer",
+        None,
+    ],
+)
+def test_bos_and_eos_are_those_of_the_class(tmp_path, name, post_processor):
+    """Some set them whatever tokenizer.json says (LlamaTokenizerFast), others never do."""
+    for begin in (None, True, False):
+        for end in (None, True, False):
+            settings = {
+                "tokenizer_class": name,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": None,
+                "add_bos_token": begin,
+                "add_eos_token": end,
+            }
+            settings = {
+                key: value
+                for key, value in settings.items()
+                if value is not None or key == "unk_token" and name
+            }
+            assert same_frames(byte_folder(tmp_path, settings, post_processor)), settings
+
+
+def test_deepseeks_distilled_qwen_begins_with_bos(tmp_path):
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": {"__type": "AddedToken", "content": "<s>"},
+        "eos_token": "</s>",
+        "legacy": True,
+        "tokenizer_class": "LlamaTokenizerFast",
+        "unk_token": None,
+    }
+    ours = Tokenizer.from_pretrained(byte_folder(tmp_path, settings))
+    begin, end = ours.backend.token_to_id("<s>"), ours.backend.token_to_id("</s>")
+    assert ours.encode("ab", add_special_tokens=True) == [begin, 97, 98] and ours.encode("ab") == [
+        97,
+        98,
+    ]
+    assert ours.frame() == ([begin], [])
+    ours.save_pretrained(tmp_path / "saved")
+    again = Tokenizer.from_pretrained(tmp_path / "saved")
+    assert again.frame() == ([begin], []) and same_frames(tmp_path / "saved")
+    both = Tokenizer.from_pretrained(
+        byte_folder(tmp_path, settings | {"add_eos_token": True}, "<s> $A")
+    )
+    assert both.frame() == ([begin], [end])
+    one = settings | {
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+    }  # where both are the same token, it stands in front
+    assert Tokenizer.from_pretrained(byte_folder(tmp_path, one)).frame() == ([end], [])
+    assert Tokenizer.bytes().frame() == ([], [])
+    with pytest.raises(ValueError, match="add_bos_token is true, but bos_token is None"):
+        Tokenizer.from_pretrained(byte_folder(tmp_path, settings | {"bos_token": None}))
+    with pytest.raises(ValueError, match="add_bos_token should be true or false"):
+        Tokenizer.from_pretrained(byte_folder(tmp_path, settings | {"add_bos_token": "false"}))
+    with pytest.raises(ValueError, match="'OtherTokenizer' makes of that is not known"):
+        Tokenizer.from_pretrained(
+            byte_folder(tmp_path, settings | {"tokenizer_class": "OtherTokenizer"})
+        )
+
+
+def test_gpt2_from_vocab_json_with_bos(tmp_path, bpe):
+    """OPT's files: BOS in front, if add_bos_token asks for it; EOS never."""
+    folder = bpe_folder(
+        tmp_path,
+        bpe,
+        first=["</s>"],
+        last=["<|endoftext|>"],
+        bos_token="</s>",
+        eos_token="</s>",
+        add_bos_token=True,
+        add_eos_token=True,
+        tokenizer_class="GPT2Tokenizer",
+    )
+    assert_same(
+        Tokenizer.from_pretrained(folder), transformers.GPT2TokenizerFast.from_pretrained(folder)
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BertTokenizer", "DistilBertTokenizerFast", "MPNetTokenizer", "PreTrainedTokenizerFast", None],
+)
+@pytest.mark.parametrize(
+    "stored",
+    [
+        dict(lowercase=True),
+        dict(lowercase=False),
+        dict(lowercase=False, strip_accents=True),
+        dict(lowercase=True, handle_chinese_chars=False),
+    ],
+)
+def test_lower_case_and_accents_are_those_of_the_class(tmp_path, name, stored):
+    """BertTokenizerFast sets what tokenizer.json says of both, by defaults of its own too."""
+    wordpiece_folder(tmp_path)
+    backend = Tokenizer.from_pretrained(tmp_path).backend
+    (tmp_path / "vocab.txt").unlink()
+    texts = ("Naïve CAFÉ Hello", "中文a")
+    for settings in (
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True},
+        {"tokenize_chinese_chars": False},
+    ):
+        backend.normalizer = normalizers.BertNormalizer(**stored)
+        backend.save(str(tmp_path / "tokenizer.json"))
+        tokens = {
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "pad_token": "[PAD]",
+            "mask_token": "[MASK]",
+        }
+        write_json(
+            tmp_path / "tokenizer_config.json",
+            tokens | settings | ({"tokenizer_class": name} if name else {}),
+        )
+        ours, hf = (
+            Tokenizer.from_pretrained(tmp_path),
+            transformers.AutoTokenizer.from_pretrained(tmp_path),
+        )
+        for text in texts:
+            assert ours.encode(text, True) == hf.encode(text), settings
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GPT2Tokenizer",
+        "RobertaTokenizerFast",
+        "PreTrainedTokenizerFast",
+        "CodeGenTokenizer",
+        "Qwen2Tokenizer",
+    ],
+)
+def test_a_space_in_front_is_that_of_the_class(tmp_path, name):
+    level = pre_tokenizers.ByteLevel
+    split = [pre_tokenizers.Split(" ", "isolated")]
+    for stored in (
+        level(add_prefix_space=True),
+        level(add_prefix_space=False),
+        pre_tokenizers.Sequence([*split, level(add_prefix_space=True)]),
+        pre_tokenizers.Sequence([*split, level(add_prefix_space=False)]),
+    ):
+        for settings in ({}, {"add_prefix_space": True}, {"add_prefix_space": False}):
+            tokens = {
+                "tokenizer_class": name,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": None,
+            }
+            assert same_frames(byte_folder(tmp_path, tokens | settings, "<s> $A", stored)), (
+                stored,
+                settings,
+            )
+            Tokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+            ours, again = (
+                Tokenizer.from_pretrained(tmp_path),
+                Tokenizer.from_pretrained(tmp_path / "saved"),
+            )
+            assert same_frames(tmp_path / "saved") and again.encode("the cat") == ours.encode(
+                "the cat"
+            )
+
+
+def test_a_space_in_front_that_llamas_class_would_take_from_tokenizer_model(tmp_path):
+    tokens = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    for stored in (True, False):
+        with_space = pre_tokenizers.Metaspace(prepend_scheme="first" if stored else "never")
+        Tokenizer.from_pretrained(
+            byte_folder(tmp_path, tokens | {"add_prefix_space": stored}, pre_tokenizer=with_space)
+        )
+        with pytest.raises(ValueError, match="add_prefix_space is"):
+            Tokenizer.from_pretrained(
+                byte_folder(
+                    tmp_path, tokens | {"add_prefix_space": not stored}, pre_tokenizer=with_space
+                )
+            )
 
 
 # ---------------------------------------------------------------- chat
