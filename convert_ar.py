@@ -85,7 +85,7 @@ device, rank, world_size = common.init_process(device, threads)
 start, _, tiny_family = init_from.partition(":")
 tiny, longest = start == "tiny", 160
 if not tiny:
-    source, _ = checkpoints.read_config(checkpoints.find_checkpoint(init_from))             # before a data set is prepared for nothing
+    source, _ = checkpoints.read_config(checkpoints.model_folder(init_from))                # before a data set is prepared for nothing
     longest = source.max_len
     if not source.causal:
         raise ValueError(f"{init_from} sees in both directions already ({source.family}): convert_bert.py is for encoders, finetune_llada.py for LLaDA "

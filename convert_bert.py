@@ -79,7 +79,7 @@ device, rank, world_size = common.init_process(device, threads)
 start, _, tiny_family = init_from.partition(":")
 tiny, longest = start == "tiny", 160
 if not tiny:
-    source, _ = checkpoints.read_config(checkpoints.find_checkpoint(init_from))             # before a data set is prepared for nothing
+    source, _ = checkpoints.read_config(checkpoints.model_folder(init_from))                # before a data set is prepared for nothing
     longest = source.max_len
     if source.causal:
         raise ValueError(f"{init_from} is an autoregressive model ({source.family}): convert_ar.py converts it")
@@ -125,7 +125,10 @@ if tiny:
     if raw_model.config.causal:
         raise ValueError(f"{init_from} would be an autoregressive model: convert_ar.py converts it")
 else:
-    raw_model = Transformer.from_pretrained(init_from, dtype=torch.float32).train()
+    raw_model = checkpoints.load(init_from, dtype=torch.float32, fresh_head=True).train()
+    if raw_model.fresh_head and main and not resume:
+        print(f"{init_from} is an encoder without masked-LM head: it gets a fresh one, "
+              "whose matrix is tied to the embedding")
     raw_model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
     raw_model.source = None                                         # its tokenizer files are no longer the model's: `save` writes ours
 raw_model.config.mask_token_id = text.mask_token_id

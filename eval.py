@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import override
 from data.chat import open_dataset
-from data.checkpoints import find_checkpoint, write_atomically
+from data.checkpoints import tokenizer_folder, write_atomically
 from data.loader import TokenDataset
 from data.prepare import prepare
 from diffusion import nelbo
@@ -76,7 +76,7 @@ settings["checkpoint"] = checkpoint = settings["checkpoint"] or default_checkpoi
 # ---- the bound on a text -------------------------------------------------------------------------------------------------------
 def text_bound(evaluator):
     """(nats per token, its standard error, bytes per token, tokens measured) of the validation split of `dataset`; of conversations the answers."""
-    folder = common.first_on_rank_0(prepare, dataset, find_checkpoint(checkpoint))
+    folder = common.first_on_rank_0(prepare, dataset, tokenizer_folder(checkpoint))
     length = min(seq_len or 1024, evaluator.max_len, len(TokenDataset(folder).val))
     data = open_dataset(dataset, folder, length, padding="hidden")
     batch = data.val_batch(max(1, max_tokens // length)).to(next(evaluator.model.parameters()).device)

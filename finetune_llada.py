@@ -117,9 +117,7 @@ if (folder / ("config.json" if lora_rank else "adapter_model.safetensors")).exis
 # ---- data ----------------------------------------------------------------------------------------------------------------------
 base, text = "tiny", "bpe"                                          # the checkpoint that is fine-tuned and its tokenizer
 if not tiny:
-    base = checkpoints.find_checkpoint(init_from)
-    if checkpoints.adapter_base(base):
-        raise ValueError(f"{init_from} is an adapter: --merge it into its base first and start from the result")
+    base = checkpoints.model_folder(init_from)
     source, _ = checkpoints.read_config(base)                       # before a data set is prepared for nothing
     if source.causal or source.block_length:
         raise ValueError(f"{init_from} is {'an autoregressive' if source.causal else 'a block-diffusion'} model ({source.family}): see convert_ar.py")

@@ -36,7 +36,7 @@ class Family:
     defaults: dict = dataclasses.field(default_factory=dict)        # key -> what its code takes when the key is missing
     only: dict = dataclasses.field(default_factory=dict)            # key -> the values that this transformer can compute
     unused: str = r"$^"     # a pattern of tensors that its files may hold and its logits do not need
-    prefix: str = ""        # what older files leave out in front of every name
+    prefix: str = ""        # of the body's names; left out where the body was saved alone
     copies: dict = dataclasses.field(default_factory=dict)          # tensor that some files hold too -> ours that it must equal
     offset: bool = False    # its learned positions start behind the padding index (RoBERTa)
 
@@ -66,6 +66,7 @@ _LLAMA_TENSORS = {
 }
 _LLAMA_UNUSED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 _NO_WINDOW = dict(use_sliding_window=(False,))
+_ROPE_ONLY = dict(partial_rotary_factor=(None, 1.0))
 _PLAIN = dict(qk_norm=False)                                        # RMSNorm, SwiGLU and RoPE are Config's defaults already
 
 _QWEN3 = Family(
@@ -73,7 +74,7 @@ _QWEN3 = Family(
     {**_LLAMA_TENSORS,
      "blocks.*.attn.q_norm": "model.layers.*.self_attn.q_norm",
      "blocks.*.attn.k_norm": "model.layers.*.self_attn.k_norm"},
-    dict(_LLAMA_DEFAULTS, head_dim=128), _NO_WINDOW, _LLAMA_UNUSED)
+    dict(_LLAMA_DEFAULTS, head_dim=128), dict(_ROPE_ONLY, **_NO_WINDOW), _LLAMA_UNUSED, "model.")
 
 _BERT_KEYS = dict(
     vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
@@ -109,13 +110,15 @@ FAMILIES = {
     "qwen3": _QWEN3,
     "llama": Family(
         "LlamaForCausalLM", dict(_LLAMA_KEYS, qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
-        dict(_PLAIN, causal=True), _LLAMA_TENSORS, _LLAMA_DEFAULTS, {}, _LLAMA_UNUSED),
+        dict(_PLAIN, causal=True), _LLAMA_TENSORS, _LLAMA_DEFAULTS, _ROPE_ONLY, _LLAMA_UNUSED,
+        "model."),
     "qwen2": Family(
         "Qwen2ForCausalLM", _LLAMA_KEYS, dict(_PLAIN, causal=True, qkv_bias=True), _LLAMA_TENSORS,
-        dict(_LLAMA_DEFAULTS, max_position_embeddings=32768), _NO_WINDOW, _LLAMA_UNUSED),
+        dict(_LLAMA_DEFAULTS, max_position_embeddings=32768), dict(_ROPE_ONLY, **_NO_WINDOW),
+        _LLAMA_UNUSED, "model."),
     "Dream": Family(
-        "DreamModel", _LLAMA_KEYS, dict(_PLAIN, qkv_bias=True, shift=True), _LLAMA_TENSORS, _LLAMA_DEFAULTS, _NO_WINDOW,
-        _LLAMA_UNUSED),
+        "DreamModel", _LLAMA_KEYS, dict(_PLAIN, qkv_bias=True, shift=True), _LLAMA_TENSORS,
+        _LLAMA_DEFAULTS, dict(_ROPE_ONLY, **_NO_WINDOW), _LLAMA_UNUSED, "model."),
     "llada": Family(
         "LLaDAModelLM",
         dict(vocab_size=("embedding_size", "vocab_size"), dim="d_model", n_layers="n_layers", n_heads="n_heads",
@@ -139,7 +142,9 @@ FAMILIES = {
              weight_tying=False, include_qkv_bias=False),
         dict(include_bias=(False,), block_type=("llama",), layer_norm_type=("rms",), rope=(True,), alibi=(False,),
              attention_layer_norm=(False,), input_emb_norm=(False,), scale_logits=(False,), multi_query_attention=(None, False),
-             bias_for_layer_norm=(None, False), layer_norm_with_affine=(True,), block_group_size=(1,))),
+             bias_for_layer_norm=(None, False), layer_norm_with_affine=(True,),
+             block_group_size=(1,), rope_scaling=(None,)),
+        prefix="model."),
     "gpt2": Family(
         "GPT2LMHeadModel",
         dict(vocab_size="vocab_size", dim="n_embd", n_layers="n_layer", n_heads="n_head", hidden_dim="n_inner",
@@ -159,7 +164,7 @@ FAMILIES = {
          "head": "lm_head"},
         dict(n_inner=None, layer_norm_epsilon=1e-5, activation_function="gelu_new", tie_word_embeddings=True),
         dict(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)),
-        r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", "transformer."),
+        r"transformer\.h\.\d+\.attn\.(masked_)?bias", "transformer."),
     "bert": Family(
         "BertForMaskedLM", dict(_BERT_KEYS, head_activation="hidden_act"), _BERT_FIXED,
         {**_bert_tensors("bert"),
@@ -168,7 +173,8 @@ FAMILIES = {
          "head.weight": "cls.predictions.decoder.weight",
          "head.bias": "cls.predictions.bias"},
         _BERT_DEFAULTS, _BERT_ONLY,
-        r"bert\.pooler\..*|cls\.seq_relationship\..*|bert\.embeddings\.position_ids",
+        r"bert\.pooler\..*|cls\.seq_relationship\..*"
+        r"|bert\.embeddings\.(position_ids|token_type_ids)", "bert.",
         copies={"cls.predictions.decoder.bias": "head.bias"}),
     "roberta": Family(
         "RobertaForMaskedLM", _BERT_KEYS, _BERT_FIXED,
@@ -178,7 +184,8 @@ FAMILIES = {
          "head.weight": "lm_head.decoder.weight",
          "head.bias": "lm_head.bias"},
         dict(_BERT_DEFAULTS, pad_token_id=1, eos_token_id=2, bos_token_id=0), _BERT_ONLY,
-        r"roberta\.pooler\..*|roberta\.embeddings\.position_ids", copies={"lm_head.decoder.bias": "head.bias"}, offset=True),
+        r"roberta\.pooler\..*|roberta\.embeddings\.(position_ids|token_type_ids)", "roberta.",
+        copies={"lm_head.decoder.bias": "head.bias"}, offset=True),
     "modernbert": Family(
         "ModernBertForMaskedLM",
         dict(vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers", n_heads="num_attention_heads",
@@ -202,7 +209,8 @@ FAMILIES = {
          "head": "decoder"},
         dict(norm_eps=1e-5, norm_bias=False, hidden_activation="gelu", attention_bias=False, mlp_bias=False, local_attention=128,
              global_attn_every_n_layers=3, global_rope_theta=160000.0, local_rope_theta=10000.0, classifier_bias=False,
-             classifier_activation="gelu", decoder_bias=True, tie_word_embeddings=True)),
+             classifier_activation="gelu", decoder_bias=True, tie_word_embeddings=True),
+        dict(_ROPE_ONLY, rope_scaling=(None,)), prefix="model."),
 }
 # What a family's own config.json cannot say, and is written into it where a model was turned into another kind. transformers 5 and vLLM
 # read `is_causal`, too; dLLM has model types of its own instead, "a2d-qwen3".
@@ -216,36 +224,88 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Load, save, export: what the methods of Transformer do.
 
 
-def load(path_or_hub_id, causal=None, device="cpu", dtype=None):
-    """See Transformer.from_pretrained."""
+def load(path_or_hub_id, causal=None, device="cpu", dtype=None, fresh_head=False):
+    """See Transformer.from_pretrained. fresh_head: as in `open_checkpoint`."""
     folder = find_checkpoint(path_or_hub_id)
     if base := adapter_base(folder):
         from scale.lora import load_adapter, merge_lora  # it builds on this file
-        return merge_lora(load_adapter(load(base, causal, device, dtype), folder))
-    model, plan = open_checkpoint(folder, causal)
+        return merge_lora(load_adapter(load(base, causal, device, dtype, fresh_head), folder))
+    model, plan = open_checkpoint(folder, causal, fresh_head)
     fill(model, plan, device, dtype)
     return model.eval()
 
 
-def open_checkpoint(folder, causal=None):
-    """(the model on the meta device, the plan by which `fill` gives it its weights): in between it can be changed and sharded."""
+def open_checkpoint(folder, causal=None, fresh_head=False):
+    """(the model on the meta device, the plan by which `fill` gives it its weights): in between it
+    can be changed and sharded.
+
+    fresh_head: an encoder that was saved without its masked-LM head gets a new one, tied to the
+    embedding, and `model.fresh_head` is True. Without this argument such a file is a ValueError.
+    """
     config, _ = read_config(folder)
     if causal is not None:
         config.causal = causal
-    model, plan = match_tensors(config, read_headers(weight_files(folder)))
-    model.source = Path(folder)
+    stored = read_headers(weight_files(folder))
+    fresh_head = fresh_head and lacks_encoder_head(config, stored)
+    if fresh_head:
+        config.tie_embeddings = True
+        if config.published:                                        # an export says what it is now
+            architectures = [FAMILIES[config.family].architecture]
+            config.published = dict(config.published, architectures=architectures)
+    model, plan = match_tensors(config, stored, fresh_head)
+    model.source, model.fresh_head = Path(folder), fresh_head
     return model, plan
 
 
+def has_weights(folder):
+    """Whether a folder holds the weights of a model, of whatever kind."""
+    patterns = ("model*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+    return any(True for pattern in patterns for _ in Path(folder).glob(pattern))
+
+
 def adapter_base(folder):
-    """The checkpoint that an adapter in `folder` belongs to, if that is all the folder holds; None: it holds a model."""
+    """The checkpoint that an adapter in `folder` belongs to; None: the folder holds a model.
+
+    A config.json beside an adapter, which some tools write, makes it no model: weights do.
+    """
     folder = Path(folder)
-    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+    path = folder / "adapter_config.json"
+    if not path.exists() or (folder / "config.json").exists() and has_weights(folder):
         return None
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    settings = read_json(path)
+    base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(f"{folder / 'adapter_config.json'} does not name its base: pass the model, and this folder with --adapter=")
-    return folder / base if (folder / base).is_dir() else base      # one that lies in the adapter's own folder moves with it
+        raise ValueError(f"{path} does not name its base: {_PASS_BOTH}")
+    if (folder / base).is_dir():                                    # it moves with the adapter
+        base = folder / base
+    if Path(base).expanduser().resolve() == folder.resolve():
+        raise ValueError(f"{path} names its own folder as its base: {_PASS_BOTH}")
+    is_local = Path(base).expanduser().is_dir()
+    if settings.get("revision") not in (None, "main") and not is_local:
+        raise ValueError(f"{path} belongs to revision {settings['revision']!r} of {base}, and only "
+                         f"the newest is fetched: download that one, {_PASS_BOTH}")
+    return base
+
+
+_PASS_BOTH = "pass the model, and this folder with --adapter="
+
+
+def model_folder(path_or_hub_id):
+    """The local folder of a checkpoint that is a model of its own. ValueError for an adapter."""
+    folder = find_checkpoint(path_or_hub_id)
+    if adapter_base(folder):
+        raise ValueError(f"{path_or_hub_id} is an adapter: --merge it into its base first and "
+                         "start from the result")
+    return folder
+
+
+def tokenizer_folder(path_or_hub_id):
+    """The local folder of a checkpoint's tokenizer: an adapter may leave it to its base."""
+    folder = find_checkpoint(path_or_hub_id)
+    vocabularies = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
+    brings_one = any((folder / name).exists() for name in vocabularies)
+    base = None if brings_one else adapter_base(folder)
+    return tokenizer_folder(base) if base else folder
 
 
 def save(model, folder, state=None):
@@ -367,7 +427,7 @@ def interpret(family, raw):
     for key, allowed in {"quantization_config": (None,), **family.only}.items():
         if key in raw and raw[key] not in allowed:
             raise ValueError(f"{key} = {raw[key]!r} is not supported (only {' or '.join(map(repr, allowed))})")
-    flat = _flatten_rope(raw)
+    flat = _flatten_rope(family, raw)
     values, origin = dict(family.fixed), dict.fromkeys(family.fixed, f"every {family.architecture}")
     for field, keys in family.keys.items():
         keys = (keys,) if isinstance(keys, str) else keys
@@ -448,22 +508,88 @@ def tiny_model(family, tokenizer, max_len, seed=0, **size):
     return model
 
 
-def _flatten_rope(raw):
-    """A published config with what transformers 5 writes, `layer_types` and `rope_parameters`, as the older keys of the table."""
+def _flatten_rope(family, raw):
+    """A published config with what transformers 5 writes, `layer_types` and `rope_parameters`, as
+    the older keys of the table.
+
+    A config may spell a thing in both ways (see `_spell_rope_twice`): then both must say the same.
+    """
     flat, kinds, rope = dict(raw), raw.get("layer_types"), raw.get("rope_parameters")
+    has_local_layers = "local_rope_theta" in family.keys
+
+    def put(key, value):
+        if value is not None:
+            if flat.get(key) is not None and flat[key] != value:
+                raise ValueError(f"{key} is {flat[key]!r}, but another key of this config says "
+                                 f"{value!r}")
+            flat[key] = value
+
     if isinstance(kinds, list) and kinds:
         every = next((layer for layer in range(1, len(kinds)) if kinds[layer] == "full_attention"), len(kinds))
-        pattern = ["sliding_attention" if layer % every else "full_attention" for layer in range(len(kinds))]
-        if kinds != pattern or every > 1 and raw.get("model_type") != "modernbert":
+        if kinds != _layer_kinds(len(kinds), every) or every > 1 and not has_local_layers:
             raise ValueError("layer_types with this pattern of local layers are not supported")
-        flat["global_attn_every_n_layers"] = every
-    if isinstance(rope, dict):
-        both = rope.get("full_attention"), rope.get("sliding_attention")
-        if all(isinstance(part, dict) for part in both):
-            flat["global_rope_theta"], flat["local_rope_theta"] = (part.get("rope_theta") for part in both)
-        else:
-            flat["rope_theta"], flat["rope_scaling"] = rope.get("rope_theta", raw.get("rope_theta")), rope
+        given = flat.get("global_attn_every_n_layers")
+        if type(given) is not int or given < 1 or kinds != _layer_kinds(len(kinds), given):
+            put("global_attn_every_n_layers", every)
+    if "rope_theta" not in family.keys:
+        return flat
+    if isinstance(flat.get("rope_scaling"), dict):                  # transformers 5 looks there
+        put("rope_theta", flat["rope_scaling"].get("rope_theta"))
+    if not isinstance(rope, dict) or not rope:
+        return flat
+    if has_local_layers:
+        parts = {"global_rope_theta": rope.get("full_attention"),
+                 "local_rope_theta": rope.get("sliding_attention")}
+    else:
+        parts = {"rope_theta": rope}
+    if any(kind in rope for kind in ("full_attention", "sliding_attention")) != has_local_layers:
+        layers = "each kind of layer" if has_local_layers else "all layers"
+        raise ValueError(f"rope_parameters = {rope!r} is not supported: a {family.architecture} "
+                         f"has one RoPE for {layers}")
+    for key, part in parts.items():
+        part = {} if part is None else part
+        if not isinstance(part, dict):
+            raise ValueError(f"rope_parameters = {rope!r} is not supported")
+        put(key, part.get("rope_theta"))
+        scaling = _check_rope_scaling(part if "type" in part else {"rope_type": "default", **part})
+        if scaling is not None and "rope_scaling" not in family.keys:
+            raise ValueError(f"rope_parameters = {rope!r} is not supported: "
+                             f"a {family.architecture} does not scale its RoPE")
+        flat["rope_scaling"] = _check_rope_scaling(flat.get("rope_scaling"))
+        put("rope_scaling", scaling)
     return flat
+
+
+def _layer_kinds(n_layers, every):
+    """transformers 5's `layer_types` where each `every`-th layer, from the first on, sees all."""
+    return ["sliding_attention" if layer % every else "full_attention" for layer in range(n_layers)]
+
+
+def _spell_rope_twice(family, raw, config):
+    """Where a published config has the keys of transformers 5, write them anew, and those of
+    transformers 4 beside them.
+
+    transformers 4 does not know `rope_parameters` and would silently take a rope_theta of 10000.
+    """
+    if isinstance(raw.get("layer_types"), list):
+        every = config.global_every if config.local_window else 1
+        raw["layer_types"] = _layer_kinds(config.n_layers, every)
+        if "global_every" in family.keys:
+            raw["global_attn_every_n_layers"] = config.global_every
+    rope = raw.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in family.keys:
+        return
+    if "local_rope_theta" in family.keys:
+        thetas = {"full_attention": config.rope_theta, "sliding_attention": config.local_rope_theta}
+        raw["global_rope_theta"], raw["local_rope_theta"] = thetas.values()
+        raw["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": theta}
+                                  for kind, theta in thetas.items()}
+        return
+    raw["rope_theta"] = config.rope_theta
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    raw["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
+    if "rope_scaling" in family.keys:
+        raw["rope_scaling"] = config.rope_scaling
 
 
 def _check_rope_scaling(scaling):
@@ -479,6 +605,9 @@ def _check_rope_scaling(scaling):
             raise ValueError(f"rope_scaling needs a positive {key}, got {scaling.get(key)!r}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
+    if scaling.get("partial_rotary_factor") not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor = {scaling['partial_rotary_factor']!r} is not "
+                         "supported")
     return None if kind == "default" else {"rope_type": kind, **{key: scaling[key] for key in needs[kind]}}
 
 
@@ -488,7 +617,8 @@ def publish_config(config, dtype):
     before = Config(**interpret(family, raw)[0]) if raw else None
     raw.setdefault("architectures", [family.architecture])
     raw.setdefault("model_type", "qwen3" if config.family == "unmask" else config.family)
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    for key in [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]:
+        raw[key] = str(dtype).removeprefix("torch.")
     for field, keys in family.keys.items():
         value = getattr(config, field)
         if field == "eos_token_id" and config.ends != (before.ends if before else ()):
@@ -496,6 +626,7 @@ def publish_config(config, dtype):
         elif before is None or value != getattr(before, field):
             value = "gelu_new" if value == "gelu_tanh" else value + config.position_offset if field == "max_len" else value
             raw.update(dict.fromkeys((keys,) if isinstance(keys, str) else keys, value))
+    _spell_rope_twice(family, raw, config)
     after = Config(**interpret(family, raw)[0])                     # what a reader of it will understand
     for field in (field.name for field in dataclasses.fields(Config)):
         value = getattr(config, field)
@@ -584,12 +715,29 @@ def read_headers(files):
     return stored
 
 
-def match_tensors(config, stored):
+def lacks_encoder_head(config, stored):
+    """Whether the tensors of `read_headers` are an encoder's without any part of its masked-LM
+    head: those of a BertModel instead of a BertForMaskedLM."""
+    if not config.head_transform:                                   # a decoder has no such head
+        return False
+    family, heads = FAMILIES[config.family], ["head", "head_dense", "head_norm"]
+    heads += [theirs for ours, theirs in family.tensors.items() if is_head([ours])]
+    heads += [theirs for theirs, ours in family.copies.items() if is_head([ours])]
+    return not any(name == head or name.startswith(head + ".") for name in stored for head in heads)
+
+
+def is_head(ours):
+    """Whether these of our modules or parameters turn a position's last vector into logits."""
+    return str(ours[0]).split(".")[0] in ("head", "head_dense", "head_norm")
+
+
+def match_tensors(config, stored, fresh_head=False):
     """(a model without memory, where its weights are: [(file, name, shape, dtype, our parameters, transposed)]).
 
     Every tensor of `read_headers` is accounted for: a missing, extra or misshapen one is a ValueError that names it.
+    fresh_head: the head is not looked for, see `open_checkpoint`.
     """
-    family, own = FAMILIES[config.family], "embed.weight" in stored
+    family, own = FAMILIES[config.family], "embed.weight" in stored or "head.weight" in stored
     layers = {match[1] for match in (re.search(r"(?:^|\.)(\d+)\.", name) for name in stored) if match}
     if len(layers) != config.n_layers:                              # said before anything of that size is built
         raise ValueError(f"config.json says {config.n_layers} layers, the weights hold {len(layers)}")
@@ -600,26 +748,57 @@ def match_tensors(config, stored):
     wanted = {}
     for name, ours, transposed in [(name, [name], False) for name in shapes] if own else tensor_table(model):
         if config.tie_embeddings and ours == ["head.weight"]:
-            copies[name] = ["embed.weight"], False                  # some files hold it all the same
-        else:
+            copies[name] = ["embed.weight"], False                  # stored too, or alone
+        elif not (fresh_head and is_head(ours)):
+            wanted[name] = ours, transposed
+    names = {name: _full_name(name, family, {*wanted, *copies}) for name in stored}
+    for name, (ours, transposed) in copies.items():                 # alone it is the original
+        original = next((known for known in wanted if wanted[known][0] == ours), None)
+        if name in names.values() and original is not None and original not in names.values():
+            del wanted[original]
             wanted[name] = ours, transposed
     for name, (file, shape, dtype) in stored.items():
-        known = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        known = known if known in wanted or known in copies else family.prefix + known
-        if known not in wanted and re.fullmatch(family.unused, name):
-            continue
+        known = names[name]
+        if known not in wanted and known not in copies:
+            if any(re.fullmatch(family.unused, full) for full in (name, family.prefix + name)):
+                continue
+            if dtype in ("I64", "BOOL"):
+                raise ValueError(f"{file} holds {name}, a buffer of type {dtype} and no weights, "
+                                 f"which has no place in a {config.family} model: write the file "
+                                 "without it if it is but a table of positions or the like")
         if dtype not in DTYPES:
             raise ValueError(f"{file}: {name} is stored as {dtype}; quantised weights cannot be read (only {', '.join(DTYPES)})")
         if known not in wanted and known not in copies:
             raise ValueError(f"{file} holds the tensor {name}, which has no place in a {config.family} model of this config.json")
-        ours, transposed = wanted.pop(known) if known in wanted else copies[known]
+        is_copy = known not in wanted
+        ours, transposed = copies[known] if is_copy else wanted.pop(known)
         asked = (sum(shapes[our][0] for our in ours), *shapes[ours[0]][1:])[::-1 if transposed else 1]
         if shape != asked:
             raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json asks for {list(asked)}")
-        (plan_of_copies if known in copies else plan).append((file, name, shape, DTYPES[dtype], ours, transposed))
+        row = file, name, shape, DTYPES[dtype], ours, transposed
+        (plan_of_copies if is_copy else plan).append(row)
     if wanted:
-        raise ValueError(f"the weights lack the tensor {next(iter(wanted))}" + f" and {len(wanted) - 1} more" * (len(wanted) > 1))
+        lacking = next(iter(wanted))
+        message = f"the weights lack the tensor {lacking}"
+        if len(wanted) > 1:
+            message += f" and {len(wanted) - 1} more"
+        lacks_head_only = all(is_head(ours) for ours, _ in wanted.values())
+        if lacks_head_only and lacks_encoder_head(config, stored):
+            message += (": they are an encoder without the head that predicts tokens; "
+                        "convert_bert.py gives it a new one")
+        elif lacks_head_only and not config.tie_embeddings:
+            message += (": the head that predicts tokens is missing, and config.json does not tie "
+                        "it to the embedding")
+        raise ValueError(message)
     return model, plan + plan_of_copies
+
+
+def _full_name(name, family, known):
+    """A stored tensor's name as the family's table has it: with the prefix, and without
+    TensorFlow's names of the norms."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+    return name if name in known else family.prefix + name
 
 
 def fill(model, plan, device="cpu", dtype=None):
@@ -644,6 +823,22 @@ def fill(model, plan, device="cpu", dtype=None):
             put_rows(model, our, part.to(device))
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
+    if getattr(model, "fresh_head", False):
+        _init_head(model, device, dtype)
+
+
+def _init_head(model, device, dtype, seed=0):
+    """A new masked-LM head on a tied embedding, as BERT's began: N(0, 0.02^2) for its matrix, ones
+    for the norm's weight, zeros for all biases."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in list(model.named_parameters()):
+        if is_head([name]) and name != "head.weight":
+            values = torch.zeros(parameter.shape)
+            if name == "head_dense.weight":
+                values.normal_(std=0.02, generator=generator)
+            elif name == "head_norm.weight":
+                values.fill_(1)
+            put_rows(model, name, values[slice(*own_rows(parameter))].to(device, dtype))
 
 
 def stored_dtype(plan):
@@ -699,7 +894,7 @@ def _read_rows(file, name, shape, first=0, last=None):
 
 def describe(path_or_hub_id):
     """The architecture of a checkpoint as text: sizes, parameters, memory, and where each Config field came from."""
-    folder = find_checkpoint(path_or_hub_id)
+    folder = model_folder(path_or_hub_id)
     config, origin = read_config(folder)
     model, _ = match_tensors(config, read_headers(weight_files(folder)))
     n, embed = sum(p.numel() for p in model.parameters()), model.embed.weight.numel()

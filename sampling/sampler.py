@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.checkpoints import find_checkpoint, write_atomically
+from data.checkpoints import find_checkpoint, tokenizer_folder, write_atomically
 from data.tokenizer import Tokenizer
 from diffusion import REMASKING, generate, infill
 from model import Transformer
@@ -53,14 +53,18 @@ class Sampler:
 
     @classmethod
     def load(cls, checkpoint, device="cpu", dtype=None, adapter=None):
-        """The Sampler of a folder or hub id. adapter: the folder of a LoRA adapter to add to the weights, ours or PEFT's."""
+        """The Sampler of a folder or hub id; an adapter without tokenizer takes its base's.
+
+        adapter: the folder of a LoRA adapter to add to the weights, ours or PEFT's.
+        """
         if str(checkpoint).startswith("out/") and not Path(checkpoint).is_dir():
             raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py first, or choose another with --checkpoint=...")
         folder = find_checkpoint(checkpoint)
         model = Transformer.from_pretrained(folder, device=device, dtype=dtype)
         if adapter:
             model = merge_lora(load_adapter(model, adapter))
-        return cls(model, Tokenizer.from_pretrained(folder), str(checkpoint).rstrip("/"))
+        tokenizer = Tokenizer.from_pretrained(tokenizer_folder(folder))
+        return cls(model, tokenizer, str(checkpoint).rstrip("/"))
 
     # ---------------------------------------------------------------- text -> tokens
 

@@ -20,6 +20,23 @@ from data.tokenizer import Tokenizer
 TARGETS = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"}
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."                                       # PEFT wraps the model twice
+# The keys of PEFT's LoraConfig (0.21) that may have any value. They said where adapters went, how
+# they began and were trained, which the stored tensors show or no longer need; the `..._config` of
+# an initialisation counts only where init_lora_weights names it.
+_HARMLESS = {
+    "peft_type", "r", "lora_alpha", "bias", "init_lora_weights",    # checked one by one below
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "runtime_config", "lora_dropout", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "megatron_core", "ensure_weight_tying",
+    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+# Initialisations of A and B that leave the base's weights as they are. Others (pissa, olora, corda,
+# loftq, lora_ga, ...) take the product of A and B out of them: what is stored then belongs to
+# weights that are stored nowhere.
+_PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")            # and true, false, null
+# Keys and parts of tensors' names of an adapter that learned more than matrices of the blocks.
+_WHOLE_KEYS = ("modules_to_save", "trainable_token_indices")
+_WHOLE_TENSORS = r"lora_embedding_[AB]|trainable_tokens|modules_to_save|base_layer\.(weight|bias)"
+_MERGE_THERE = "merge it with PEFT (merge_and_unload, save_pretrained) and load the result"
 
 
 class LoRALinear(nn.Linear):
@@ -135,15 +152,34 @@ def read_settings(folder):
     settings = checkpoints.read_json(path)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {settings.get('peft_type')!r}, only LORA can be read")
-    for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "layer_replication"):
+    for key in _WHOLE_KEYS:
         if settings.get(key):
-            raise ValueError(f"{path}: {key} = {settings[key]!r} is not supported")
+            raise ValueError(f"{path}: {key} = {settings[key]!r}: {_learned_more()}")
+    init = settings.get("init_lora_weights", True)
+    is_plain = init is None or type(init) is bool
+    if isinstance(init, str):
+        is_plain = init.lower() in _PLAIN_INITS
+    if not is_plain:
+        raise ValueError(f"{path}: init_lora_weights = {init!r} is not supported: it changes the "
+                         "base's own weights, or may. Save the adapter with "
+                         f"path_initial_model_for_weight_conversion, or {_MERGE_THERE}")
     if settings.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias = {settings['bias']!r} is not supported")
+        raise ValueError(f"{path}: bias = {settings['bias']!r} is not supported: {_MERGE_THERE}")
+    for key, value in settings.items():
+        neutral = value is None or value is False or value in ("", [], {})
+        if not neutral and key not in _HARMLESS:
+            raise ValueError(f"{path}: {key} = {value!r} is not supported, only plain LoRA is: "
+                             f"{_MERGE_THERE}")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or rank < 0 or type(alpha) not in (int, float) or not 0 <= alpha < 1e30:
         raise ValueError(f"{path}: r must be a whole number and lora_alpha a number, got {rank!r} and {alpha!r}")
     return settings
+
+
+def _learned_more():
+    return ("this adapter learned the embedding, the head or other whole modules too, perhaps for "
+            "a vocabulary of another size; only LoRA on the matrices of the blocks can be read: "
+            + _MERGE_THERE)
 
 
 def load_adapter(model, folder):
@@ -152,18 +188,27 @@ def load_adapter(model, folder):
     settings = read_settings(folder)
     rank, alpha, found = settings["r"], settings["lora_alpha"], {}
     ours = {theirs: name for name, theirs in published_modules(model).items()}
+    prefix = checkpoints.FAMILIES[model.config.family].prefix
+    embedding_and_head = {theirs for theirs, parts, _ in checkpoints.tensor_table(model)
+                          if parts[0].startswith("embed") or checkpoints.is_head(parts)}
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}")
     for name, (file, shape, _) in checkpoints.read_headers([folder / WEIGHTS]).items():
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_[AB])(?:\.default)?\.weight", name)
-        if not match or match[1] not in ours:
+        place = match[1] if match else name.removeprefix(_PREFIX)
+        if match and place not in ours:
+            place = prefix + place                                  # trained without the head
+        spellings = {place, place + ".weight", prefix + place}
+        if re.search(_WHOLE_TENSORS, name) or embedding_and_head & spellings:
+            raise ValueError(f"{file} holds {name}: {_learned_more()}")
+        if not match or place not in ours:
             raise ValueError(f"{file}: {name} has no place in this {model.config.family} model: the adapter belongs to another one")
-        linear = model.get_submodule(ours[match[1]])
+        linear = model.get_submodule(ours[place])
         asked = (rank, linear.in_features) if match[2] == "lora_A" else (linear.out_features, rank)
         if shape != asked:
             raise ValueError(f"{file}: {name} has shape {list(shape)}, this model and r = {rank} ask for {list(asked)}: "
                              "the adapter belongs to another model")
-        found.setdefault(ours[match[1]], {})[match[2]] = name
+        found.setdefault(ours[place], {})[match[2]] = name
     if lacking := [name for name, pair in found.items() if len(pair) < 2] or (["any matrix"] if not found else []):
         raise ValueError(f"{folder / WEIGHTS} lacks half of the adapter of {lacking[0]}")
     with checkpoints.open_tensors(folder / WEIGHTS) as tensors:
@@ -190,7 +235,8 @@ def write_merged(folder, target):
     Our own models are written as they are: the layout that they export to, Qwen3's, stands for an autoregressive model.
     """
     check_target("merge", target, folder)
-    model, tokenizer = checkpoints.load(folder), Tokenizer.from_pretrained(folder)
+    model = checkpoints.load(folder)
+    tokenizer = Tokenizer.from_pretrained(checkpoints.tokenizer_folder(folder))
     (model.save_pretrained if model.config.family == "unmask" else model.export_pretrained)(target)
     if not (Path(target) / "tokenizer.json").exists() or tokenizer.vocab_size != Tokenizer.from_pretrained(target).vocab_size:
         tokenizer.save_pretrained(target)

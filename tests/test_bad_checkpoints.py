@@ -149,6 +149,10 @@ def test_our_own_config(tmp_path):
      "model.norm.weight is stored as F8_E4M3; quantised weights"),
     (lambda w: w.update({"model.layers.0.mlp.up_proj.SCB": torch.ones(16, dtype=torch.int32)}),
      "SCB is stored as I32; quantised weights"),
+    (lambda w: w.update({"model.embeddings.position_ids": torch.arange(16)}),
+     "holds model.embeddings.position_ids, a buffer of type I64 and no weights, which has no"),
+    (lambda w: w.update({"model.layers.0.self_attn.mask": torch.ones(16, dtype=torch.bool)}),
+     "holds model.layers.0.self_attn.mask, a buffer of type BOOL and no weights"),
     (lambda w: w.clear(), "config.json says 2 layers, the weights hold 0"),
 ])
 def test_weights_that_do_not_fit(folder, function, words):

@@ -4,11 +4,13 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scripts import ROOT, run, run_parallel
 from test_train import Killer, equal, refused, rows, same_run, state_of
 from tokenizers import AddedToken, models
@@ -124,6 +126,39 @@ def test_every_family(short, published, tmp_path, family):
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-3, atol=1e-4)
         assert torch.equal(again(tokens), model.eval()(tokens)) and not again.config.causal
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "export").mask_token_id == tokenizer.mask_token_id
+
+
+def test_an_encoder_without_head_gets_a_fresh_one(short, published, tmp_path):
+    """Its names lack `bert.` as those of a BertModel do. Other scripts say what is missing."""
+    folder = shutil.copytree(published("bert"), tmp_path / "encoder")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {
+            name.removeprefix("bert."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("bert.")
+        },
+        folder / "model.safetensors",
+    )
+    refused(
+        run("sample.py", f"--checkpoint={folder}", "--prompt=x"),
+        "an encoder without the head that predicts tokens",
+        "convert_bert.py",
+    )
+    settings = (
+        "convert_bert.py",
+        tmp_path / "out",
+        f"--init_from={folder}",
+        f"--export={tmp_path / 'export'}",
+    )
+    result = convert(*short(*settings))
+    assert result.out.count("it gets a fresh one, whose matrix is tied to the embedding") == 1
+    model, back = (Transformer.from_pretrained(tmp_path / name) for name in ("out", "export"))
+    tokens = torch.arange(20)[None]
+    assert model.head.weight is model.embed.weight and torch.equal(back(tokens), model(tokens))
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["architectures"] == [
+        "BertForMaskedLM"
+    ]
 
 
 @pytest.mark.parametrize(("script", "settings"), [

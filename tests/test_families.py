@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.checkpoints import FAMILIES, describe, read_config
+from data.checkpoints import FAMILIES, describe, interpret, load, read_config, tensor_table
 from model import Config, Transformer
 
 transformers = pytest.importorskip("transformers")
@@ -425,7 +425,301 @@ def test_configs_of_transformers_5(family, overrides, tmp_path):
     model, tokens = Transformer.from_pretrained(tmp_path / "theirs"), random_tokens(2, 60)
     assert difference(our_logits(model, tokens), their_logits(theirs, tokens)) < TOLERANCE
     model.export_pretrained(tmp_path / "exported")
-    assert_same_checkpoint(tmp_path / "theirs", tmp_path / "exported")
+    old, new = (read_folder(tmp_path / name)[0] for name in ("theirs", "exported"))
+    assert {key: new[key] for key in old} == old
+
+
+ROPES = [
+    ("llama", dict(rope_scaling=LLAMA3, rope_theta=5e5), dict(rope_theta=7e4, rope_scaling=None)),
+    ("llama", dict(rope_theta=5e5), dict(rope_scaling=dict(rope_type="linear", factor=2.0))),
+    ("qwen2", dict(rope_theta=1e6), dict(rope_theta=3e3)),
+    ("qwen3", dict(rope_theta=1e6), dict(rope_theta=3e3)),
+    (
+        "modernbert",
+        dict(global_attn_every_n_layers=2, global_rope_theta=5e5, local_rope_theta=100.0),
+        dict(rope_theta=7e4, local_rope_theta=500.0),
+    ),
+]
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+@pytest.mark.parametrize(("family", "overrides", "change"), ROPES)
+def test_transformers_4_reads_what_transformers_5_wrote(
+    family, overrides, change, is_changed, tmp_path
+):
+    """transformers 4 knows no rope_parameters and would take a theta of 10000 without a word."""
+    theirs, tokens = reference_model(family, **overrides), random_tokens(2, 60)
+    theirs.save_pretrained(tmp_path / "theirs")
+    rewrite(tmp_path / "theirs", config=version_5)
+    ours = Transformer.from_pretrained(tmp_path / "theirs")
+    for field, value in change.items() if is_changed else ():
+        setattr(ours.config, field, value)
+    ours.export_pretrained(tmp_path / "exported")
+    back = type(theirs).from_pretrained(tmp_path / "exported").eval()
+    assert difference(our_logits(ours, tokens), their_logits(back, tokens)) < TOLERANCE
+    again = Transformer.from_pretrained(tmp_path / "exported")
+    assert torch.equal(our_logits(again, tokens), our_logits(ours, tokens))
+
+    rope = read_folder(tmp_path / "exported")[0]["rope_parameters"]  # and transformers 5 the same
+    if family == "modernbert":
+        assert rope["full_attention"]["rope_theta"] == ours.config.rope_theta
+        assert rope["sliding_attention"]["rope_theta"] == ours.config.local_rope_theta
+    else:
+        scaling = ours.config.rope_scaling or {"rope_type": "default"}
+        assert rope == {**scaling, "rope_theta": ours.config.rope_theta}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        (
+            "llama",
+            dict(rope_theta=1e6, rope_parameters=dict(rope_type="default", rope_theta=5e5)),
+            "rope_theta is 1000000.0",
+        ),
+        (
+            "llama",
+            dict(
+                rope_scaling=dict(LLAMA3),
+                rope_parameters=dict(LLAMA3, factor=2.0, rope_theta=10000.0),
+            ),
+            "rope_scaling is",
+        ),
+        (
+            "llama",
+            dict(rope_theta=1e6, rope_scaling=dict(rope_type="default", rope_theta=5e5)),
+            "rope_theta is 1000000.0",
+        ),
+        (
+            "llama",
+            dict(rope_parameters=dict(full_attention=dict(rope_theta=1e6))),
+            "has one RoPE for all layers",
+        ),
+        (
+            "llama",
+            dict(rope_parameters=dict(rope_theta=10000.0, partial_rotary_factor=0.5)),
+            "partial_rotary_factor = 0.5",
+        ),
+        ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+        (
+            "modernbert",
+            dict(rope_parameters=dict(rope_theta=5e5)),
+            "has one RoPE for each kind of layer",
+        ),
+        (
+            "modernbert",
+            dict(rope_parameters=dict(full_attention=dict(LLAMA3), sliding_attention={})),
+            "does not scale its RoPE",
+        ),
+        (
+            "modernbert",
+            dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
+            "rope_scaling = .* is not supported",
+        ),
+        (
+            "modernbert",
+            dict(global_attn_every_n_layers=2, layer_types=["full_attention"] * 5),
+            "global_attn_every_n_layers is 2",
+        ),
+    ],
+)
+def test_ropes_that_contradict_each_other(family, changes, words, tmp_path):
+    """Each version of transformers would read another one of the two."""
+    reference_model(family).save_pretrained(tmp_path)
+    rewrite(tmp_path, config=lambda raw: raw | changes)
+    with pytest.raises(ValueError, match=words):
+        read_config(tmp_path)
+
+
+def test_an_export_says_its_dtype_in_one_way(tmp_path):
+    reference_model("llama").save_pretrained(tmp_path / "theirs")
+    rewrite(
+        tmp_path / "theirs", config=lambda raw: dict(raw, dtype="float32", torch_dtype="float32")
+    )
+    Transformer.from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16).export_pretrained(
+        tmp_path / "exported"
+    )
+    raw, _ = read_folder(tmp_path / "exported")
+    assert raw["dtype"] == raw["torch_dtype"] == "bfloat16"
+
+
+def body_names(family):
+    """A function that takes the names' prefix away, as in a file of the body alone."""
+
+    def rename(tensors):
+        return {
+            name.removeprefix(FAMILIES[family].prefix): tensor for name, tensor in tensors.items()
+        }
+
+    return rename
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_names_without_the_prefix(family, is_tied, tmp_path):
+    """As a Qwen3Model, a BertModel and so on name their tensors; the head may be among them."""
+    settings = dict(
+        vocab_size=150,
+        dim=48,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=4,
+        head_dim=12,
+        hidden_dim=64,
+        max_len=64,
+    )
+    raw = {}
+    for field, keys in FAMILIES[family].keys.items():
+        for key in (keys,) if isinstance(keys, str) else keys:
+            if field in settings:
+                raw[key] = settings[field]
+            if field == "tie_embeddings":
+                raw[key] = is_tied
+    config = Config(family=family, published=raw, **interpret(FAMILIES[family], raw)[0])
+    model, tokens = Transformer(config).init_weights().eval(), random_tokens(2, 20)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+            )
+    model.export_pretrained(tmp_path)
+    assert FAMILIES[family].prefix
+    rewrite(tmp_path, body_names(family))
+    assert not any(name.startswith(FAMILIES[family].prefix) for name in read_folder(tmp_path)[1])
+    assert torch.equal(
+        our_logits(Transformer.from_pretrained(tmp_path), tokens), our_logits(model, tokens)
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "gpt2"])
+def test_a_body_without_its_head(family, tmp_path):
+    """Qwen3-Embedding: tied, all is there; untied, the head is missing."""
+    theirs, tokens = reference_model(family, tie_word_embeddings=True), random_tokens(2, 20)
+    theirs.base_model.save_pretrained(tmp_path / "tied")
+    assert not any("head" in name for name in read_folder(tmp_path / "tied")[1])
+    ours = Transformer.from_pretrained(tmp_path / "tied")
+    assert difference(our_logits(ours, tokens), their_logits(theirs, tokens)) < TOLERANCE
+    reference_model(family, tie_word_embeddings=False).base_model.save_pretrained(
+        tmp_path / "untied"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"lack the tensor lm_head.weight: the head that predicts tokens is missing",
+    ):
+        Transformer.from_pretrained(tmp_path / "untied")
+
+
+@pytest.mark.parametrize("family", list(VARIANTS))
+def test_a_tied_model_of_which_the_head_alone_is_stored(family, tmp_path):
+    theirs, tokens = reference_model(family, tie_word_embeddings=True), random_tokens(2, 20)
+    theirs.save_pretrained(tmp_path)
+    table = tensor_table(Transformer.from_pretrained(tmp_path))
+    embed, head = (
+        next(name for name, ours, _ in table if ours == [which])
+        for which in ("embed.weight", "head.weight")
+    )
+
+    def head_alone(tensors):
+        tensors[head] = tensors.pop(embed)
+        return tensors
+
+    rewrite(tmp_path, head_alone)
+    ours = Transformer.from_pretrained(tmp_path)
+    assert ours.head.weight is ours.embed.weight
+    assert difference(our_logits(ours, tokens), their_logits(theirs, tokens)) < TOLERANCE
+
+
+def test_a_tied_model_of_ours_of_which_the_head_alone_is_stored(tmp_path):
+    model, tokens = (
+        Transformer(Config(vocab_size=150, dim=16, n_layers=1, n_heads=2, tie_embeddings=True)),
+        random_tokens(1, 9),
+    )
+    model.init_weights().save_pretrained(tmp_path)
+    rewrite(
+        tmp_path,
+        lambda tensors: {
+            name.replace("embed.weight", "head.weight"): tensor for name, tensor in tensors.items()
+        },
+    )
+    assert torch.equal(
+        our_logits(Transformer.from_pretrained(tmp_path), tokens), our_logits(model, tokens)
+    )
+
+
+def test_a_bias_that_is_stored_by_its_second_name_alone(tmp_path):
+    theirs, tokens = reference_model("bert"), random_tokens(1, 9)
+    theirs.save_pretrained(tmp_path)
+    rewrite(
+        tmp_path,
+        lambda tensors: {
+            name.replace("cls.predictions.bias", "cls.predictions.decoder.bias"): tensor
+            for name, tensor in tensors.items()
+        },
+    )
+    assert (
+        difference(
+            our_logits(Transformer.from_pretrained(tmp_path), tokens), their_logits(theirs, tokens)
+        )
+        < TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_an_encoder_without_its_head(family, has_prefix, tmp_path):
+    """all-MiniLM-L6-v2: position numbers and a pooler are there, the masked-LM head is not."""
+    theirs, tokens = reference_model(family, tie_word_embeddings=False), random_tokens(2, 20)
+    theirs.base_model.save_pretrained(tmp_path / "theirs")
+    prefix = FAMILIES[family].prefix if has_prefix else ""
+
+    def as_published(tensors):
+        if family != "modernbert":
+            tensors |= {
+                "embeddings.position_ids": torch.arange(130)[None],
+                "pooler.dense.bias": torch.ones(48),
+            }
+        return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    rewrite(tmp_path / "theirs", as_published)
+    with pytest.raises(
+        ValueError,
+        match=r"lack the tensor .*: they are an encoder without the head .* convert_bert.py",
+    ):
+        Transformer.from_pretrained(tmp_path / "theirs")
+    ours, again = (load(tmp_path / "theirs", fresh_head=True) for _ in range(2))
+    assert ours.fresh_head and ours.head.weight is ours.embed.weight and ours.config.tie_embeddings
+    assert torch.equal(our_logits(ours, tokens), our_logits(again, tokens))  # on every process
+    assert not any(parameter.is_meta for parameter in ours.parameters())
+    assert ours.head_dense.weight.std() > 0.01 and (ours.head_norm.weight == 1).all()
+    if ours.head.bias is not None:
+        assert not ours.head.bias.any()
+    ours.export_pretrained(tmp_path / "exported")
+    back = type(theirs).from_pretrained(tmp_path / "exported").eval()
+    assert read_folder(tmp_path / "exported")[0]["architectures"] == [type(theirs).__name__]
+    assert difference(our_logits(ours, tokens), their_logits(back, tokens)) < TOLERANCE
+    with torch.no_grad():
+        assert torch.equal(
+            back.base_model(tokens)[0], theirs.base_model(tokens)[0]
+        )  # the body is theirs
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_a_head_of_which_a_part_is_missing_is_damage(family, tmp_path):
+    theirs = reference_model(family)
+    theirs.save_pretrained(tmp_path)
+    dense = next(
+        name
+        for name in read_folder(tmp_path)[1]
+        if name.endswith("dense.weight") and ("head" in name or "cls" in name)
+    )
+    rewrite(
+        tmp_path,
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if name != dense},
+    )
+    with pytest.raises(ValueError, match=f"the weights lack the tensor {dense}$"):
+        load(tmp_path, fresh_head=True)
+    theirs.save_pretrained(tmp_path)
+    assert not load(tmp_path, fresh_head=True).fresh_head  # a whole one is kept
 
 
 def test_other_spellings(tmp_path):

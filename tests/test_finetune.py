@@ -20,7 +20,15 @@ from data.tokenizer import Tokenizer
 from diffusion import cart_weights, generate, sft_loss
 from model import Config, LinearCrossEntropy, Transformer
 from sampling.sampler import Sampler
-from scale.lora import LoRALinear, add_lora, init_lora, load_adapter, merge_lora, save_adapter
+from scale.lora import (
+    LoRALinear,
+    add_lora,
+    init_lora,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    write_merged,
+)
 from scale.memory import SHAPES, plan_memory
 
 SCRIPT = "finetune_llada.py"
@@ -341,6 +349,213 @@ def test_peft_loads_our_adapter_and_we_load_peft_s(tmp_path):
     loaded = load_adapter(Transformer.from_pretrained(tmp_path / "base"), tmp_path / "theirs")
     assert (theirs(tokens).logits - loaded(tokens)).abs().max() < 1e-5
     assert (theirs(tokens).logits - Transformer.from_pretrained(tmp_path / "theirs")(tokens)).abs().max() < 1e-5      # the config names the base
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def peft_adapter(base, folder, kind="LlamaForCausalLM", learned=True, **settings):
+    """(PEFT's model with an adapter on `base`, the folder it is saved in)."""
+    import peft
+    import transformers
+
+    theirs = getattr(transformers, kind).from_pretrained(base)
+    theirs = peft.get_peft_model(
+        theirs,
+        peft.LoraConfig(
+            **{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], **settings}
+        ),
+    )
+    theirs = (randomize(theirs) if learned else theirs).eval()
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_initialisations_that_leave_the_base_alone(llama, tmp_path, init):
+    theirs, folder = peft_adapter(llama, tmp_path, init_lora_weights=init)
+    ours, tokens = load_adapter(Transformer.from_pretrained(llama), folder), torch.arange(30)[None]
+    assert (theirs(tokens).logits - ours(tokens)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_initialisations_that_change_the_base(llama, tmp_path, init):
+    """Their tensors belong to weights stored nowhere, until PEFT makes them a plain LoRA."""
+    theirs, folder = peft_adapter(llama, tmp_path / "start", init_lora_weights=init, learned=False)
+    randomize(theirs).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=f"init_lora_weights = '{init}' is not supported: it changes the base"
+    ):
+        load_adapter(Transformer.from_pretrained(llama), tmp_path / "adapter")
+    theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=folder)
+    ours, tokens = (
+        load_adapter(Transformer.from_pretrained(llama), tmp_path / "plain"),
+        torch.arange(30)[None],
+    )
+    assert (theirs(tokens).logits - ours(tokens)).abs().max() < 1e-4
+
+
+def change_settings(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(init_lora_weights="corda"),
+        dict(init_lora_weights="loftq"),
+        dict(init_lora_weights="lora_ga"),
+        dict(init_lora_weights="PiSSA"),
+        dict(init_lora_weights="of the future"),
+        dict(init_lora_weights=["pissa"]),
+        dict(alora_invocation_tokens=[1, 2]),
+        dict(use_dora=True),
+        dict(use_rslora=True),
+        dict(use_qalora=True),
+        dict(rank_pattern={"q_proj": 2}),
+        dict(alpha_pattern={"q_proj": 2}),
+        dict(fan_in_fan_out=True),
+        dict(lora_bias=True),
+        dict(bias="all"),
+        dict(layer_replication=[[0, 1]]),
+        dict(target_parameters=["x.weight"]),
+        dict(kasa_config={"beta": 1e-4}),
+        dict(arrow_config={"top_k": 1}),
+        dict(monteclora_config={"num_samples": 1}),
+        dict(use_bdlora={"nblocks": 2}),
+        dict(velora_config={"num_groups": 2}),
+        dict(megatron_config={"x": 1}),
+        dict(use_something_new=True),
+        dict(scale_of_the_future=0.5),
+        dict(mode="new"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused(llama, tmp_path, changes):
+    _, folder = peft_adapter(llama, tmp_path)
+    change_settings(folder, **changes)
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} = .* is not supported") as caught:
+        load_adapter(Transformer.from_pretrained(llama), folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_a_plain_lora_that_change_nothing(llama, tmp_path):
+    """Where it was put and how it was trained; and keys of a newer PEFT that are off."""
+    theirs, folder = peft_adapter(llama, tmp_path, layers_to_transform=[1], lora_dropout=0.2)
+    change_settings(
+        folder,
+        something_new=None,
+        another=False,
+        third={},
+        fourth=[],
+        corda_config={"corda_method": "ipm"},
+        loftq_config={},
+        exclude_modules=["lm_head"],
+        task_type="CAUSAL_LM",
+        auto_mapping={"base_model_class": "LlamaForCausalLM"},
+        revision=None,
+    )
+    ours, tokens = load_adapter(Transformer.from_pretrained(llama), folder), torch.arange(30)[None]
+    assert (theirs(tokens).logits - ours(tokens)).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(modules_to_save=["lm_head"]),
+        dict(modules_to_save=["embed_tokens"]),
+        dict(target_modules=["q_proj", "embed_tokens"]),
+        dict(target_modules=["q_proj", "lm_head"]),
+        dict(trainable_token_indices=[3, 4]),
+        "resized",
+    ],
+)
+@pytest.mark.parametrize("is_told", [True, False])
+def test_adapters_that_learned_embedding_or_head(llama, tmp_path, settings, is_told):
+    """is_told: by adapter_config.json; otherwise by the tensors alone."""
+    import peft
+    import transformers
+
+    base = transformers.LlamaForCausalLM.from_pretrained(llama)
+    if settings == "resized":
+        base.resize_token_embeddings(base.config.vocab_size + 8)
+        settings = {}
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})
+    )
+    model.save_pretrained(tmp_path)
+    if not is_told:
+        change_settings(tmp_path, modules_to_save=None, trainable_token_indices=None)
+    with pytest.raises(
+        ValueError, match="learned the embedding, the head or other whole modules"
+    ) as caught:
+        load_adapter(Transformer.from_pretrained(llama), tmp_path)
+    assert "belongs to another" not in str(caught.value)
+
+
+def test_an_adapter_of_a_body_without_head(llama, tmp_path):
+    """Its names lack `model.`: task_type FEATURE_EXTRACTION, of an embedding model."""
+    theirs, folder = peft_adapter(llama, tmp_path, "LlamaModel", task_type="FEATURE_EXTRACTION")
+    ours, tokens = load_adapter(Transformer.from_pretrained(llama), folder), torch.arange(30)[None]
+    logits = theirs(input_ids=tokens)[0] @ ours.head.weight.T
+    assert (logits - ours(tokens)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("has_config", [False, True])
+def test_an_adapter_s_folder_stands_for_its_base(llama, chats, tmp_path, has_config):
+    """Without a tokenizer it takes its base's, and a config.json beside it makes it no model."""
+    theirs, folder = peft_adapter(llama, tmp_path / "adapter")
+    for file in folder.glob("token*"):
+        file.unlink()
+    if has_config:
+        shutil.copy(llama / "config.json", folder)
+    base, tokens = Tokenizer.from_pretrained(llama), torch.arange(30)[None]
+    sampler = Sampler.load(folder)
+    assert (theirs(tokens).logits - sampler.model(tokens)).abs().max() < 1e-5
+    assert sampler.tokenizer.vocab_size == base.vocab_size and sampler.tokenizer.encode(
+        "a cat"
+    ) == base.encode("a cat")
+    write_merged(folder, tmp_path / "merged")
+    merged = Sampler.load(tmp_path / "merged")
+    assert (theirs(tokens).logits - merged.model(tokens)).abs().max() < 1e-5
+    assert merged.tokenizer.encode("a cat") == base.encode("a cat")
+    for script in ("convert_ar.py", "convert_bert.py", SCRIPT):
+        refused(
+            run(
+                script,
+                f"--init_from={folder}",
+                f"--out_dir={tmp_path / 'out'}",
+                f"--dataset={chats}",
+            ),
+            "is an adapter",
+            "--merge",
+        )
+    result = run(
+        "eval.py",
+        f"--checkpoint={folder}",
+        f"--dataset={chats}",
+        "--device=cpu",
+        "--threads=1",
+        "--max_tokens=64",
+        "--seq_len=64",
+    )
+    assert result.status == 0 and "nats" in result.out, result
+
+
+def test_an_adapter_s_base(llama, tmp_path):
+    _, folder = peft_adapter(llama, tmp_path / "adapter")
+    change_settings(folder, base_model_name_or_path=str(folder))
+    with pytest.raises(ValueError, match="names its own folder as its base"):
+        Sampler.load(folder)
+    change_settings(folder, base_model_name_or_path="someone/model", revision="v2")
+    with pytest.raises(ValueError, match="belongs to revision 'v2' of someone/model"):
+        Sampler.load(folder)
+    shutil.copy(llama / "config.json", folder)  # with weights it is a model
+    shutil.copy(llama / "model.safetensors", folder)
+    assert checkpoints.adapter_base(folder) is None
 
 
 def test_a_llada_s_head_is_not_taken_for_a_matrix_of_its_blocks(base, tmp_path):
