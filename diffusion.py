@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
-from model import Cache, Transformer, packed
+from model import Cache, Transformer, at_least_float32, packed
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Noise schedules: alpha_t and its derivative. Whatever the schedule, the bound is the same number; its variance is not.
@@ -227,8 +227,9 @@ def _loss(model, targets, inputs, mask, t, block_length, maskable, schedule, max
     masked = mask.flatten().nonzero()[:, 0]                                                         # [N] indices into B * T
     rows = prediction_rows(masked, T, inputs.shape[1], shift, block_length)
     total, nll = token_nll(model, inputs, rows, targets.flatten()[masked], used.flatten()[masked], **attention)
-    weighted = torch.zeros(B * T, device=nll.device)
-    weighted[masked] = nll * true_weight.flatten()[masked]                                          # [N] -> [B * T]
+    nll = nll * true_weight.flatten()[masked]                                                       # [N]
+    weighted = nll.new_zeros(B * T)
+    weighted[masked] = nll
     return Loss(total / divisor, weighted.view(B, T), weighted.sum() / count, count, mask, t)
 
 
@@ -259,13 +260,14 @@ def token_nll(model, tokens, rows, targets, weights, **arguments):
 
 
 def row_logits(model, tokens, rows, **arguments):
-    """Logits float32 [N, V] at the flat rows [N] of a pass over `tokens`."""
+    """Logits float32 [N, V], of a model in float64 float64, at the flat rows [N] of a pass over `tokens`."""
     if isinstance(_unwrap(model), Transformer):
-        return model(tokens, select=rows, **arguments).float()
+        logits = model(tokens, select=rows, **arguments)
+        return logits.to(at_least_float32(logits.dtype))
     select = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
     select[rows] = True
     logits = model(tokens, select=select.view(tokens.shape), **arguments)                           # [N or fewer, V]
-    return logits[(select.cumsum(0) - 1)[rows]].float()
+    return logits[(select.cumsum(0) - 1)[rows]].to(at_least_float32(logits.dtype))
 
 
 def _unwrap(model):
@@ -422,7 +424,7 @@ def _hide(config, maskable, generator):
 
 
 def masked_nll(model, tokens, mask, attention_mask=None, given=None, cfg_scale=0.0):
-    """-log p in nats, float32 [B, T], of the tokens [B, T] at `mask`, which are hidden from the model; 0 elsewhere.
+    """-log p in nats, float32 (of a model in float64 float64) [B, T], of the tokens [B, T] at `mask`, which are hidden from the model; 0 elsewhere.
 
     A block-diffusion model sees the blocks before a token's own without masks: one pass over [noisy, clean], as in training. An
     autoregressive model sees the tokens before. `given` [B, T] with cfg_scale: the prefix, for classifier-free guidance.
@@ -447,8 +449,8 @@ def masked_nll(model, tokens, mask, attention_mask=None, given=None, cfg_scale=0
         found = F.cross_entropy(unconditional + (cfg_scale + 1) * (conditional - unconditional), targets, reduction="none")
     else:
         _, found = token_nll(model, inputs, rows, targets, torch.ones(len(masked), device=device), **arguments)
-    nll = torch.zeros(tokens.numel(), device=device)
-    nll[masked] = found.float()
+    nll = found.new_zeros(tokens.numel())
+    nll[masked] = found
     return nll.view(tokens.shape)[:, :T]
 
 
@@ -771,7 +773,7 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
     if not B:
         return []
     lengths, first = torch.tensor([len(s) for s in sequences]), torch.tensor(first)
-    T = int(lengths.max()) + 1                                      # the last slot takes what a ragged pass writes to nowhere
+    T = int(lengths.max())
     position = torch.arange(T)
     canvas = torch.stack([F.pad(torch.tensor(s), (0, T - len(s))) for s in sequences])              # [B, T]
     shown = position < lengths[:, None]
@@ -831,7 +833,7 @@ def _denoise(model, sequences, mask_id, first, how, end=None):
         if how.on_step is not None and looks:
             revealed, confidence = torch.zeros_like(is_masked), torch.zeros(B, T, dtype=torch.float64)
             revealed[rows], confidence[rows] = keep, torch.where(keep, score, 0)
-            how.on_step(Step(passes, canvas[:, :-1].clone(), revealed[:, :-1], confidence[:, :-1], lengths.clone()))
+            how.on_step(Step(passes, canvas.clone(), revealed, confidence, lengths.clone()))
 
 
 class _Row:
@@ -936,6 +938,8 @@ class _Passes:
         if self.left_to_right:
             block = self.block_of[rows, :width]
             mask = block[:, None, :] <= block[:, :, None]                                           # [A, T, T]
+            # Padding would be part of a row's last block where that is a partial one.
+            mask = mask & self.shown[rows, None, :width]
         elif (self.lengths[rows] != width).any():
             mask = self.shown[rows, :width]
         if self.cfg_scale:                                          # a second batch in which what was given is masked
@@ -951,11 +955,12 @@ class _Passes:
     def _refresh(self, canvas, rows, eligible, begin, end):
         """Feed positions begin..end [A] of each row, write their keys to the cache, attend to all of it that is to be seen."""
         positions = begin[:, None] + torch.arange(int((end - begin).max()))                         # [A, S]
-        positions = torch.where(positions < end[:, None], positions, self.T - 1)
+        # A row with fewer of them repeats its last one, which writes the same keys again.
+        positions = torch.minimum(positions, end[:, None] - 1)
         tokens = canvas[rows[:, None], positions]
         if self.kind == "block" and not self.config.causal:
             mask = self.block_of[rows][:, None, :] <= self.block_of[rows[:, None], positions][:, :, None]       # [A, S, T]
-            mask = mask & self.shown[rows][:, None, :] | (positions == self.T - 1)[:, :, None]
+            mask = mask & self.shown[rows, None, :]
         else:
             mask = self.shown[rows]
         self.cache.rows = None if len(rows) == len(self.shown) else rows.to(self.device)
