@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
+from common import stream
 from model import Cache, Transformer, at_least_float32, packed
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def _loss(model, targets, inputs, mask, t, block_length, maskable, schedule, max
     masked = mask.flatten().nonzero()[:, 0]                                                         # [N] indices into B * T
     rows = prediction_rows(masked, T, inputs.shape[1], shift, block_length)
     total, nll = token_nll(model, inputs, rows, targets.flatten()[masked], used.flatten()[masked], **attention)
-    nll = nll * true_weight.flatten()[masked]                                                       # [N]
+    nll = nll * true_weight.flatten()[masked]                       # [N]
     weighted = nll.new_zeros(B * T)
     weighted[masked] = nll
     return Loss(total / divisor, weighted.view(B, T), weighted.sum() / count, count, mask, t)
@@ -260,7 +261,7 @@ def token_nll(model, tokens, rows, targets, weights, **arguments):
 
 
 def row_logits(model, tokens, rows, **arguments):
-    """Logits float32 [N, V], of a model in float64 float64, at the flat rows [N] of a pass over `tokens`."""
+    """Logits [N, V] at the flat rows [N] of a pass over `tokens`: float32, or the model's float64."""
     if isinstance(_unwrap(model), Transformer):
         logits = model(tokens, select=rows, **arguments)
         return logits.to(at_least_float32(logits.dtype))
@@ -296,7 +297,8 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
 
     Masks exactly k of T tokens, k uniform on 1..T, and weighs by T / k: the same bound with less variance than times and
     coin flips, for integrating over t leaves each set of k tokens the weight (k-1)! (T-k)! / T! (LLaDA, eq. 6 and appendix A.2).
-    k is spread evenly over rows and samples. The standard error is over the rows: of this estimate, for text like this.
+    k is spread evenly over the rows. The standard error is over the rows: of this estimate, for
+    text like this.
 
     maskable        bool [N, T], what is scored given the rest: the responses of conversations. Then nats and tokens are summed over
                     all rows before they are divided, and the error is that of this ratio. Raises ValueError if there is none.
@@ -305,18 +307,21 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
     """
     N, config, passes = len(tokens), _config(model), []
     maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
-    generator = torch.Generator().manual_seed(seed)
+    if attention_mask is not None:
+        maskable = maskable & attention_mask.bool().cpu()           # padding is no text to score
+    generator = stream("hidden tokens of nelbo", seed)
     draws = 1 if config.causal else num_samples
-    nats, counts = torch.zeros(N, draws, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+    nats, width = torch.zeros(N, draws, dtype=torch.float64), tokens.shape[1]
+    longest = width if attention_mask is None else int(attention_mask.sum(1).max())
     for sample in range(draws):
+        # Of all rows at once: what is hidden does not depend on how they are cut into batches.
+        mask, weights, counts = _hide(config, maskable[:, :longest], generator)
         for start in range(0, N, batch_size):
             rows, shown = slice(start, start + batch_size), None
-            width = tokens.shape[1]
             if attention_mask is not None:                          # no wider than the longest row of this batch
                 width = int(attention_mask[rows].sum(1).max())
                 shown = attention_mask[rows, :width]
-            mask, weights, counts[rows] = _hide(config, maskable[rows, :width], generator)
-            passes.append((sample, rows, width, shown, mask, weights))
+            passes.append((sample, rows, width, shown, mask[rows, :width], weights[rows, :width]))
 
     def run(work):                                                  # -> estimates of -log p in nats, [B]
         _, rows, width, shown, mask, weights = work
@@ -365,8 +370,8 @@ def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, estimator=
 
     designs, rows = [], []                                          # of each text: the sets of each block; masks of its rows, bool [M, L]
     for i, (prefix, target) in enumerate(zip(prefixes, targets)):
-        stream = zlib.crc32(repr((prefix, target)).encode()) if streams is None else streams[i]
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+        number = zlib.crc32(repr((prefix, target)).encode()) if streams is None else streams[i]
+        generator = stream("hidden tokens of log_likelihood", seed, number)
         designs.append([choose_sets(L, num_samples, estimator, generator, config.causal, bool(prefix))
                         for L in _block_sizes(config, len(prefix), len(target))])
         height = max((len(design.masks) for design in designs[i]), default=0)
@@ -424,7 +429,9 @@ def _hide(config, maskable, generator):
 
 
 def masked_nll(model, tokens, mask, attention_mask=None, given=None, cfg_scale=0.0):
-    """-log p in nats, float32 (of a model in float64 float64) [B, T], of the tokens [B, T] at `mask`, which are hidden from the model; 0 elsewhere.
+    """-log p in nats [B, T] of the tokens [B, T] at `mask`, hidden from the model; 0 elsewhere.
+
+    It is float32, or float64 if the model is.
 
     A block-diffusion model sees the blocks before a token's own without masks: one pass over [noisy, clean], as in training. An
     autoregressive model sees the tokens before. `given` [B, T] with cfg_scale: the prefix, for classifier-free guidance.
@@ -880,7 +887,7 @@ def _streams(seed, B):
     """A generator for each row; `seed` as in `Sampling`."""
     seed = torch.Generator().seed() if seed is None else seed
     pairs = [(s, 0) for s in seed] if isinstance(seed, list | tuple) else [(seed, b) for b in range(B)]
-    return [torch.Generator().manual_seed((int(s) * 1_000_003 + b) % 2**63) for s, b in pairs]
+    return [stream("sampling", s, b) for s, b in pairs]
 
 
 def _draw(streams, rows, where):
@@ -937,8 +944,8 @@ class _Passes:
         tokens, mask = canvas[rows, :width], None
         if self.left_to_right:
             block = self.block_of[rows, :width]
+            # Of blocks alone, padding would be part of a row's last one where that is partial.
             mask = block[:, None, :] <= block[:, :, None]                                           # [A, T, T]
-            # Padding would be part of a row's last block where that is a partial one.
             mask = mask & self.shown[rows, None, :width]
         elif (self.lengths[rows] != width).any():
             mask = self.shown[rows, :width]

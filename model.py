@@ -139,7 +139,8 @@ class HandRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype)).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         n = (x * scale).to(x.dtype)
         ctx.save_for_backward(n, scale, weight)
         return n * weight
@@ -159,12 +160,15 @@ def make_norm(config):
 
 
 def rope_table(positions, head_dim, theta, scaling=None, dtype=torch.float32):
-    """cos and (-sin, sin) of the angles position * theta^(-2j / C), j < C/2: [..., S, C] of `dtype` each, for positions [..., S].
+    """cos and (-sin, sin) of the angles position * theta^(-2j / C), j < C/2: [..., S, C] each.
+
+    For positions [..., S]; in `dtype`.
 
     `scaling` stretches the context: "linear" divides every frequency by `factor`; "llama3" only those whose wavelength is
     long against the original context, with a smooth ramp between (Llama 3.1's published rule).
     """
-    frequency = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=positions.device) / head_dim)            # [C/2]
+    even = torch.arange(0, head_dim, 2, dtype=dtype, device=positions.device)
+    frequency = 1 / theta ** (even / head_dim)                                      # [C/2]
     if scaling:
         factor = scaling["factor"]
         if scaling["rope_type"] == "linear":
@@ -182,7 +186,7 @@ def rope_table(positions, head_dim, theta, scaling=None, dtype=torch.float32):
 def rotate(x, cos, sin):
     """Rotate the pairs (a, b) = (x_j, x_{j + C/2}) of x [B, H, S, C] as `rope_table` says: a cos - b sin, b cos + a sin."""
     wide = x.to(cos.dtype)
-    a, b = wide.chunk(2, dim=-1)                                                    # [B, H, S, C/2] each
+    a, b = wide.chunk(2, dim=-1)                                    # [B, H, S, C/2] each
     return torch.addcmul(wide * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
 
 
@@ -360,12 +364,15 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_h[rows] = (p @ weight) * row_weight.to(dtype)                            # [chunk, D]
                 if need_w:
                     weighted = hidden[rows] * row_weight.to(dtype)
-                    grad_w = grad_w.addmm_(p.T, weighted) if dtype == wide else grad_w.add_(p.T @ weighted)
+                    if dtype == wide:
+                        grad_w.addmm_(p.T, weighted)
+                    else:
+                        grad_w.add_(p.T @ weighted)
                 if need_b:
                     grad_b += (p.to(wide) * row_weight).sum(0)
             for rows in (nll > (9 if dtype == torch.float16 else 80)).nonzero()[:, 0].split(chunk):     # exp underflows there: the long way
-                logits = F.linear(hidden[rows], weight, bias if bias is None else bias.to(dtype)).to(wide)
-                nll[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
+                logits = F.linear(hidden[rows], weight, None if bias is None else bias.to(dtype))
+                nll[rows] = F.cross_entropy(logits.to(wide), targets[rows], reduction="none")
         ctx.grads = grad_h, grad_w, grad_b
         ctx.mark_non_differentiable(nll)
         return (nll * row_weights).sum(), nll
@@ -375,11 +382,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the gradients of this loss were used already: call backward once")
         grads = ctx.grads
-        if ctx.dtypes[2] == torch.float64:                          # the precision of gradcheck, which goes backward often
+        if ctx.dtypes[2] == torch.float64:                          # gradcheck goes backward often
             grads = [None if grad is None else grad.clone() for grad in grads]
         else:
             ctx.grads = None
-        scaled = [None if grad is None else grad.mul_(grad_loss).to(dtype) for grad, dtype in zip(grads, ctx.dtypes)]
+        scaled = [None if grad is None else grad.mul_(grad_loss).to(dtype)
+                  for grad, dtype in zip(grads, ctx.dtypes)]
         return *scaled, None, None, None
 
 
@@ -525,7 +533,7 @@ class Transformer(nn.Module):
         near = ahead.abs() <= config.local_window // 2
         if mask is not None:
             near = mask & near
-            # Padding far from the text sees nobody, and the softmax of nothing is NaN: let it see all.
+            # Padding far from the text sees nobody, and the softmax of nothing is NaN: show it all.
             near = near | ~near.any(-1, keepdim=True)
         return mask, near
 
@@ -536,10 +544,11 @@ class Transformer(nn.Module):
             return None, None
         positions = positions if positions.dim() == 1 else positions[:, None]      # [S] or [B, 1, S]: heads share the angles
         dtype = at_least_float32(self.embed.weight.dtype)
-        ropes = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling, dtype)
+        size = config.head_dim
+        ropes = rope_table(positions, size, config.rope_theta, config.rope_scaling, dtype)
         if not config.local_window:
             return ropes, None
-        return ropes, rope_table(positions, config.head_dim, config.local_rope_theta, dtype=dtype)
+        return ropes, rope_table(positions, size, config.local_rope_theta, dtype=dtype)
 
     def flops_per_token(self, seq_len, head_share=1.0, training=True):
         """Floating-point operations per token: 2 per weight of each matrix product, 4 H C T for attention, three times that with

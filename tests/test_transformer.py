@@ -196,22 +196,44 @@ def test_padding_on_either_side_changes_nothing(kind, causal):
 def test_gradients_of_the_norm_and_of_the_loss_by_hand():
     """gradcheck of the two functions whose backward pass is written out, in float64."""
     torch.manual_seed(0)
-    x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 4), (4,)))
+    x, weight = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 4), (4,))
+    )
     assert torch.autograd.gradcheck(HandRMSNorm.apply, (x, weight, 1e-6))
     assert HandRMSNorm.apply(x, weight, 1e-6).dtype == torch.float64
-    torch.testing.assert_close(HandRMSNorm.apply(x, weight, 1e-6), F.rms_norm(x, (4,), weight, 1e-6), rtol=1e-13, atol=1e-13)
-    hidden, head, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 4), (9, 4), (9,)))
+    torch.testing.assert_close(
+        HandRMSNorm.apply(x, weight, 1e-6),
+        F.rms_norm(x, (4,), weight, 1e-6),
+        rtol=1e-13,
+        atol=1e-13,
+    )
+    hidden, head, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((7, 4), (9, 4), (9,))
+    )
     targets, weights = torch.randint(0, 9, (7,)), torch.rand(7, dtype=torch.float64)
-    for chunk in (1, 6, 100):                                       # of rows: twice as many bytes a number, half the rows
+    for chunk in (1, 6, 100):  # of rows: twice as many bytes a number, half the rows
         for b in (bias, None):
             loss, nll = LinearCrossEntropy.apply(hidden, head, b, targets, weights, chunk)
             assert loss.dtype == nll.dtype == torch.float64
-            torch.testing.assert_close(nll, F.cross_entropy(F.linear(hidden, head, b), targets, reduction="none").detach(), rtol=1e-12, atol=1e-12)
-            assert torch.autograd.gradcheck(lambda *inputs: LinearCrossEntropy.apply(*inputs, targets, weights, chunk)[0], (hidden, head, b))  # noqa: B023
+            torch.testing.assert_close(
+                nll,
+                F.cross_entropy(F.linear(hidden, head, b), targets, reduction="none").detach(),
+                rtol=1e-12,
+                atol=1e-12,
+            )
+            assert torch.autograd.gradcheck(
+                lambda *inputs: LinearCrossEntropy.apply(*inputs, targets, weights, chunk)[0],
+                (hidden, head, b),
+            )  # noqa: B023
     with torch.no_grad():
-        far = hidden * 1000                                         # where exp underflows
-        torch.testing.assert_close(LinearCrossEntropy.apply(far, head, bias, targets, weights, 4)[1],
-                                   F.cross_entropy(F.linear(far, head, bias), targets, reduction="none"), rtol=1e-12, atol=1e-12)
+        far = hidden * 1000  # where exp underflows
+        torch.testing.assert_close(
+            LinearCrossEntropy.apply(far, head, bias, targets, weights, 4)[1],
+            F.cross_entropy(F.linear(far, head, bias), targets, reduction="none"),
+            rtol=1e-12,
+            atol=1e-12,
+        )
 
 
 def test_padding_far_from_the_text_is_no_nan_in_bfloat16_either():
