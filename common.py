@@ -257,6 +257,13 @@ def is_on(setting, auto):
     return values[str(setting).lower()]
 
 
+def sum_over_ranks(values):
+    """A tensor of numbers, summed over all ranks, as a list."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
+
+
 def mean_over_ranks(value, device):
     """The mean of a number over all ranks."""
     if not dist.is_initialized():
@@ -273,6 +280,26 @@ def from_rank_0(value, device):
     shared = torch.tensor(float(value), device=device, dtype=torch.float32)
     dist.broadcast(shared, 0)
     return shared.item()
+
+
+# --------------------------------------------------------------------------------------------------
+# Random numbers
+
+
+def seed_for(name, seed, *numbers):
+    """The seed, 63 bits, of the random numbers called `name`; numbers: step, row and the like.
+
+    It is a hash. With sums and products of seed and step two purposes easily get the same numbers,
+    or one seed's rows those of another seed, and what should be independent is not.
+    """
+    words = [name, *(str(int(number)) for number in (seed, *numbers))]
+    digest = hashlib.sha256("/".join(words).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def stream(name, seed, *numbers):
+    """A generator on the CPU for the random numbers called `name`, see seed_for."""
+    return torch.Generator().manual_seed(seed_for(name, seed, *numbers))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

@@ -120,8 +120,8 @@ if not tiny:
 data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
 text = Tokenizer.from_pretrained(data_folder) if tiny else text
 data, chat = open_dataset(dataset, data_folder, seq_len, padding, block_length if objective == "bd3lm" else 0), is_chat(dataset)
-val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
-bytes_per_token = data.val_bytes_per_token(val, text)
+last_val = data.val_batch(max(final_eval_sequences, 2))             # as eval.py takes them
+val = data.val_batch(max(eval_sequences, final_eval_sequences, 2)).spread(max(eval_sequences, 2))
 data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
 slices = grad_accum * world_size
 if not (max_steps or max_minutes):
@@ -169,19 +169,24 @@ def save():
         text.save_pretrained(folder)
 
 
-def evaluate(sequences):
-    """(NELBO, standard error) of so many held-out sequences, always with the same masks; in chat, of the answers given the rest. The processes
-    divide the passes, unless each of them holds a part of the model."""
-    part = val.spread(max(sequences, 2)).to(device)
-    with autocast:
-        return nelbo(raw_model, part.tokens, seed=seed, maskable=part.maskable, attention_mask=part.attention_mask, map=map if sharded else common.share)
+def evaluate(batch):
+    """(NELBO, standard error, bits per byte) of held-out sequences, always with the same masks; in
+    chat, of the answers given the rest. The processes divide the passes, unless each of them holds
+    a part of the model.
+
+    Computed in the precision of the weights, as eval.py does it: autocast is for training. Sharded
+    weights have the precision of the products."""
+    part = batch.to(device)
+    value, error = nelbo(raw_model, part.tokens, seed=seed, maskable=part.maskable,
+                         attention_mask=part.attention_mask, map=map if sharded else common.share)
+    return value, error, value / math.log(2) / data.val_bytes_per_token(batch, text)
 
 
 def opening_attention(tokens, attention_mask, opened):
     """Who sees whom while attention opens, bool [1 or B, T, T]: what stands before, and a share `opened` of all other pairs, the same for the
     whole step. (DiffuLLaMA, section 3.3.)"""
     T = tokens.shape[1]
-    pairs = torch.rand(T, T, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)) < opened
+    pairs = torch.rand(T, T, generator=common.stream("opening attention", seed, step)) < opened
     pairs = (pairs | torch.ones(T, T, dtype=torch.bool).tril())[None].to(tokens.device)
     return pairs if attention_mask is None else pairs & attention_mask[:, None] | torch.eye(T, dtype=torch.bool, device=tokens.device)
 
@@ -191,8 +196,7 @@ def show_sample():
     prompt = data.prompt("val", step)[0] if chat else []
     n = min(sample_tokens, seq_len - len(prompt))
     how = dict(temperature=0.0) if chat and not tiny else dict(temperature=0.7, remasking="random")     # a small model repeats itself when greedy
-    with autocast:
-        ids = generate(raw_model, [prompt], n, n, n, seed=step, **how)[0]
+    ids = generate(raw_model, [prompt], n, n, n, seed=step, **how)[0]
     if main:
         question = [repr(text.decode(prompt, skip_special_tokens=True))] * chat
         tqdm.write(f"step {step}: " + " -> ".join([*question, repr(text.decode_answer(ids[len(prompt):]))]))
@@ -214,8 +218,7 @@ while True:
         save()                                                      # first: a resumed run evaluates again what a kill cut short
         if stopped:
             break
-        val_nelbo, val_stderr = evaluate(final_eval_sequences if finished else eval_sequences)
-        val_bpb = val_nelbo / math.log(2) / bytes_per_token
+        val_nelbo, val_stderr, val_bpb = evaluate(last_val if finished else val)
         if main:
             log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
                       tokens_per_s=bar.tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
@@ -229,7 +232,8 @@ while True:
 
     # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
     # does not depend on how many processes share the work.
-    generator, total, t = torch.Generator().manual_seed(seed * 1_000_003 + step), 0.0, None
+    generator, t = common.stream("noise", seed, step), None
+    sums = torch.zeros(3, device=device)                            # nats, their tokens, the loss
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
@@ -249,17 +253,19 @@ while True:
                 else:
                     loss = block_loss(model, batch.tokens, block_length, t[rows], mask[rows], batch.maskable, max_weight=max_weight or None)
             (loss.loss * batch.share / grad_accum).backward()       # answers differ in length: sum over tokens / count of the whole step
-        total += loss.nelbo.item() * batch.share / grad_accum
-    total = common.mean_over_ranks(total, device)
-    common.check_finite(total, step, out_dir)
+        sums += torch.stack((loss.token_nll.sum(), sums.new_tensor(loss.count), loss.loss.detach()))
+    nats, count, minimised = common.sum_over_ranks(sums)
+    train_nelbo = nats / count
+    common.check_finite(train_nelbo, step, out_dir)
+    common.check_finite(minimised, step, out_dir)
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
     step += 1
-    losses.append(total)
-    bar.count(total, batch.tokens.numel() * slices)
+    losses.append(train_nelbo)
+    bar.count(train_nelbo, batch.tokens.numel() * slices)
 bar.close()
 
 # ---- end -----------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
-from model import Cache, Transformer, packed
+from common import stream
+from model import Cache, Transformer, at_least_float32, packed
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Noise schedules: alpha_t and its derivative. Whatever the schedule, the bound is the same number; its variance is not.
@@ -227,8 +228,9 @@ def _loss(model, targets, inputs, mask, t, block_length, maskable, schedule, max
     masked = mask.flatten().nonzero()[:, 0]                                                         # [N] indices into B * T
     rows = prediction_rows(masked, T, inputs.shape[1], shift, block_length)
     total, nll = token_nll(model, inputs, rows, targets.flatten()[masked], used.flatten()[masked], **attention)
-    weighted = torch.zeros(B * T, device=nll.device)
-    weighted[masked] = nll * true_weight.flatten()[masked]                                          # [N] -> [B * T]
+    nll = nll * true_weight.flatten()[masked]                       # [N]
+    weighted = nll.new_zeros(B * T)
+    weighted[masked] = nll
     return Loss(total / divisor, weighted.view(B, T), weighted.sum() / count, count, mask, t)
 
 
@@ -259,13 +261,14 @@ def token_nll(model, tokens, rows, targets, weights, **arguments):
 
 
 def row_logits(model, tokens, rows, **arguments):
-    """Logits float32 [N, V] at the flat rows [N] of a pass over `tokens`."""
+    """Logits [N, V] at the flat rows [N] of a pass over `tokens`: float32, or the model's float64."""
     if isinstance(_unwrap(model), Transformer):
-        return model(tokens, select=rows, **arguments).float()
+        logits = model(tokens, select=rows, **arguments)
+        return logits.to(at_least_float32(logits.dtype))
     select = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
     select[rows] = True
     logits = model(tokens, select=select.view(tokens.shape), **arguments)                           # [N or fewer, V]
-    return logits[(select.cumsum(0) - 1)[rows]].float()
+    return logits[(select.cumsum(0) - 1)[rows]].to(at_least_float32(logits.dtype))
 
 
 def _unwrap(model):
@@ -294,7 +297,8 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
 
     Masks exactly k of T tokens, k uniform on 1..T, and weighs by T / k: the same bound with less variance than times and
     coin flips, for integrating over t leaves each set of k tokens the weight (k-1)! (T-k)! / T! (LLaDA, eq. 6 and appendix A.2).
-    k is spread evenly over rows and samples. The standard error is over the rows: of this estimate, for text like this.
+    k is spread evenly over the rows. The standard error is over the rows: of this estimate, for
+    text like this.
 
     maskable        bool [N, T], what is scored given the rest: the responses of conversations. Then nats and tokens are summed over
                     all rows before they are divided, and the error is that of this ratio. Raises ValueError if there is none.
@@ -303,18 +307,21 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None, at
     """
     N, config, passes = len(tokens), _config(model), []
     maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
-    generator = torch.Generator().manual_seed(seed)
+    if attention_mask is not None:
+        maskable = maskable & attention_mask.bool().cpu()           # padding is no text to score
+    generator = stream("hidden tokens of nelbo", seed)
     draws = 1 if config.causal else num_samples
-    nats, counts = torch.zeros(N, draws, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+    nats, width = torch.zeros(N, draws, dtype=torch.float64), tokens.shape[1]
+    longest = width if attention_mask is None else int(attention_mask.sum(1).max())
     for sample in range(draws):
+        # Of all rows at once: what is hidden does not depend on how they are cut into batches.
+        mask, weights, counts = _hide(config, maskable[:, :longest], generator)
         for start in range(0, N, batch_size):
             rows, shown = slice(start, start + batch_size), None
-            width = tokens.shape[1]
             if attention_mask is not None:                          # no wider than the longest row of this batch
                 width = int(attention_mask[rows].sum(1).max())
                 shown = attention_mask[rows, :width]
-            mask, weights, counts[rows] = _hide(config, maskable[rows, :width], generator)
-            passes.append((sample, rows, width, shown, mask, weights))
+            passes.append((sample, rows, width, shown, mask[rows, :width], weights[rows, :width]))
 
     def run(work):                                                  # -> estimates of -log p in nats, [B]
         _, rows, width, shown, mask, weights = work
@@ -363,8 +370,8 @@ def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, estimator=
 
     designs, rows = [], []                                          # of each text: the sets of each block; masks of its rows, bool [M, L]
     for i, (prefix, target) in enumerate(zip(prefixes, targets)):
-        stream = zlib.crc32(repr((prefix, target)).encode()) if streams is None else streams[i]
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+        number = zlib.crc32(repr((prefix, target)).encode()) if streams is None else streams[i]
+        generator = stream("hidden tokens of log_likelihood", seed, number)
         designs.append([choose_sets(L, num_samples, estimator, generator, config.causal, bool(prefix))
                         for L in _block_sizes(config, len(prefix), len(target))])
         height = max((len(design.masks) for design in designs[i]), default=0)
@@ -422,7 +429,9 @@ def _hide(config, maskable, generator):
 
 
 def masked_nll(model, tokens, mask, attention_mask=None, given=None, cfg_scale=0.0):
-    """-log p in nats, float32 [B, T], of the tokens [B, T] at `mask`, which are hidden from the model; 0 elsewhere.
+    """-log p in nats [B, T] of the tokens [B, T] at `mask`, hidden from the model; 0 elsewhere.
+
+    It is float32, or float64 if the model is.
 
     A block-diffusion model sees the blocks before a token's own without masks: one pass over [noisy, clean], as in training. An
     autoregressive model sees the tokens before. `given` [B, T] with cfg_scale: the prefix, for classifier-free guidance.
@@ -447,8 +456,8 @@ def masked_nll(model, tokens, mask, attention_mask=None, given=None, cfg_scale=0
         found = F.cross_entropy(unconditional + (cfg_scale + 1) * (conditional - unconditional), targets, reduction="none")
     else:
         _, found = token_nll(model, inputs, rows, targets, torch.ones(len(masked), device=device), **arguments)
-    nll = torch.zeros(tokens.numel(), device=device)
-    nll[masked] = found.float()
+    nll = found.new_zeros(tokens.numel())
+    nll[masked] = found
     return nll.view(tokens.shape)[:, :T]
 
 
@@ -772,7 +781,7 @@ def _denoise(model, sequences, mask_id, first, how, ends=()):
     if not B:
         return []
     lengths, first = torch.tensor([len(s) for s in sequences]), torch.tensor(first)
-    T = int(lengths.max()) + 1                                      # the last slot takes what a ragged pass writes to nowhere
+    T = int(lengths.max())
     position = torch.arange(T)
     canvas = torch.stack([F.pad(torch.tensor(s), (0, T - len(s))) for s in sequences])              # [B, T]
     shown = position < lengths[:, None]
@@ -832,7 +841,7 @@ def _denoise(model, sequences, mask_id, first, how, ends=()):
         if how.on_step is not None and looks:
             revealed, confidence = torch.zeros_like(is_masked), torch.zeros(B, T, dtype=torch.float64)
             revealed[rows], confidence[rows] = keep, torch.where(keep, score, 0)
-            how.on_step(Step(passes, canvas[:, :-1].clone(), revealed[:, :-1], confidence[:, :-1], lengths.clone()))
+            how.on_step(Step(passes, canvas.clone(), revealed, confidence, lengths.clone()))
 
 
 class _Row:
@@ -881,7 +890,7 @@ def _streams(seed, B):
     """A generator for each row; `seed` as in `Sampling`."""
     seed = torch.Generator().seed() if seed is None else seed
     pairs = [(s, 0) for s in seed] if isinstance(seed, list | tuple) else [(seed, b) for b in range(B)]
-    return [torch.Generator().manual_seed((int(s) * 1_000_003 + b) % 2**63) for s, b in pairs]
+    return [stream("sampling", s, b) for s, b in pairs]
 
 
 def _draw(streams, rows, where):
@@ -938,7 +947,9 @@ class _Passes:
         tokens, mask = canvas[rows, :width], None
         if self.left_to_right:
             block = self.block_of[rows, :width]
+            # Of blocks alone, padding would be part of a row's last one where that is partial.
             mask = block[:, None, :] <= block[:, :, None]                                           # [A, T, T]
+            mask = mask & self.shown[rows, None, :width]
         elif (self.lengths[rows] != width).any():
             mask = self.shown[rows, :width]
         if self.cfg_scale:                                          # a second batch in which what was given is masked
@@ -954,11 +965,12 @@ class _Passes:
     def _refresh(self, canvas, rows, eligible, begin, end):
         """Feed positions begin..end [A] of each row, write their keys to the cache, attend to all of it that is to be seen."""
         positions = begin[:, None] + torch.arange(int((end - begin).max()))                         # [A, S]
-        positions = torch.where(positions < end[:, None], positions, self.T - 1)
+        # A row with fewer of them repeats its last one, which writes the same keys again.
+        positions = torch.minimum(positions, end[:, None] - 1)
         tokens = canvas[rows[:, None], positions]
         if self.kind == "block" and not self.config.causal:
             mask = self.block_of[rows][:, None, :] <= self.block_of[rows[:, None], positions][:, :, None]       # [A, S, T]
-            mask = mask & self.shown[rows][:, None, :] | (positions == self.T - 1)[:, :, None]
+            mask = mask & self.shown[rows, None, :]
         else:
             mask = self.shown[rows]
         self.cache.rows = None if len(rows) == len(self.shown) else rows.to(self.device)

@@ -130,8 +130,8 @@ if not tiny:
 data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
 text = Tokenizer.from_pretrained(data_folder) if tiny else text
 data, chat = open_dataset(dataset, data_folder, seq_len, padding), is_chat(dataset)
-val = data.val_batch(max(eval_sequences, final_eval_sequences, 2))
-bytes_per_token = data.val_bytes_per_token(val, text)
+last_val = data.val_batch(max(final_eval_sequences, 2))             # as eval.py takes them
+val = data.val_batch(max(eval_sequences, final_eval_sequences, 2)).spread(max(eval_sequences, 2))
 data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
 slices = grad_accum * world_size
 check_ranks_agree(device, **{"the data": data.fingerprint, **{k: v for k, v in settings.items() if k not in ("dataset", "device", "threads")}})
@@ -194,16 +194,19 @@ def save():
     common.barrier()
 
 
-def evaluate(sequences):
-    """(NELBO, standard error) of so many held-out sequences, always with the same masks; in chat, of the answers given the rest. The processes
-    divide the passes, unless each of them holds a part of the model."""
-    part = val.spread(max(sequences, 2)).to(device)
+def evaluate(batch):
+    """(NELBO, standard error, bits per byte) of held-out sequences, always with the same masks; in
+    chat, of the answers given the rest. The processes divide the passes, unless each of them holds
+    a part of the model.
+
+    Computed in the precision of the weights, as eval.py does it: autocast is for training. Frozen
+    and sharded weights have the precision of the products."""
+    part = batch.to(device)
     raw_model.eval()                                                # no dropout
-    with autocast:
-        value, error = nelbo(raw_model, part.tokens, seed=seed, batch_size=8, maskable=part.maskable, attention_mask=part.attention_mask,
-                             map=map if sharded else common.share)
+    value, error = nelbo(raw_model, part.tokens, seed=seed, batch_size=8, maskable=part.maskable,
+                         attention_mask=part.attention_mask, map=map if sharded else common.share)
     raw_model.train()
-    return value, error
+    return value, error, value / math.log(2) / data.val_bytes_per_token(batch, text)
 
 
 def show_sample():
@@ -212,8 +215,7 @@ def show_sample():
     n = min(sample_tokens, seq_len - len(prompt))
     how = dict(temperature=0.0) if chat else dict(temperature=1.0, remasking="random")
     raw_model.eval()
-    with autocast:
-        ids = generate(raw_model, [prompt], n, n, n, seed=step, **how)[0]
+    ids = generate(raw_model, [prompt], n, n, n, seed=step, **how)[0]
     raw_model.train()
     if main:
         question = [repr(text.decode(prompt, skip_special_tokens=True))] * chat
@@ -238,8 +240,7 @@ while True:
         save()                                                      # first: a resumed run evaluates again what a kill cut short
         if stopped:
             break
-        val_nelbo, val_stderr = evaluate(final_eval_sequences if finished else eval_sequences)
-        val_bpb = val_nelbo / math.log(2) / bytes_per_token
+        val_nelbo, val_stderr, val_bpb = evaluate(last_val if finished else val)
         if main:
             log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
                       tokens_per_s=bar.tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
@@ -253,10 +254,11 @@ while True:
 
     # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
     # does not depend on how many processes share the work.
-    torch.manual_seed(seed * 1_000_003 + step * world_size + rank)  # of dropout
-    generator, total, t = torch.Generator().manual_seed(seed * 1_000_003 + step), 0.0, None
+    generator, t = common.stream("noise", seed, step), None
+    sums = torch.zeros(3, device=device)                            # nats, their tokens, the loss
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
+        torch.manual_seed(common.seed_for("dropout", seed, step, piece))
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
         batch = data.batch("train", batch_size, seed, step, piece, slices)                                           # tokens [B, T]
         if t is None:
@@ -274,17 +276,19 @@ while True:
             with autocast:
                 loss = sft_loss(model, batch.tokens, batch.maskable, t[rows, 0], mask[rows], batch.attention_mask, cart)
             (loss.loss / grad_accum).backward()
-        total += loss.loss.item() / grad_accum
-    total = common.mean_over_ranks(total, device)
-    common.check_finite(total, step, out_dir)
+        sums += torch.stack((loss.token_nll.sum(), sums.new_tensor(loss.count), loss.loss.detach()))
+    nats, count, minimised = common.sum_over_ranks(sums)
+    train_nelbo = nats / count
+    common.check_finite(train_nelbo, step, out_dir)
+    common.check_finite(minimised, step, out_dir)
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(trained, grad_clip)
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
     step += 1
-    losses.append(total)
-    bar.count(total, batch.tokens.numel() * slices)
+    losses.append(train_nelbo)
+    bar.count(train_nelbo, batch.tokens.numel() * slices)
 bar.close()
 
 # ---- end -----------------------------------------------------------------------------------------------------------------------

@@ -144,6 +144,11 @@ class Config:
         return self.local_window > 0 and layer % self.global_every != 0
 
 
+def at_least_float32(dtype):
+    """float64 for float64, else float32: the precision of sums and angles."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight  (arXiv 1910.07467, eq. 4)."""
 
@@ -165,7 +170,8 @@ class HandRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         n = (x * scale).to(x.dtype)
         ctx.save_for_backward(n, scale, weight)
         return n * weight
@@ -184,13 +190,16 @@ def make_norm(config):
     return nn.LayerNorm(config.dim, config.norm_eps, bias=config.norm_bias)
 
 
-def rope_table(positions, head_dim, theta, scaling=None):
-    """cos and (-sin, sin) of the angles position * theta^(-2j / C), j < C/2: [..., S, C] float32 each, for positions [..., S].
+def rope_table(positions, head_dim, theta, scaling=None, dtype=torch.float32):
+    """cos and (-sin, sin) of the angles position * theta^(-2j / C), j < C/2: [..., S, C] each.
+
+    For positions [..., S]; in `dtype`.
 
     `scaling` stretches the context: "linear" divides every frequency by `factor`; "llama3" only those whose wavelength is
     long against the original context, with a smooth ramp between (Llama 3.1's published rule).
     """
-    frequency = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)    # [C/2]
+    even = torch.arange(0, head_dim, 2, dtype=dtype, device=positions.device)
+    frequency = 1 / theta ** (even / head_dim)                                      # [C/2]
     if scaling:
         factor = scaling["factor"]
         if scaling["rope_type"] == "linear":
@@ -200,15 +209,16 @@ def rope_table(positions, head_dim, theta, scaling=None):
             turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)   # rotations over the original context
             ramp = ((turns - low) / (high - low)).clamp(0, 1)                       # 0: stretch by factor, 1: keep
             frequency = frequency * (ramp + (1 - ramp) / factor)
-    angle = positions[..., None].float() * frequency                                # [..., S, C/2]
+    angle = positions[..., None].to(dtype) * frequency                               # [..., S, C/2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)            # [..., S, C]
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (a, b) = (x_j, x_{j + C/2}) of x [B, H, S, C] as `rope_table` says: a cos - b sin, b cos + a sin."""
-    a, b = x.float().chunk(2, dim=-1)                                               # [B, H, S, C/2] each
-    return torch.addcmul(x.float() * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
+    wide = x.to(cos.dtype)
+    a, b = wide.chunk(2, dim=-1)                                    # [B, H, S, C/2] each
+    return torch.addcmul(wide * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
 
 
 class Cache:
@@ -358,15 +368,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, row_weights, chunk):
         # hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N], row_weights float32 [N]
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-        ctx.dtypes = hidden.dtype, weight.dtype
+        wide = at_least_float32(dtype)                              # of sums
+        ctx.dtypes = hidden.dtype, weight.dtype, wide
         need_h, need_w, need_b, *_ = ctx.needs_input_grad           # a frozen head (LoRA) needs no gradient of the size of the vocabulary
         need_grad = need_h or need_w or need_b
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden, weight, nll = hidden.to(dtype), weight.to(dtype), torch.empty(len(targets), device=hidden.device)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            nll = torch.empty(len(targets), dtype=wide, device=hidden.device)
             chunk = max(1, chunk * 4 // dtype.itemsize)             # half the bytes, twice the rows: fewer sums into grad_w
             grad_h = torch.empty_like(hidden) if need_h else None
-            grad_w = torch.zeros(weight.shape, device=weight.device) if need_w else None         # float32: a sum over chunks
-            grad_b = torch.zeros(len(weight), device=weight.device) if need_b else None
+            grad_w = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_w else None
+            grad_b = torch.zeros(len(weight), dtype=wide, device=weight.device) if need_b else None
             buffer = torch.empty(min(chunk, len(targets)), len(weight), dtype=dtype, device=hidden.device)
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
@@ -376,19 +388,22 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if bias is not None:
                     logits += bias
                 torch.softmax(logits, dim=-1, out=p)                                              # in place
-                nll[rows] = -p.gather(1, target)[:, 0].float().log()
+                nll[rows] = -p.gather(1, target)[:, 0].to(wide).log()
                 if need_grad:
                     p.scatter_add_(1, target, p.new_full(target.shape, -1))                       # d nll / d logits
                 if need_h:
                     grad_h[rows] = (p @ weight) * row_weight.to(dtype)                            # [chunk, D]
                 if need_w:
                     weighted = hidden[rows] * row_weight.to(dtype)
-                    grad_w = grad_w.addmm_(p.T, weighted) if dtype == torch.float32 else grad_w.add_(p.T @ weighted)
+                    if dtype == wide:
+                        grad_w.addmm_(p.T, weighted)
+                    else:
+                        grad_w.add_(p.T @ weighted)
                 if need_b:
-                    grad_b += (p.float() * row_weight).sum(0)
+                    grad_b += (p.to(wide) * row_weight).sum(0)
             for rows in (nll > (9 if dtype == torch.float16 else 80)).nonzero()[:, 0].split(chunk):     # exp underflows there: the long way
-                logits = F.linear(hidden[rows], weight, bias if bias is None else bias.to(dtype)).float()
-                nll[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
+                logits = F.linear(hidden[rows], weight, None if bias is None else bias.to(dtype))
+                nll[rows] = F.cross_entropy(logits.to(wide), targets[rows], reduction="none")
         ctx.grads = grad_h, grad_w, grad_b
         ctx.mark_non_differentiable(nll)
         return (nll * row_weights).sum(), nll
@@ -397,9 +412,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         if ctx.grads is None:
             raise RuntimeError("the gradients of this loss were used already: call backward once")
-        (grad_h, grad_w, grad_b), ctx.grads = ctx.grads, None
-        dtypes = *ctx.dtypes, torch.float32
-        scaled = [None if grad is None else grad.mul_(grad_loss).to(dtype) for grad, dtype in zip((grad_h, grad_w, grad_b), dtypes)]
+        grads = ctx.grads
+        if ctx.dtypes[2] == torch.float64:                          # gradcheck goes backward often
+            grads = [None if grad is None else grad.clone() for grad in grads]
+        else:
+            ctx.grads = None
+        scaled = [None if grad is None else grad.mul_(grad_loss).to(dtype)
+                  for grad, dtype in zip(grads, ctx.dtypes)]
         return *scaled, None, None, None
 
 
@@ -480,7 +499,7 @@ class Transformer(nn.Module):
         cache           a `Cache` of T positions to refresh at `positions` and to attend to; None: attend to `tokens` alone.
         positions       int64 [S] or [B, S]; None: 0, 1, 2...
         targets         int64 [N] (with `select`) or [B, S]: returns (sum of weights * nll, nll float32 [N]) instead, nll in
-                        nats, without ever holding the logits; `weights` float32 of the same shape, None: all one.
+                        nats (float64 if the model is), without ever holding the logits; `weights` float32 of the same shape, None: all one.
         Raises ValueError for more positions than a model with learned ones has.
         """
         hidden = self.hidden(tokens, attention_mask, select, cache, positions)      # [B, S, D] or [N, D]
@@ -543,7 +562,11 @@ class Transformer(nn.Module):
         if not config.local_window:
             return mask, None
         near = ahead.abs() <= config.local_window // 2
-        return mask, near if mask is None else mask & near
+        if mask is not None:
+            near = mask & near
+            # Padding far from the text sees nobody, and the softmax of nothing is NaN: show it all.
+            near = near | ~near.any(-1, keepdim=True)
+        return mask, near
 
     def _ropes(self, positions):
         """(angles of global layers, angles of local layers), each (cos, sin) as `rotate` takes them, or None."""
@@ -551,10 +574,12 @@ class Transformer(nn.Module):
         if config.positions != "rope":
             return None, None
         positions = positions if positions.dim() == 1 else positions[:, None]      # [S] or [B, 1, S]: heads share the angles
-        ropes = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        dtype = at_least_float32(self.embed.weight.dtype)
+        size = config.head_dim
+        ropes = rope_table(positions, size, config.rope_theta, config.rope_scaling, dtype)
         if not config.local_window:
             return ropes, None
-        return ropes, rope_table(positions, config.head_dim, config.local_rope_theta)
+        return ropes, rope_table(positions, size, config.local_rope_theta, dtype=dtype)
 
     def flops_per_token(self, seq_len, head_share=1.0, training=True):
         """Floating-point operations per token: 2 per weight of each matrix product, 4 H C T for attention, three times that with

@@ -124,17 +124,18 @@ def save():
 
 
 def evaluate(max_tokens):
-    """(NELBO, standard error) on the first max_tokens of the validation split, always with the same masks; the processes divide the passes."""
+    """(NELBO, standard error) on the first max_tokens of the validation split, always with the same
+    masks; the processes divide the passes.
+
+    Computed in the precision of the weights, as eval.py does it: autocast is for training."""
     windows = val_windows[:max(2, max_tokens // seq_len)]
-    with autocast:
-        return nelbo(raw_model, windows.to(device), seed=seed, map=common.share)
+    return nelbo(raw_model, windows.to(device), seed=seed, map=common.share)
 
 
 def show_sample():
     """One text out of nothing, as far as the model has come."""
     n = min(sample_tokens, seq_len - (objective == "ar"))           # an autoregressive text begins with one token of start
-    with autocast:
-        ids = generate(raw_model, [[]], n, n, n, temperature=1.0, remasking="random", seed=step)[0]
+    ids = generate(raw_model, [[]], n, n, n, temperature=1.0, remasking="random", seed=step)[0]
     tqdm.write(f"step {step}: {text.decode(ids, skip_special_tokens=True)!r}")
 
 
@@ -170,11 +171,11 @@ while True:
 
     # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
     # does not depend on how many processes share the work.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = common.stream("noise", seed, step)
     if objective != "ar":
         t = sample_t((slices * batch_size, 1 if objective == "mdlm" else seq_len // block_length), generator)          # [G, 1 or blocks]
         mask = mask_tokens((slices * batch_size, seq_len), (1 - SCHEDULES[schedule](t)[0]).repeat_interleave(seq_len // t.shape[1], 1), generator)
-    total = 0.0
+    sums = torch.zeros(3, device=device)                            # nats, their tokens, the loss
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
@@ -189,17 +190,19 @@ while True:
                 else:
                     loss = ar_loss(model, tokens)
             (loss.loss / grad_accum).backward()
-        total += loss.nelbo.item() / grad_accum
-    total = common.mean_over_ranks(total, device)
-    common.check_finite(total, step, out_dir)
+        sums += torch.stack((loss.token_nll.sum(), sums.new_tensor(loss.count), loss.loss.detach()))
+    nats, count, minimised = common.sum_over_ranks(sums)
+    train_nelbo = nats / count
+    common.check_finite(train_nelbo, step, out_dir)
+    common.check_finite(minimised, step, out_dir)
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
     step += 1
-    losses.append(total)
-    bar.count(total, tokens_per_step)
+    losses.append(train_nelbo)
+    bar.count(train_nelbo, tokens_per_step)
 bar.close()
 
 # ---- end -----------------------------------------------------------------------------------------------------------------------

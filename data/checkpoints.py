@@ -19,7 +19,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import rank_and_size
+from common import rank_and_size, stream
 from model import Config, Transformer
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -501,7 +501,8 @@ def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
 def tiny_model(family, tokenizer, max_len, seed=0, **size):
     """A small random model of a family with matrices as large as in trained ones, N(0, 1/fan-in): frozen small ones would teach an adapter
     little, and by AdamW all of them learn a little faster."""
-    model, generator = Transformer(tiny_config(family, tokenizer, max_len, **size)).init_weights(seed), torch.Generator().manual_seed(seed)
+    model = Transformer(tiny_config(family, tokenizer, max_len, **size)).init_weights(seed)
+    generator = stream("matrices of a tiny model", seed)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not model.embed.weight:
             nn.init.normal_(module.weight, std=module.in_features ** -0.5, generator=generator)

@@ -1,6 +1,7 @@
 """A conversation in the terminal, in the checkpoint's own chat format."""
 import sys
 
+from common import seed_for
 from sampling.sampler import Trace
 from sampling.terminal import Terminal, printable
 
@@ -47,7 +48,8 @@ def answer(sampler, settings, messages):
     if dropped:
         print(f"(the oldest {dropped} messages no longer fit into the context of {context} tokens and are forgotten)")
     count = sampler.fit(tokens, asked)
-    turn = {**settings, "seed": settings["seed"] + len(messages), "block_length": min(settings["block_length"], count)}
+    turn = {**settings, "seed": seed_for("turn of a chat", settings["seed"], len(messages)),
+            "block_length": min(settings["block_length"], count)}
     arguments = sampler.arguments(count, turn, chat=True)
     terminal = Terminal(begin=len(tokens), pause=settings["pause"])
     trace = Trace(sampler, arguments["remasking"], terminal.draw if settings["show"] or terminal.in_place else None)

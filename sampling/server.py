@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from common import seed_for
 from sampling.sampler import GAP, Trace
 
 MAX_BATCH = 16              # rows in a forward pass; also the largest n times prompts of one request
@@ -55,7 +56,8 @@ class Job:
         self.sequences, self.arguments, self.gaps, self.watched, self.chat = sequences, dict(arguments), gaps, watched, chat
         seed = self.arguments.pop("seed")                           # one a row, so that a batch gives each what it gets alone
         seed = secrets.randbits(62) if seed is None else seed
-        self.seeds = [seed + 1_000_003 * i for i in range(len(sequences))]
+        others = range(1, len(sequences))
+        self.seeds = [seed] + [seed_for("sequence of a request", seed, i) for i in others]
         self.events, self.trace = queue.SimpleQueue(), None
         self.result = self.error = None
         self.cancelled = False                                      # set when the client has gone

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from common import stream
 from data import checkpoints
 from data.tokenizer import Tokenizer
 
@@ -89,7 +90,7 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
 
 def init_lora(model, seed=0):
     """A ~ U(-1, 1) / sqrt(in), B = 0, as PEFT begins: at first the adapted model is the base."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream("adapters", seed)
     for name, layer in lora_layers(model).items():
         A = (2 * torch.rand(layer.rank, layer.in_features, generator=generator) - 1) / math.sqrt(layer.in_features)
         device, B = layer.weight.device, torch.zeros(layer.out_features, layer.rank)

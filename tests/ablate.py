@@ -103,7 +103,7 @@ def run(arm, text, seed, updates, minutes=0.0):
         for opt, lrs in zip(optimizers, peaks):
             for group, lr in zip(opt.param_groups, lrs):
                 group["lr"] = lr * factor
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        generator = common.stream("noise", seed, step)
         tokens = data.batch("train", B, T, seed, step)
         t = draw_t(o["t"], B, progress, generator)
         if o["t"] == "complementary":       # two noisings of the same text: each token is masked in exactly one of them
@@ -133,8 +133,7 @@ def run(arm, text, seed, updates, minutes=0.0):
         progress = (time.perf_counter() - start) / 60 / minutes if minutes else step / updates
     seconds = time.perf_counter() - start
     model = (ema or model).eval()
-    with common.autocast(cpu, "auto"):
-        value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
+    value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
     return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4), tokens_per_s=round(step * B * T / seconds), updates=step)
 
 

@@ -59,7 +59,7 @@ def train_encoder(folder, minutes, seed, threads):
         for optimizer, peak in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = peak * common.learning_rate_factor(progress)
-        mask = mask_tokens((B, T), 0.15, torch.Generator().manual_seed(seed * 1_000_003 + step))
+        mask = mask_tokens((B, T), 0.15, common.stream("noise", seed, step))
         with autocast:
             loss = mdlm_loss(model, data.batch("train", B, T, seed, step), rate, mask).loss
         (loss * 0.15).backward()                                    # at a fixed rate the weight 1/t is no more than a factor

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import diffusion
-from diffusion import ar_loss, block_loss, generate, infill, log_likelihood, mask_tokens, mdlm_loss, nelbo, sample_t, sample_tokens, weight
+from diffusion import ar_loss, block_loss, generate, infill, log_likelihood, mask_tokens, mdlm_loss, nelbo, sample_t, sample_tokens, sft_loss, weight
 from evaluation.designs import ESTIMATORS
 from model import Config, Transformer, packed
 
@@ -188,6 +188,125 @@ def test_prompt_targets_do_not_matter():
     mask = maskable & mask_tokens((2, 12), torch.tensor(0.5), torch.Generator().manual_seed(0))
     loss = mdlm_loss(model, tokens, torch.full((2,), 0.5), mask | ~maskable, maskable)      # even if the caller masks the prompt
     assert not (loss.is_masked & ~maskable).any() and (loss.token_nll[~maskable] == 0).all()
+
+
+class LossOf(torch.nn.Module):
+    """A loss of a model, as a module whose parameters gradcheck can move."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self):
+        return self.loss(self.model)
+
+
+def check_gradients(model, loss):
+    """torch's gradcheck of loss(model), a scalar, by every parameter of the model."""
+    holder = LossOf(model, loss)
+    names, values = zip(*holder.named_parameters())
+    values = [value.detach().clone().requires_grad_() for value in values]
+
+    def value_of(*moved):
+        return torch.func.functional_call(holder, dict(zip(names, moved)), ())
+
+    return torch.autograd.gradcheck(value_of, values, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(),
+        dict(
+            shift=True,
+            n_kv_heads=1,
+            tie_embeddings=True,
+            rope_scaling=dict(rope_type="linear", factor=2.0),
+        ),
+        dict(
+            norm="layer",
+            norm_bias=True,
+            embed_norm=True,
+            local_window=4,
+            global_every=2,
+            head_transform=True,
+            head_bias=True,
+        ),
+        dict(
+            positions="learned",
+            norm="layer",
+            post_norm=True,
+            gated=False,
+            qkv_bias=True,
+            token_types=2,
+            qk_norm=False,
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["mdlm", "clipped", "sft", "cart", "block", "ar"])
+def test_gradients_of_the_losses_in_float64(config, name):
+    model, tokens = tiny(dim=8, hidden_dim=8, **config).double(), tokens_of((2, 6))
+    t, maskable = torch.tensor([0.3, 0.8], dtype=torch.float64), torch.arange(6).expand(2, 6) > 0
+    mask = mask_tokens((2, 6), 0.6, torch.Generator().manual_seed(0))
+    shown = torch.ones(2, 6, dtype=torch.bool)
+    shown[0, 4:] = False
+    losses = {
+        "mdlm": lambda m: mdlm_loss(m, tokens, t, mask & shown, maskable & shown, shown),
+        "clipped": lambda m: mdlm_loss(m, tokens, t, mask, max_weight=2.0),
+        "sft": lambda m: sft_loss(m, tokens, maskable, t, mask),
+        "cart": lambda m: sft_loss(m, tokens, maskable, t, mask, cart=0.3),
+        "block": lambda m: block_loss(m, tokens, 3, t, mask),
+        "ar": lambda m: ar_loss(m, tokens),
+    }
+    if name == "block" and config.get("local_window"):
+        with pytest.raises(ValueError, match="cannot be combined with local attention"):
+            losses[name](model)
+        return
+    loss = losses[name](model)
+    assert loss.loss.dtype == loss.token_nll.dtype == loss.nelbo.dtype == torch.float64
+    assert check_gradients(model, lambda m: losses[name](m).loss)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(),
+        dict(shift=True),
+        dict(block_length=3),
+        dict(causal=True, shift=True),
+        dict(local_window=4, global_every=2),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_float64_is_float64_all_the_way(config):
+    """A model in float64 gives likelihoods and losses that a float32 step anywhere between would spoil: nothing is rounded to 24 bits."""
+    model, tokens = tiny(**config), tokens_of((3, 8))
+    mask = torch.arange(8).expand(3, 8) % 2 == 1
+    coarse = diffusion.masked_nll(model, tokens, mask)
+    exact = diffusion.masked_nll(model.double(), tokens, mask)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(coarse.double(), exact, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(exact, exact.float().double())
+    moved = tiny(**config).double()
+    for parameter in moved.parameters():  # a change that float32 cannot hold
+        parameter.mul_(1 + 1e-11)
+    change = (diffusion.masked_nll(moved, tokens, mask) - exact).abs()
+    assert 0 < change.max() < 1e-8
+    value, error = nelbo(model, tokens, seed=3)
+    assert value == pytest.approx(
+        nelbo(tiny(**config), tokens, seed=3)[0], rel=1e-4
+    ) and math.isfinite(error)
+    values, _ = log_likelihood(model, [[1, 2], [3]], [[4, 5], [6, 7, 8]])
+    torch.testing.assert_close(
+        values,
+        log_likelihood(tiny(**config), [[1, 2], [3]], [[4, 5], [6, 7, 8]])[0],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    prompts = [[1, 2, 3], [4]]
+    assert generate(model, prompts, 6, 6, 6) == [generate(model, [p], 6, 6, 6)[0] for p in prompts]
 
 
 # ---- block diffusion and the autoregressive baseline ---------------------------------------------------------------------------
@@ -402,6 +521,115 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(options, config):
     assert together == [generate(model, [p], 12, 6, 4, **options)[0] for p in prompts]
     for prompt, answer in zip(prompts, together):
         assert answer[:len(prompt)] == prompt and len(answer) == len(prompt) + 12 and MASK not in answer
+
+
+def ragged_sequences(seed, rows=4, longest=9):
+    """Rows of 1 to `longest` tokens; the first is the longest and the second the shortest."""
+    lengths = torch.randint(
+        1, longest + 1, (rows,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    lengths[:2] = longest, 1
+    return [
+        tokens_of((length,), seed=100 * seed + row).tolist() for row, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("cache", [None, "block"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("block_length", [1, 2, 3, 4, 5])
+def test_a_row_of_blocks_does_not_see_the_padding_behind_it(block_length, shift, cache):
+    """Any number of new tokens, so that the last block is a partial one; and rows that stop before others do."""
+    for n in (1, 5, 7):
+        model = tiny(vocab_size=40, seed=n, block_length=block_length, shift=shift)
+        prompts = ragged_sequences(n, rows=3)
+        alone = [generate(model, [p], n, 12, cache=cache)[0] for p in prompts]
+        assert generate(model, prompts, n, 12, cache=cache) == alone, n
+        model.config.eos_token_id = alone[0][
+            len(prompts[0]) + (n - 1) // 2
+        ]  # one row at least ends early or in its last block
+        alone = [generate(model, [p], n, 12, cache=cache)[0] for p in prompts]
+        assert generate(model, prompts, n, 12, cache=cache) == alone, n
+
+
+@pytest.mark.parametrize("cache", [None, "block"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_row_of_gaps_does_not_see_the_padding_behind_it(shift, cache):
+    for block_length in range(1, 6):
+        model = tiny(
+            vocab_size=40,
+            seed=block_length,
+            block_length=block_length,
+            shift=shift,
+            positions="learned",
+            qk_norm=False,
+        )
+        for seed in range(2):
+            sequences = ragged_sequences(seed, rows=3, longest=11)
+            gaps = [
+                [MASK if (i + seed) % 3 == 0 else token for i, token in enumerate(row)] + [MASK]
+                for row in sequences
+            ]
+            alone = [infill(model, [row], 12, cache=cache)[0] for row in gaps]
+            assert infill(model, gaps, 12, cache=cache) == alone, (block_length, seed)
+
+
+@pytest.mark.parametrize(
+    "config,caches",
+    [
+        (dict(), (None, "prefix", "dual", "block")),
+        (dict(block_length=3), (None, "block")),
+        (dict(block_length=3, shift=True), ("block",)),
+        (dict(causal=True, shift=True), (None,)),
+    ],
+    ids=str,
+)
+def test_a_ragged_batch_may_fill_the_context(config, caches):
+    """Rows shorter than the longest are fed at positions that exist, also where positions are learned and the longest takes all of them."""
+    model = tiny(vocab_size=40, max_len=14, positions="learned", qk_norm=False, **config)
+    prompts = ragged_sequences(1, longest=8)
+    for cache in caches:
+        alone = [generate(model, [p], 6, 6, 3, cache=cache)[0] for p in prompts]
+        assert generate(model, prompts, 6, 6, 3, cache=cache) == alone, cache
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(block_length=4),
+        dict(block_length=4, shift=True),
+        dict(causal=True, shift=True),
+        dict(shift=True),
+        dict(local_window=4, global_every=2),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_padding_changes_no_likelihood(config):
+    """masked_nll of a row among longer ones is that of the row alone, whatever stands in the padding; log_likelihood and cfg too."""
+    model, rows = tiny(**config), ragged_sequences(5, longest=11)
+    width = max(map(len, rows))
+    tokens = torch.stack([F.pad(torch.tensor(row), (0, width - len(row)), value=7) for row in rows])
+    shown = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    mask = (
+        (torch.arange(width) % 3 < 2)
+        & shown
+        & ((torch.arange(width) > 0) | (not model.config.causal))
+    )
+    scales = (0.0,) if model.config.causal or model.config.block_length else (0.0, 1.5)
+    given = torch.arange(width).expand(tokens.shape) < 1
+    for cfg_scale in scales:
+        together = diffusion.masked_nll(model, tokens, mask, shown, given, cfg_scale)
+        assert (together[~mask] == 0).all()
+        for b, row in enumerate(rows):
+            alone = diffusion.masked_nll(
+                model,
+                torch.tensor([row]),
+                mask[b : b + 1, : len(row)],
+                None,
+                given[b : b + 1, : len(row)],
+                cfg_scale,
+            )
+            torch.testing.assert_close(together[b, : len(row)], alone[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [dict(remasking="low_confidence"), dict(remasking="random"), dict(remasking="ancestral"), dict(cache="dual")], ids=str)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Cache, Config, LinearCrossEntropy, RMSNorm, Transformer
+from model import Cache, Config, HandRMSNorm, LinearCrossEntropy, RMSNorm, Transformer
 
 KINDS = {
     "ours": {}, "llama": dict(qk_norm=False, n_kv_heads=1, rope_scaling=dict(rope_type="linear", factor=2.0)),
@@ -191,6 +191,62 @@ def test_padding_on_either_side_changes_nothing(kind, causal):
     if model.config.positions == "rope":                                                     # only distances count
         left = model(tokens.roll(35, dims=1), attention_mask=mask.roll(35, dims=1))
         assert left.isfinite().all() and close(left[:1, 35:], alone, 1e-4)
+
+
+def test_gradients_of_the_norm_and_of_the_loss_by_hand():
+    """gradcheck of the two functions whose backward pass is written out, in float64."""
+    torch.manual_seed(0)
+    x, weight = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 4), (4,))
+    )
+    assert torch.autograd.gradcheck(HandRMSNorm.apply, (x, weight, 1e-6))
+    assert HandRMSNorm.apply(x, weight, 1e-6).dtype == torch.float64
+    torch.testing.assert_close(
+        HandRMSNorm.apply(x, weight, 1e-6),
+        F.rms_norm(x, (4,), weight, 1e-6),
+        rtol=1e-13,
+        atol=1e-13,
+    )
+    hidden, head, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((7, 4), (9, 4), (9,))
+    )
+    targets, weights = torch.randint(0, 9, (7,)), torch.rand(7, dtype=torch.float64)
+    for chunk in (1, 6, 100):  # of rows: twice as many bytes a number, half the rows
+        for b in (bias, None):
+            loss, nll = LinearCrossEntropy.apply(hidden, head, b, targets, weights, chunk)
+            assert loss.dtype == nll.dtype == torch.float64
+            torch.testing.assert_close(
+                nll,
+                F.cross_entropy(F.linear(hidden, head, b), targets, reduction="none").detach(),
+                rtol=1e-12,
+                atol=1e-12,
+            )
+            assert torch.autograd.gradcheck(
+                lambda *inputs: LinearCrossEntropy.apply(*inputs, targets, weights, chunk)[0],
+                (hidden, head, b),
+            )  # noqa: B023
+    with torch.no_grad():
+        far = hidden * 1000  # where exp underflows
+        torch.testing.assert_close(
+            LinearCrossEntropy.apply(far, head, bias, targets, weights, 4)[1],
+            F.cross_entropy(F.linear(far, head, bias), targets, reduction="none"),
+            rtol=1e-12,
+            atol=1e-12,
+        )
+
+
+def test_padding_far_from_the_text_is_no_nan_in_bfloat16_either():
+    """Training on a CPU takes another path there, whose softmax of nothing is NaN, and NaN times a weight of 0 is NaN."""
+    model, tokens = random_model(**KINDS["modernbert"]).train(), random_tokens(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, 5:] = False
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens, attention_mask=mask)
+        alone = model(tokens[:1, :5])
+    assert logits.isfinite().all() and close(logits[:1, :5], alone, 0.05)
+    logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
