@@ -1,280 +1,278 @@
 """Recipe 3: an autoregressive language model becomes a diffusion language model.
 
-It knows the language already; what it learns anew is to look to the right and to fill in any share of masked tokens. Attention is
-opened to both sides, at once or little by little (DiffuLLaMA, arXiv 2410.17891), a mask token is added, and training goes on with the
-bound of diffusion, on text or, with masks in the answers only, on conversations. `--shift=True` keeps the old habit of predicting
-token i at position i - 1 (Dream, 2508.15487), else it is dropped (dLLM's Tiny-A2D, 2602.22661). `--objective=bd3lm` gives a model that
-writes block by block (BD3-LM, 2503.09573). The defaults are those of Qwen3-0.6B-diffusion-mdlm: 1024 tokens, 10 epochs of batches
-of 2048, AdamW at 1e-4; with bd3lm those of -bd3lm: 512 tokens, blocks of 32.
+It knows the language already; what it learns anew is to look to the right and to fill in any share
+of masked tokens. Attention is opened to both sides, at once or little by little (DiffuLLaMA, arXiv
+2410.17891), a mask token is added, and training goes on with the bound of diffusion, on text or,
+with masks in the answers only, on conversations. --shift=True keeps the old habit of predicting
+token i at position i - 1 (Dream, 2508.15487), else it is dropped (dLLM's Tiny-A2D, 2602.22661).
+--objective=bd3lm gives a model that writes block by block (BD3-LM, 2503.09573). The defaults are
+those of Qwen3-0.6B-diffusion-mdlm: 1024 tokens, 10 epochs of batches of 2048, AdamW at 1e-4; with
+bd3lm those of -bd3lm: 512 tokens, blocks of 32.
 
-    python convert_ar.py --init_from=tiny                      two minutes on a laptop's CPU, no network: a small random decoder
+    python convert_ar.py --init_from=tiny                 two minutes on a CPU: a random decoder
     python convert_ar.py --init_from=gpt2 --dataset=fineweb_edu --max_minutes=60
-    python convert_ar.py --init_from=out/scratch --dataset=pydocs       after python train_scratch.py --objective=ar
-    torchrun --nproc_per_node=8 convert_ar.py --grad_accum=16  the published run
+    python convert_ar.py --init_from=out/scratch --dataset=pydocs --seq_len=128
+                                                          behind train_scratch.py --objective=ar
+    torchrun --nproc_per_node=8 convert_ar.py --grad_accum=16     the published run
 
-Then: python sample.py --checkpoint=out/ar --chat          and --temperature=0.7 --remasking=random for a small model
+Then: python sample.py --checkpoint=out/ar --chat
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
-import math
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from common import override
-from data import checkpoints
 from data.chat import is_chat, open_dataset
 from data.prepare import prepare
-from data.state import Progress, make_folder, save_training, start_training
 from data.tokenizer import Tokenizer
-from diffusion import block_loss, generate, mask_tokens, mdlm_loss, nelbo, sample_t
+from diffusion import block_loss, denoise, mask_tokens, mdlm_loss, nelbo, sample_t
 from model import Transformer
+from pretrained.config import read_config
+from pretrained.export import save
+from pretrained.hub import model_folder
+from pretrained.tensors import gathered
+from pretrained.tiny import tiny_model
+from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
+                                 make_optimizers, set_learning_rate)
+from training.run import Run
+from training.state import make_folder
 
-# ---- settings: change them here or with --name=value ---------------------------------------------------------------------------
+# ---- settings: change them here or with --name=value ---------------------------------------------
 # run
-init_from = "Qwen/Qwen3-0.6B"   # folder or hub id of a GPT-2, Llama, Qwen2, Qwen3 or of train_scratch.py --objective=ar; tiny, tiny:gpt2...: random
-out_dir = "out/ar"          # receives model.safetensors, config.json, the tokenizer, train_state.pt, log.jsonl, loss.png
-export = ""                 # at the end also write the family's own layout, for its own code, to this folder
+init_from = "Qwen/Qwen3-0.6B"   # folder or hub id; tiny, tiny:gpt2, tiny:llama...: random
+_tiny = common.given("init_from", init_from).partition(":")[0] == "tiny"     # then small settings
+out_dir = "out/ar"          # receives weights, tokenizer, train_state.pt, log.jsonl, loss.png
+export = ""                 # at the end also write the family's own layout to this folder
 resume = False              # continue the run in out_dir, bit for bit
 seed = 1337                 # order of the data and masks follow from it
-device = "auto"             # auto, cpu, cuda, mps
-dtype = "auto"              # auto, float32, bfloat16: precision of the matrix products; weights stay float32
-compile = "auto"            # auto (on a GPU), True, False: torch.compile
-fsdp = False                # with torchrun: spread weights and optimizer over the processes (FSDP2); False: each has all of them (DDP)
-checkpointing = False       # keep only the blocks' inputs for the backward pass: a third slower, a fraction of the memory
+device = "cuda" if torch.cuda.is_available() else "cpu"     # or mps
+dtype = common.best_dtype(common.given("device", device))   # of matrix products: bfloat16, float32
+compile = common.given("device", device) != "cpu"           # torch.compile
+fsdp = False                # with torchrun: spread weights and optimizer over the processes (FSDP2)
+checkpointing = False      # keep only the blocks' inputs for the backward pass: slower, less memory
 threads = 0                 # CPU threads; 0: torch's choice
-# data: here and below, 0 and nothing take the value of a published run, or of a tiny start
-dataset = ""                # chat: pydocs_chat, alpaca, tulu3, smoltalk, opc, FILE.jsonl, mixed by +; text: as in train_scratch.py
-seq_len = 0                 # tokens in a sequence at most
-padding = "eos"             # eos: end-of-text tokens, part of the answer, so that its length is learned (LLaDA, appendix B.1); hidden: nobody sees it
+wandb = ""                  # a project of Weights & Biases that gets the rows of log.jsonl as well
+# diffusion
+objective = "mdlm"          # mdlm, bd3lm
+_in_blocks = common.given("objective", objective) == "bd3lm"
+block_length = 8 if _tiny else 32   # bd3lm: tokens in a block
+shift = False               # True: token i is predicted at i - 1, as before; False: where it stands
+anneal_steps = 0            # mdlm: updates over which attention to the right opens; 0: at once
+max_weight = 10.0 if _tiny else 0.0    # the loss weight is clipped here, the NELBO is not; 0: never
+# data
+dataset = "pydocs_chat" if _tiny else "tulu3+smoltalk+opc"  # chat, FILE.jsonl, mixed by +; text
+_longest = 512 if _in_blocks else 1024
+seq_len = 160 if _tiny else _longest        # tokens in a sequence at most
+padding = "eos"             # eos: end-of-text tokens, part of the answer; hidden: nobody sees it
 vocab_size = 2048           # pieces of the tokenizer that a tiny model gets
 # model: of a tiny one
 n_layers = 4                # transformer blocks
 n_heads = 4                 # attention heads
 dim = 128                   # width
-# diffusion
-objective = "mdlm"          # mdlm, bd3lm
-block_length = 0            # bd3lm: tokens in a block
-shift = False               # True: token i is predicted at position i - 1, as before; False: where it stands
-anneal_steps = 0            # mdlm: updates over which attention to the right opens, pair by pair at random; 0: at once
-max_weight = 0.0            # the loss weight is clipped here, the NELBO is not; 0: no clipping, of a tiny start 10
 # optimizer
-batch_size = 0              # sequences a step and process
+batch_size = 16             # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
-optimizer = ""              # adamw or, for small models, muon (AdamW for embeddings, head and norms)
-learning_rate = 0.0         # AdamW's peak
+optimizer = "muon" if _tiny else "adamw"    # muon: AdamW for embeddings, head and norms
+learning_rate = 3e-3 if _tiny else 1e-4     # AdamW's peak
 muon_lr = 0.02              # Muon's peak
-weight_decay = 0.0          # of matrices
+weight_decay = 0.0          # of the blocks' matrices
 beta2 = 0.999               # AdamW's second moment
 grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
 warmup = 0.1                # share of the run in which the learning rate rises
 decay = "cosine"            # linear or cosine: how it falls to 0
+max_steps = 0               # updates; 0: as many as fit into max_minutes
+max_minutes = 1.2 if _tiny else 0.0     # unless max_steps is set; 0: as many updates as epochs take
 epochs = 10.0               # visits of the data, unless max_steps or max_minutes is set
-max_steps = 0               # updates
-max_minutes = 0.0           # minutes of training. Learning rate follows the clock then
 # evaluation
-eval_interval = 200         # updates between evaluations, checkpoints and samples; 0: at the end only
-eval_sequences = 64         # held-out sequences (of chat: conversations) of an evaluation on the way
+eval_interval = 200       # updates between evaluations, checkpoints and samples; 0: at the end only
+eval_sequences = 64        # held-out sequences (of chat: conversations) of an evaluation on the way
 final_eval_sequences = 512  # and of the last one
 sample_tokens = 64          # length of the samples shown on the way; 0: none
-settings = override(globals())
+settings = common.override(globals())
 
-# ---- process, precision --------------------------------------------------------------------------------------------------------
-device, rank, world_size = common.init_process(device, threads)
-start, _, tiny_family = init_from.partition(":")
-tiny, longest = start == "tiny", 160
-if not tiny:
-    source, _ = checkpoints.read_config(checkpoints.model_folder(init_from))                # before a data set is prepared for nothing
-    longest = source.max_len
-    if not source.causal:
-        raise ValueError(f"{init_from} sees in both directions already ({source.family}): convert_bert.py is for encoders, finetune_llada.py for LLaDA "
-                         "and Dream")
-common.fill_in(             # published, tiny
-    globals(), settings, column=int(tiny), dataset=("tulu3+smoltalk+opc", "pydocs_chat"), seq_len=(min(1024 if objective == "mdlm" else 512, longest), 160),
-    batch_size=(16, 16), learning_rate=(1e-4, 3e-3), block_length=(32, 8), max_minutes=(0.0, 1.2), optimizer=("adamw", "muon"), max_weight=(0.0, 10.0))
-common.check(settings, at_least_1="n_layers n_heads dim seq_len batch_size grad_accum eval_sequences final_eval_sequences",
-             positive="learning_rate muon_lr epochs", objective=("mdlm", "bd3lm"), optimizer=("muon", "adamw"), decay=("linear", "cosine"),
-             not_negative="max_weight weight_decay grad_clip warmup max_steps max_minutes eval_interval sample_tokens anneal_steps seed")
+# ---- process -------------------------------------------------------------------------------------
+common.check(
+    settings,
+    at_least_1=["n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum",
+                "eval_sequences", "final_eval_sequences"],
+    positive=["learning_rate", "muon_lr", "epochs"],
+    not_negative=["max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes",
+                  "eval_interval", "sample_tokens", "anneal_steps"],
+    objective=["mdlm", "bd3lm"], optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
     raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")
 if objective == "bd3lm" and (anneal_steps or padding != "eos"):
-    raise ValueError("anneal_steps and padding=hidden are for objective mdlm: a block sees nothing to the right of itself anyway")
-if not tiny and seq_len > longest:
-    raise ValueError(f"{init_from} has positions for {longest} tokens, seq_len is {seq_len}: take --seq_len={longest}")
+    raise ValueError("anneal_steps and padding=hidden are for objective mdlm: a block sees nothing "
+                     "to the right of itself anyway")
+device, rank, world_size = common.init_process(device, threads)
+autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
+make_folder(out_dir)                # fail early if it cannot be written to
 sharded = fsdp and world_size > 1
 if sharded and optimizer == "muon":
     raise ValueError("muon needs whole matrices: take --fsdp=False or --optimizer=adamw")
-# Sharded weights are cast when they are gathered.
-autocast = contextlib.nullcontext() if sharded else common.autocast(device, dtype)
-main = rank == 0                                                    # rank 0 writes and prints
-folder = make_folder(out_dir)
+if not _tiny:                       # before a data set is prepared for nothing
+    source, _ = read_config(model_folder(init_from))
+    if not source.causal:
+        raise ValueError(f"{init_from} sees in both directions already ({source.family}): "
+                         "convert_bert.py is for encoders, finetune_llada.py for LLaDA and Dream")
+    if seq_len > source.max_len:
+        raise ValueError(f"{init_from} has positions for {source.max_len} tokens, seq_len is "
+                         f"{seq_len}: take --seq_len={source.max_len}")
 
-# ---- data ----------------------------------------------------------------------------------------------------------------------
-# A checkpoint keeps its own tokenizer, with a mask token and those of the chat template where it has none.
-text = "bpe" if tiny else Tokenizer.from_pretrained(checkpoints.find_checkpoint(init_from))
-if not tiny:
+# ---- data ----------------------------------------------------------------------------------------
+# A checkpoint keeps its own tokenizer, with a mask token and those of the chat template if it has
+# none.
+if _tiny:
+    data_folder = common.first_on_rank_0(prepare, dataset, "bpe", vocab_size)
+    text = Tokenizer.from_pretrained(data_folder)
+else:
+    text = Tokenizer.from_pretrained(model_folder(init_from))
     old_size = text.vocab_size
     text.add_mask_token()
     text.add_chat_tokens()
-data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
-text = Tokenizer.from_pretrained(data_folder) if tiny else text
-data, chat = open_dataset(dataset, data_folder, seq_len, padding, block_length if objective == "bd3lm" else 0), is_chat(dataset)
-last_val = data.val_batch(max(final_eval_sequences, 2))             # as eval.py takes them
+    data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
+chat = is_chat(dataset)
+data = open_dataset(dataset, data_folder, seq_len, padding, block_length if _in_blocks else 0)
+last_val = data.val_batch(max(final_eval_sequences, 2))     # the same as eval.py takes
 val = data.val_batch(max(eval_sequences, final_eval_sequences, 2)).spread(max(eval_sequences, 2))
-data.batch("train", batch_size, seed, 0)                            # too short a corpus is better known now
-slices = grad_accum * world_size
+data.batch("train", batch_size, seed, 0)    # fail early: less text than one sequence
+slices = grad_accum * world_size            # of a step, batch_size sequences each
 if not (max_steps or max_minutes):
-    max_steps = max(1, round(epochs * data.examples["train"] / (batch_size * slices)))
+    updates = epochs * data.examples["train"] / (batch_size * slices)
+    max_steps = settings["max_steps"] = max(1, round(updates))
 
-# ---- model ---------------------------------------------------------------------------------------------------------------------
-if tiny:
-    raw_model = checkpoints.tiny_model(tiny_family or "qwen3", text, seq_len, seed, dim=dim, n_layers=n_layers, n_heads=n_heads)
-    if not raw_model.config.causal:
-        raise ValueError(f"{init_from} would not be an autoregressive model: convert_bert.py converts encoders")
+# ---- model ---------------------------------------------------------------------------------------
+if _tiny:
+    family = init_from.partition(":")[2] or "qwen3"
+    model = tiny_model(family, text, seq_len, seed, dim=dim, n_layers=n_layers, n_heads=n_heads)
+    if not model.config.causal:
+        raise ValueError(f"{init_from} would not be an autoregressive model: convert_bert.py "
+                         "converts encoders")
 else:
-    raw_model = Transformer.from_pretrained(init_from, dtype=torch.float32).train()
-    raw_model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
-    raw_model.source = None                                         # its tokenizer files are no longer the model's: `save` writes ours
-config = raw_model.config
+    model = Transformer.from_pretrained(init_from, dtype=torch.float32).train()
+    model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
+    model.source = None                     # its tokenizer files are no longer the model's
+config = model.config
 config.mask_token_id = text.mask_token_id
 config.put_end_first(text.eos_token_id)
-config.causal, config.shift = False, shift                          # every position sees every other: no weight changes
+config.causal, config.shift = False, shift  # every position sees every other: no weight changes
 config.block_length = block_length if objective == "bd3lm" else 0
-raw_model.checkpoint_blocks = checkpointing
-raw_model.to(device)                                                # saved and sampled; `model` may be wrapped
-if common.is_on(compile, auto=device.type == "cuda"):
-    raw_model.compile_blocks()
+model.checkpoint_blocks = checkpointing
+model.to(device)
+if compile:
+    model.compile_blocks()
 if sharded:
-    from scale.sharding import shard
-    shard(raw_model, device, common.matrix_dtype(device, dtype))
-model = DistributedDataParallel(raw_model) if world_size > 1 and not sharded else raw_model
+    from training.sharding import shard
+    shard(model, device, common.matrix_dtype(device, dtype))
+    autocast = contextlib.nullcontext()     # weights are cast when they are gathered
 
-# ---- optimizer -----------------------------------------------------------------------------------------------------------------
-optimizers = common.make_optimizers(raw_model, optimizer, learning_rate, muon_lr, beta2, weight_decay)
+# ---- optimizer -----------------------------------------------------------------------------------
+optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay)
+must_match = {name: settings[name] for name in (
+    "init_from", "objective", "block_length", "shift", "anneal_steps", "seq_len", "padding",
+    "optimizer", "weight_decay", "beta2", "seed")}
+must_match["dataset"] = data.fingerprint
+must_match["batch_size * grad_accum * processes"] = batch_size * slices
 
-# ---- resume --------------------------------------------------------------------------------------------------------------------
-must_match = {name: settings[name] for name in ("init_from", "objective", "block_length", "shift", "anneal_steps", "seq_len", "padding",
-                                                "optimizer", "weight_decay", "beta2", "seed")}
-must_match |= {"dataset": data.fingerprint, "batch_size * grad_accum * processes": batch_size * slices}
-step, clock, losses, log = start_training(folder, raw_model, optimizers, must_match, resume, sharded)
+
+def save_model():
+    weights = gathered(model.state_dict())
+    if run.main:
+        save(model, run.folder, weights)
 
 
-def save():
-    """What resuming needs, and then what sample.py reads."""
-    save_training(folder, raw_model, optimizers, step, clock, losses, {**settings, **must_match}, sharded)
-    whole = checkpoints.gathered(raw_model.state_dict())
-    if main:
-        checkpoints.save(raw_model, folder, whole)
-        text.save_pretrained(folder)
+run = Run(settings, model, optimizers, text, device, must_match, save_model=save_model,
+          flops_per_token=model.flops_per_token(seq_len, head_share=0.5), sharded=sharded)
 
 
 def evaluate(batch):
-    """(NELBO, standard error, bits per byte) of held-out sequences, always with the same masks; in
-    chat, of the answers given the rest. The processes divide the passes, unless each of them holds
-    a part of the model.
-
-    Computed in the precision of the weights, as eval.py does it: autocast is for training. Sharded
-    weights have the precision of the products."""
+    """(NELBO, standard error, bytes per token) of held-out sequences, always with the same masks,
+    in the precision of the weights, as eval.py has it; in chat, of the answers given the rest. The
+    processes divide the passes, unless each holds but a part of the model."""
     part = batch.to(device)
-    value, error = nelbo(raw_model, part.tokens, seed=seed, maskable=part.maskable,
-                         attention_mask=part.attention_mask, map=map if sharded else common.share)
-    return value, error, value / math.log(2) / data.val_bytes_per_token(batch, text)
-
-
-def opening_attention(tokens, attention_mask, opened):
-    """Who sees whom while attention opens, bool [1 or B, T, T]: what stands before, and a share `opened` of all other pairs, the same for the
-    whole step. (DiffuLLaMA, section 3.3.)"""
-    T = tokens.shape[1]
-    pairs = torch.rand(T, T, generator=common.stream("opening attention", seed, step)) < opened
-    pairs = (pairs | torch.ones(T, T, dtype=torch.bool).tril())[None].to(tokens.device)
-    return pairs if attention_mask is None else pairs & attention_mask[:, None] | torch.eye(T, dtype=torch.bool, device=tokens.device)
+    value, error = nelbo(model, part.tokens, seed=seed, maskable=part.maskable,
+                         attention_mask=part.attention_mask,
+                         run_passes=map if sharded else common.share)
+    return value, error, data.val_bytes_per_token(batch, text)
 
 
 def show_sample():
-    """The answer to a held-out question, or a text out of nothing, as far as the model has come. A sharded model needs all processes for it."""
-    prompt = data.prompt("val", step)[0] if chat else []
+    """The answer to a held-out question, or a text out of nothing, as far as the model has come. A
+    sharded model needs all processes for it."""
+    prompt = data.prompt("val", run.step)[0] if chat else []
     n = min(sample_tokens, seq_len - len(prompt))
-    how = dict(temperature=0.0) if chat and not tiny else dict(temperature=0.7, remasking="random")     # a small model repeats itself when greedy
-    ids = generate(raw_model, [prompt], n, n, n, seed=step, **how)[0]
-    if main:
-        question = [repr(text.decode(prompt, skip_special_tokens=True))] * chat
-        tqdm.write(f"step {step}: " + " -> ".join([*question, repr(text.decode_answer(ids[len(prompt):]))]))
+    canvas = torch.tensor([prompt + [config.mask_token_id] * n]).to(device)
+    how = dict(temperature=0.7, remasking="random")     # a small model repeats itself when greedy
+    if chat and not _tiny:
+        how = dict(temperature=0.0)
+    ids = denoise(model, canvas, n, prompt_len=len(prompt), seed=run.step, **how)[0].tolist()
+    question = f"{text.decode(prompt, skip_special_tokens=True)!r} -> " if chat else ""
+    run.say(f"step {run.step}: {question}{text.decode_answer(ids[len(prompt):])!r}")
 
 
-# ---- loop ----------------------------------------------------------------------------------------------------------------------
-# One pass more than there are updates: the last only evaluates and saves. All randomness of a step follows from (seed, step).
-bar = Progress(clock, step, max_steps, raw_model.flops_per_token(seq_len, head_share=0.5), device)
-if main:
-    tqdm.write(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, {raw_model.config.family} on {device}; {data.summary()}")
-stop = common.stop_signals()
-while True:
-    elapsed = common.from_rank_0(clock.seconds(), device)
-    progress = max(step / max_steps if max_steps else 0.0, elapsed / 60 / max_minutes if max_minutes else 0.0)
-    stopped = bool(common.from_rank_0(float(bool(stop)), device))
-    finished = progress >= 1 or stopped
-    factor = common.learning_rate_factor(progress, warmup, decay)
-    if finished or step and eval_interval and step % eval_interval == 0:
-        save()                                                      # first: a resumed run evaluates again what a kill cut short
-        if stopped:
-            break
-        val_nelbo, val_stderr, val_bpb = evaluate(last_val if finished else val)
-        if main:
-            log.write(step=step, train_loss=sum(losses) / len(losses) if losses else None, val_nelbo=val_nelbo, val_stderr=val_stderr, val_bpb=val_bpb,
-                      tokens_per_s=bar.tokens_per_s(), lr_factor=factor, elapsed_s=clock.seconds())
-        if sample_tokens and (main or sharded):
+def opening_attention(tokens, attention_mask, opened):
+    """Who sees whom while attention opens, bool [1 or B, T, T]: what stands before, and a share
+    `opened` of all other pairs, the same for the whole step (DiffuLLaMA, section 3.3)."""
+    T = tokens.shape[1]
+    pairs = torch.rand(T, T, generator=common.stream("opening attention", seed, run.step)) < opened
+    before = torch.ones(T, T, dtype=torch.bool).tril()
+    pairs = (pairs | before)[None].to(tokens.device)                                # [1, T, T]
+    if attention_mask is None:
+        return pairs
+    itself = torch.eye(T, dtype=torch.bool, device=tokens.device)
+    return pairs & attention_mask[:, None] | itself                                 # [B, T, T]
+
+
+# ---- loop ----------------------------------------------------------------------------------------
+# All randomness of a step follows from (seed, step). Each process draws the noise of the whole step
+# and takes its slices: the result does not depend on how many processes share the work.
+run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.family} on {device}; "
+        f"{data.summary()}")
+while run.goes_on():
+    factor = learning_rate_factor(run.progress, warmup, decay)
+    if run.evaluates():
+        run.save()                              # first: a resumed run repeats what a kill cut short
+        run.log(*evaluate(last_val if run.finished else val), factor)
+        if sample_tokens and (run.main or sharded):
             show_sample()
-        losses = []
-        bar.begin_window()
-    if finished:
+        run.bar.begin_window()
+    if run.finished:
         break
-    common.set_learning_rate(optimizers, factor)
+    set_learning_rate(optimizers, factor)
 
-    # Each process draws the noise of the whole step and takes its slice: the times are spread over all sequences, and the result
-    # does not depend on how many processes share the work.
-    generator, t = common.stream("noise", seed, step), None
-    sums = torch.zeros(3, device=device)                            # nats, their tokens, the loss
+    noise = common.stream("noise", seed, run.step)
+    T = data.step_length(batch_size * slices, seed, run.step)       # of all its sequences
+    blocks = T // block_length if objective == "bd3lm" else 1
+    t = sample_t((slices * batch_size, blocks), noise)                              # [G, blocks]
+    mask_prob = t.repeat_interleave(T // blocks, dim=1)                             # [G, T]
+    mask = mask_tokens(mask_prob.shape, mask_prob, noise)
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
-        batch = data.batch("train", batch_size, seed, step, piece, slices).to(device)                                # tokens [B, T]
-        if t is None:
-            T = batch.tokens.shape[1]
-            t = sample_t((slices * batch_size, 1 if objective == "mdlm" else T // block_length), generator)          # [G, 1 or blocks]
-            mask = mask_tokens((slices * batch_size, T), t.repeat_interleave(T // t.shape[1], 1), generator)         # [G, T]
-        if step < anneal_steps:
-            batch.attention_mask = opening_attention(batch.tokens, batch.attention_mask, step / anneal_steps)
-        # A sharded model adds up gradients where they belong, so it must exchange them each time; DDP does so in the last micro-step.
-        sync = contextlib.nullcontext() if world_size == 1 or sharded or micro_step == grad_accum - 1 else model.no_sync()
-        with sync:
-            with autocast:
-                if objective == "mdlm":
-                    loss = mdlm_loss(model, batch.tokens, t[rows, 0], mask[rows], batch.maskable, batch.attention_mask, max_weight=max_weight or None)
-                else:
-                    loss = block_loss(model, batch.tokens, block_length, t[rows], mask[rows], batch.maskable, max_weight=max_weight or None)
-            (loss.loss * batch.share / grad_accum).backward()       # answers differ in length: sum over tokens / count of the whole step
-        sums += torch.stack((loss.token_nll.sum(), sums.new_tensor(loss.count), loss.loss.detach()))
-    nats, count, minimised = common.sum_over_ranks(sums)
-    train_nelbo = nats / count
-    common.check_finite(train_nelbo, step, out_dir)
-    common.check_finite(minimised, step, out_dir)
-    if grad_clip:
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+        batch = data.batch("train", batch_size, seed, run.step, piece, slices).to(device)
+        if run.step < anneal_steps:
+            batch.attention_mask = opening_attention(batch.tokens, batch.attention_mask,
+                                                     run.step / anneal_steps)
+        with autocast:
+            if objective == "mdlm":
+                loss = mdlm_loss(model, batch.tokens, t[rows, 0], mask[rows], batch.maskable,
+                                 batch.attention_mask, max_weight=max_weight)
+            else:
+                loss = block_loss(model, batch.tokens, block_length, t[rows], mask[rows],
+                                  batch.maskable, max_weight=max_weight)
+        # Answers differ in length: the sum over tokens is divided by the count of the whole step.
+        (loss.loss * batch.share / grad_accum).backward()
+        run.count(loss)
+    if not sharded:                                 # a sharded model has done it on its way
+        average_gradients(model)
+    clip_gradients(model, grad_clip)
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
-    step += 1
-    losses.append(train_nelbo)
-    bar.count(train_nelbo, batch.tokens.numel() * slices)
-bar.close()
+    run.end_step(tokens=batch.tokens.numel() * slices)
 
-# ---- end -----------------------------------------------------------------------------------------------------------------------
-if main and stopped:
-    print(f"stopped at step {step}; --resume=True goes on from here")
-elif main:
-    log.plot(folder / "loss.png")
-    if export:
-        Transformer.from_pretrained(folder).export_pretrained(export)
-        text.save_pretrained(export)
-    print(f"val nelbo {val_nelbo:.4f} +- {val_stderr:.4f} nats/token, {val_bpb:.3f} bits/byte")
+run.finish()
+if export and run.main and run.finished:
+    Transformer.from_pretrained(run.folder).export_pretrained(export)
+    text.save_pretrained(export)
 common.end_process()

@@ -1,1 +1,2 @@
-"""From text to token files: prepare.py writes them, tokenizer.py turns text into ids, loader.py serves batches."""
+"""From text to token files: prepare.py writes them, loader.py and chat.py serve batches,
+tokenizer.py turns text into ids and back."""

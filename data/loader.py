@@ -1,10 +1,9 @@
 """Serve batches from a folder that prepare.py wrote.
 
-A split is one file: a 32-byte header and then the token ids, nothing else. It is memory-mapped, so a corpus larger than
-RAM costs no RAM. A batch is a pure function of (seed, step, rank): resuming a run needs no state of the loader, and the
-windows of a step do not depend on how many GPUs share it.
+A split is one file: a 32-byte header and then the token ids, nothing else. It is memory-mapped, so
+a corpus larger than RAM costs no RAM. A batch is a pure function of (seed, step, rank): resuming a
+run needs no state of the loader, and the windows of a step do not depend on how many GPUs share it.
 """
-
 import functools
 import json
 import struct
@@ -13,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# magic, version, bytes per token (2 or 4), vocabulary size, number of tokens; the ids follow, little endian.
+# magic, version, bytes per token (2 or 4), vocabulary size, number of tokens; the ids follow,
+# little endian.
 HEADER = struct.Struct("<8sIIQQ")
 MAGIC = b"unmaskTK"
 VERSION = 1
 SPLITS = ("train", "val")
+NEEDED_META = {"name", "vocab_size", "fingerprint", "mask_token_id", "eos_token_id"}
 
 
 def token_dtype(vocab_size):
@@ -31,7 +32,8 @@ def pack_header(vocab_size, num_tokens):
 
 
 def open_tokens(path):
-    """Map a token file: (np.memmap of its ids, vocabulary size). ValueError when it is not one, or not all of one."""
+    """Map a token file: (np.memmap of its ids, vocabulary size). ValueError when it is not one, or
+    not all of one."""
     path = Path(path)
     again = f"delete {path.parent} and run `python data/prepare.py` again"
     if not path.is_file():
@@ -43,84 +45,107 @@ def open_tokens(path):
     _, version, itemsize, vocab_size, num_tokens = HEADER.unpack(header)
     dtype = token_dtype(vocab_size)
     if version != VERSION or itemsize != dtype.itemsize:
-        raise ValueError(f"{path} has format version {version} with {itemsize}-byte ids, not {VERSION}: {again}")
-    expected, found = HEADER.size + num_tokens * itemsize, path.stat().st_size
+        raise ValueError(f"{path} has format version {version} with {itemsize}-byte ids, not "
+                         f"{VERSION}: {again}")
+    found = path.stat().st_size
+    expected = HEADER.size + num_tokens * itemsize
     if found != expected:
-        raise ValueError(f"{path} has {found:,} bytes but {num_tokens:,} tokens need {expected:,}: {again}")
+        raise ValueError(f"{path} has {found:,} bytes but {num_tokens:,} tokens need "
+                         f"{expected:,}: {again}")
     if num_tokens == 0:
         raise ValueError(f"{path} holds no tokens: {again}")
-    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER.size, shape=(num_tokens,)), vocab_size
+    ids = np.memmap(path, dtype=dtype, mode="r", offset=HEADER.size, shape=(num_tokens,))
+    return ids, vocab_size
 
 
 def read_meta(folder):
-    """The dictionary in meta.json. FileNotFoundError when nothing was prepared here, ValueError when it is damaged."""
+    """The dictionary in meta.json. FileNotFoundError when nothing was prepared here, ValueError
+    when it is damaged."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no prepared data in {folder}: run `python data/prepare.py NAME_OR_PATH` first")
+        raise FileNotFoundError(f"no prepared data in {folder}: run `python data/prepare.py "
+                                "NAME_OR_PATH` first")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if missing := {"name", "vocab_size", "fingerprint", "mask_token_id", "eos_token_id"} - meta.keys():
+        missing = NEEDED_META - meta.keys()
+        if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if not all(meta["bytes"][split] > 0 and meta["tokens"][split] > 0 for split in SPLITS):
-            raise ValueError("a split is empty")
+        for split in SPLITS:
+            if not (meta["bytes"][split] > 0 and meta["tokens"][split] > 0):
+                raise ValueError("a split is empty")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        again = f"delete {folder} and run `python data/prepare.py` again"
-        raise ValueError(f"{path} is damaged ({error}): {again}") from None
+        raise ValueError(f"{path} is damaged ({error}): delete {folder} and run "
+                         "`python data/prepare.py` again") from None
     return meta
 
 
 class TokenDataset:
-    """A prepared data set: `train` and `val` (np.memmap of ids), `vocab_size`, `mask_token_id`, `eos_token_id`,
-    `fingerprint` (a hash of all ids: equal means the same data set) and `meta` (all of meta.json).
+    """A prepared data set: `train` and `val` (np.memmap of ids), `vocab_size`, `mask_token_id`,
+    `eos_token_id`, `fingerprint` (a hash of all ids: equal means the same data set) and `meta` (all
+    of meta.json).
 
-    Raises FileNotFoundError and ValueError for a folder that is missing, truncated or of another format.
+    Raises FileNotFoundError and ValueError for a folder that is missing, truncated or of another
+    format.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.meta = read_meta(folder)
         self.fingerprint = self.meta["fingerprint"]
-        self.mask_token_id, self.eos_token_id = self.meta["mask_token_id"], self.meta["eos_token_id"]
+        self.mask_token_id = self.meta["mask_token_id"]
+        self.eos_token_id = self.meta["eos_token_id"]
         for split in SPLITS:
             ids, self.vocab_size = open_tokens(self.folder / f"{split}.bin")
+            found = (len(ids), self.vocab_size)
             expected = (self.meta["tokens"][split], self.meta["vocab_size"])
-            if (len(ids), self.vocab_size) != expected:
-                raise ValueError(f"{folder}: {split}.bin and meta.json disagree on (tokens, vocabulary), "
-                                 f"{(len(ids), self.vocab_size)} against {expected}: delete it and prepare again")
+            if found != expected:
+                raise ValueError(f"{folder}: {split}.bin and meta.json disagree on (tokens, "
+                                 f"vocabulary), {found} against {expected}: delete it and prepare "
+                                 "again")
             setattr(self, split, ids)
 
     def bytes_per_token(self, split):
-        """UTF-8 bytes of text per token; nats per token / this / ln 2 = bits per byte. Separators count as 0 bytes."""
+        """UTF-8 bytes of text per token; nats per token / this / ln 2 = bits per byte. Separators
+        count as 0 bytes."""
         return self.meta["bytes"][split] / self.meta["tokens"][split]
 
     def batch(self, split, batch_size, seq_len, seed, step, rank=0, world_size=1):
-        """The windows that `rank` of `world_size` sees at `step`: int64 [B, T], the same for the same arguments.
+        """The windows that `rank` of `world_size` sees at `step`: int64 [B, T], the same for the
+        same arguments.
 
-        An epoch cuts the split, from a random offset, into windows of T tokens and visits them in a random order, each
-        once. No two ranks see the same window in a step, unless a step takes more windows than there are. With gradient
-        accumulation pass micro_step * world_size + rank as rank, and grad_accum * world_size as world_size.
-        Raises ValueError when the split is shorter than T.
+        An epoch cuts the split, from a random offset, into windows of T tokens and visits them in a
+        random order, each once. No two ranks see the same window in a step, unless a step takes
+        more windows than there are. With gradient accumulation pass micro_step * world_size + rank
+        as rank, and grad_accum * world_size as world_size. Raises ValueError when the split is
+        shorter than T.
         """
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank} but world_size {world_size}: pass the number of slices of a step")
+            raise ValueError(f"rank is {rank} but world_size {world_size}: pass the number of "
+                             "slices of a step")
         ids = self._long_enough(split, seq_len)
-        num_windows = max(1, (len(ids) - seq_len + 1) // seq_len)            # as many as fit for every offset below T
+        # As many windows as fit for every offset below T.
+        num_windows = max(1, (len(ids) - seq_len + 1) // seq_len)
         num_offsets = min(seq_len, len(ids) - num_windows * seq_len + 1)
-        epoch, step = divmod(step, max(1, num_windows // (batch_size * world_size)))   # no step spans two epochs
-        offset, order = _epoch_order(num_windows, num_offsets, (SPLITS.index(split), seed % 2**64, epoch))
+        steps_of_epoch = max(1, num_windows // (batch_size * world_size))
+        epoch, step = divmod(step, steps_of_epoch)      # no step spans two epochs
+        epoch_seed = (SPLITS.index(split), seed % 2**64, epoch)
+        offset, order = _epoch_order(num_windows, num_offsets, epoch_seed)
         first = (step * world_size + rank) * batch_size
-        starts = offset + seq_len * order[np.arange(first, first + batch_size) % num_windows]       # [B]
-        return torch.from_numpy(ids[starts[:, None] + np.arange(seq_len)].astype(np.int64))        # [B, T]
+        windows = order[np.arange(first, first + batch_size) % num_windows]             # [B]
+        positions = offset + seq_len * windows[:, None] + np.arange(seq_len)            # [B, T]
+        return torch.from_numpy(ids[positions].astype(np.int64))
 
     def windows(self, split, seq_len, max_tokens=None):
-        """Consecutive windows from the split's start, for evaluation: int64 [N, T], N * T <= max_tokens or N = 1."""
+        """Consecutive windows from the split's start, for evaluation: int64 [N, T], N * T <=
+        max_tokens or N = 1."""
         ids = self._long_enough(split, seq_len)
         n = len(ids) // seq_len
         if max_tokens is not None:
             n = max(1, min(n, max_tokens // seq_len))
-        return torch.from_numpy(ids[: n * seq_len].astype(np.int64)).view(n, seq_len)
+        return torch.from_numpy(ids[:n * seq_len].astype(np.int64)).view(n, seq_len)
 
     def _long_enough(self, split, seq_len):
+        """The ids of a split. ValueError if it has no sequence of this length."""
         if split not in SPLITS:
             raise ValueError(f"no split called {split!r}; there are train and val")
         ids = getattr(self, split)
@@ -132,6 +157,7 @@ class TokenDataset:
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(num_windows, num_offsets, seed):
-    """An epoch's first offset and the order of its windows: 8 bytes a window, under 1 % of the corpus, kept in RAM."""
+    """An epoch's first offset and the order of its windows: 8 bytes a window, under 1 % of the
+    corpus, kept in RAM."""
     rng = np.random.default_rng(seed)
     return int(rng.integers(num_offsets)), rng.permutation(num_windows)

@@ -1,2 +1,2 @@
-"""What eval.py stands on: a model that answers questions (evaluator.py), lm-eval that asks them (harness.py), and sets of hidden
-tokens that say much for few passes (designs.py)."""
+"""What eval.py stands on: log-likelihoods by few passes (likelihood.py), a model that answers
+questions (evaluator.py), and lm-eval that asks them (harness.py; tasks/ are ours, for off-line)."""

@@ -1,475 +1,173 @@
-"""The server of `sample.py --serve=PORT`: page.html, where one watches tokens unmask, and OpenAI's API, on 127.0.0.1 alone.
+"""The server of `sample.py --serve=PORT`: page.html, where one watches tokens unmask, and OpenAI's
+API, on 127.0.0.1 alone.
 
-    GET  /                      the page                        POST /generate               a run, step by step (server-sent events)
-    GET  /v1/models             the checkpoint                  POST /v1/completions, /v1/chat/completions
+    GET  /                      the page
+    GET  /v1/models             the checkpoint
+    POST /generate              a run for the page, step by step (server-sent events)
+    POST /v1/completions        OpenAI's API, see api.py
+    POST /v1/chat/completions
 
-Each connection has a thread; one more thread, the `Worker`, owns the model. Requests wait in its queue, and those with the same
-sampler settings share a batch, whatever their seeds. Besides OpenAI's fields a request may set the sampler's, SAMPLER_FIELDS, which mean
-what they do in sample.py. A `suffix`, or [MASK] in a prompt, asks for infilling.
+Each connection has a thread; one more thread, the `Worker`, owns the model.
 """
-import collections
 import contextlib
-import dataclasses
 import json
 import queue
-import secrets
 import select
 import socket
 import sys
 import threading
 import time
 import urllib.parse
-import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import torch
+from sampling.api import (
+    COMMON_FIELDS,
+    SAMPLER_FIELDS,
+    Completion,
+    answer_text,
+    check_names,
+    get,
+    make_job,
+    read_messages,
+    read_prompts,
+)
+from sampling.worker import MAX_QUEUE, Refusal, Worker
 
-from common import seed_for
-from sampling.sampler import GAP, Trace
-
-MAX_BATCH = 16              # rows in a forward pass; also the largest n times prompts of one request
-MAX_QUEUE = 64              # requests waiting; one more gets 429
 MAX_CONNECTIONS = 256       # threads; one more gets 429
 MAX_BODY = 2**20            # bytes of a request; more gets 413
-MAX_STEPS = 10_000
 IDLE = 30                   # seconds after which a silent connection is closed
 
-
-class Refusal(Exception):
-    """An answer other than 200, in OpenAI's shape."""
-
-    def __init__(self, status, message, param=None, code=None):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self):
-        kind = "rate_limit_error" if self.status == 429 else "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+# What the page may do in a browser: run its own script and style, ask this server, nothing else.
+PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+               "connect-src 'self'; img-src data:; frame-ancestors 'none'")
 
 
-# ---- the worker ----------------------------------------------------------------------------------------------------------------
-class Job:
-    """One request: sequences with one set of arguments. `events` receives the Trace's messages, if `watched`, and at last None."""
-
-    def __init__(self, sequences, arguments, gaps=False, watched=False, chat=False):
-        self.sequences, self.arguments, self.gaps, self.watched, self.chat = sequences, dict(arguments), gaps, watched, chat
-        seed = self.arguments.pop("seed")                           # one a row, so that a batch gives each what it gets alone
-        seed = secrets.randbits(62) if seed is None else seed
-        others = range(1, len(sequences))
-        self.seeds = [seed] + [seed_for("sequence of a request", seed, i) for i in others]
-        self.events, self.trace = queue.SimpleQueue(), None
-        self.result = self.error = None
-        self.cancelled = False                                      # set when the client has gone
-
-    def key(self):
-        """Jobs with equal keys may share a batch."""
-        return self.gaps, tuple(sorted(self.arguments.items()))
-
-
-class Cancelled(Exception):
-    pass
-
-
-class Worker(threading.Thread):
-    """The only thread that runs the model."""
-
-    def __init__(self, sampler, max_queue=MAX_QUEUE):
-        super().__init__(daemon=True)
-        self.sampler, self.max_queue, self.jobs, self.change = sampler, max_queue, collections.deque(), threading.Condition()
-        self.passes, self.batches, self.stopping = 0, 0, False
-
-    def submit(self, job):
-        """Raises Refusal, 429, when too many wait."""
-        with self.change:
-            if len(self.jobs) >= self.max_queue:
-                raise Refusal(429, f"{len(self.jobs)} requests are waiting already: try again later", code="overloaded")
-            self.jobs.append(job)
-            self.change.notify()
-
-    def stop(self):
-        """End after the current step: a thread inside torch must not outlive the interpreter."""
-        with self.change:
-            self.stopping = True
-            self.change.notify()
-        if self.is_alive():
-            self.join(10)
-
-    def run(self):
-        while batch := self.next_batch():
-            self.work(batch)
-
-    def next_batch(self):
-        """The oldest job and those behind it that fit to it, MAX_BATCH rows at most; None at the end."""
-        with self.change:
-            while not self.jobs and not self.stopping:
-                self.change.wait()
-            if self.stopping:
-                return None
-            batch, rows = [self.jobs.popleft()], 0
-            rows, key = len(batch[0].sequences), batch[0].key()
-            for job in list(self.jobs):
-                if job.key() == key and rows + len(job.sequences) <= MAX_BATCH:
-                    self.jobs.remove(job)
-                    batch.append(job)
-                    rows += len(job.sequences)
-            return batch
-
-    def work(self, batch):
-        """Run the jobs of a batch together; if that fails, each alone, so that a mistake in one is no other's trouble."""
-        batch = [job for job in batch if not job.cancelled]
-        if not batch:
-            return
-        ends = torch.tensor([len(job.sequences) for job in batch]).cumsum(0).tolist()
-        rows = [slice(end - len(job.sequences), end) for job, end in zip(batch, ends)]
-        for job in batch:
-            job.trace = Trace(self.sampler, job.arguments["remasking"], self.tell(job) if job.watched else None)
-
-        def on_step(step):
-            if self.stopping or all(job.cancelled for job in batch):
-                raise Cancelled
-            self.passes += 1
-            for job, part in zip(batch, rows):
-                job.trace.passes = step.number
-                if job.watched and not job.cancelled:
-                    job.trace(dataclasses.replace(step, **{f.name: value[part] for f in dataclasses.fields(step)
-                                                           if isinstance(value := getattr(step, f.name), torch.Tensor)}))
-
-        try:
-            sequences = [sequence for job in batch for sequence in job.sequences]
-            self.batches += 1
-            arguments = batch[0].arguments | {"seed": [seed for job in batch for seed in job.seeds]}
-            results = self.sampler.run(sequences, arguments, batch[0].gaps, on_step)
-            for job, part in zip(batch, rows):
-                job.result = results[part]
-        except Cancelled:
-            for job in batch:
-                job.error = Refusal(503, "the server is shutting down")
-        except Exception as error:  # noqa: BLE001  whatever it was, the next request must be answered
-            if len(batch) > 1:
-                for job in batch:
-                    self.work([job])
-                return
-            batch[0].error = Refusal(400, str(error)) if isinstance(error, ValueError) else Refusal(500, f"{type(error).__name__}: {error}")
-        for job in batch:
-            if job.watched and job.result is not None:
-                job.trace.finish()
-            job.events.put(None)
-
-    def tell(self, job):
-        def watch(trace, message):
-            if message.get("changes") != []:
-                # What is finished from the left on is what a stream of text can send; the canvas changes, so it is read here.
-                mask = self.sampler.mask_id
-                again = job.arguments["remask"]                     # then nothing is finished before the end
-                done = [[] if again else row[:row.index(mask)] if mask in row else row for row in trace.canvas]
-                job.events.put((message, done))
-            trace.messages.clear()                                  # nobody plays it again
-        return watch
-
-
-# ---- reading a request ---------------------------------------------------------------------------------------------------------
-SAMPLER_FIELDS = {"steps": int, "block_length": int, "temperature": float, "top_p": float, "top_k": int, "remasking": str, "alg_temp": float,
-                  "threshold": float, "factor": float, "entropy_bound": float, "remask": float, "remask_schedule": str, "suppress": str, "defer": str,
-                  "cache": str, "cfg_scale": float, "schedule": str, "seed": int}
-COMMON_FIELDS = {"model", "max_tokens", "n", "stop", "stream", "stream_options", "user", "metadata", "store", "service_tier", *SAMPLER_FIELDS}
-# OpenAI's fields that exist here with one value only, which clients may well send.
-NEUTRAL = {"frequency_penalty": (0,), "presence_penalty": (0,), "best_of": (1,), "logprobs": (False,), "logit_bias": ({},),
-           "tools": ([],), "functions": ([],), "response_format": ({"type": "text"},), "top_logprobs": (0,), "tool_choice": ("none", "auto"),
-           "parallel_tool_calls": (True, False), "modalities": (["text"],)}
-NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list", dict: "an object"}
-
-
-def get(body, name, kind, default=None):
-    """body[name], which must be of this kind; `default` where it is missing or null."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) and kind is not bool or not isinstance(value, (int, float) if kind is float else kind):
-        raise Refusal(400, f"{name} must be {NAMES[kind]}, got {json.dumps(value)[:80]}", name)
-    if kind is float and not abs(value) < 1e30:
-        raise Refusal(400, f"{name} is out of range", name)
-    return value
-
-
-def check_names(body, known):
-    for name, value in body.items():
-        if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-            raise Refusal(400, f"{name} is not supported here", name)
-        if name not in known and name not in NEUTRAL:
-            raise Refusal(400, f"unrecognized request argument: {name[:80]}", name[:80])
-
-
-def read_settings(body, settings):
-    """The sampler settings of a request: its own, and for the rest those that sample.py was started with."""
-    own = {name: get(body, name, kind) for name, kind in SAMPLER_FIELDS.items()}
-    own = {**settings, "seed": None, **{name: value for name, value in own.items() if value is not None}}
-    if own["steps"] > MAX_STEPS:
-        raise Refusal(400, f"steps must be at most {MAX_STEPS}, got {own['steps']}", "steps")
-    return {**own, "cache": "" if own["cache"] == "none" else own["cache"]}
-
-
-def read_stops(body):
-    stops = [body["stop"]] if isinstance(body.get("stop"), str) else get(body, "stop", list, [])
-    if len(stops) > 4 or not all(isinstance(stop, str) and stop for stop in stops):
-        raise Refusal(400, "stop must be a string or a list of up to four strings", "stop")
-    return stops
-
-
-def read_messages(body):
-    """[{"role": ..., "content": text}, ...] of a chat request; a content may be a list of text parts."""
-    messages = []
-    for message in get(body, "messages", list, []):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
-            raise Refusal(400, "each message needs a role: system, developer, user or assistant", "messages")
-        content = message.get("content")
-        if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            content = "".join(part["text"] for part in content)
-        if not isinstance(content, str):
-            raise Refusal(400, "the content of a message must be text", "messages")
-        messages.append({"role": "system" if message["role"] == "developer" else message["role"], "content": content})
-    if not messages:
-        raise Refusal(400, "messages must be a list of at least one message", "messages")
-    return messages
-
-
-def make_job(sampler, settings, body, prompts, chat=False, suffix="", watched=False):
-    """(Job, [(first, end) position of the answer in each row]) for prompts: texts or lists of tokens, each of them n times."""
-    own, n, asked = read_settings(body, settings), get(body, "n", int, 1), get(body, "max_tokens", int, settings["max_new_tokens"])
-    if n < 1 or asked < 0 or body.get("max_tokens") == 0:
-        raise Refusal(400, f"n and max_tokens must be at least 1, got {n} and {asked}", "n" if n < 1 else "max_tokens")
-    if n * len(prompts) > MAX_BATCH:
-        raise Refusal(400, f"{n * len(prompts)} answers asked for, {MAX_BATCH} are possible in one request", "n")
-    gaps = bool(suffix) or any(isinstance(prompt, str) and GAP.search(prompt) for prompt in prompts) and not chat
-    if gaps and not suffix:
-        rows = [sampler.encode_gaps(prompt if isinstance(prompt, str) else sampler.tokenizer.decode(prompt)) for prompt in prompts]
-        if longest := max((len(row) for row in rows if len(row) > sampler.config.max_len), default=0):
-            raise Refusal(400, f"{longest} tokens exceed the context of {sampler.config.max_len}", code="context_length_exceeded")
-        count, spans = max(row.count(sampler.mask_id) for row in rows), [(0, len(row)) for row in rows]
-    else:
-        rows = [prompt or list(sampler.start) if isinstance(prompt, list) else sampler.encode_prompt(prompt) for prompt in prompts]
-        after = sampler.tokenizer.encode(suffix) + sampler.tail if suffix else []
-        try:
-            count = min(sampler.fit(row + after, asked) for row in rows)
-        except ValueError as error:
-            raise Refusal(400, str(error), "max_tokens", "context_length_exceeded") from None
-        spans = [(len(row), len(row) + count) for row in rows]
-        rows = [row + [sampler.mask_id] * count + after for row in rows] if suffix else rows
-    if not body.get("block_length"):
-        own["block_length"] = min(own["block_length"], count)       # the server's own setting must not forbid short answers
-    arguments = sampler.arguments(count, own, gaps, chat)
-    job = Job([row for row in rows for _ in range(n)], arguments, gaps, watched, chat)
-    return job, [span for span in spans for _ in range(n)]
-
-
-def answer_text(sampler, tokens, stops, job, final=True):
-    """(text, tokens used, finish_reason or None) of the tokens of an answer, all of them or, not `final`, the first ones."""
-    if job.gaps:
-        text, used, ended = sampler.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens), True
-    else:
-        text, used, ended = sampler.decode(tokens, job.chat)
-    text, stopped = sampler.cut_at_special(tokens[:used + 1], text, stops)
-    ended = ended or stopped
-    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=-1)
-    if cut >= 0:
-        return text[:cut], used, "stop"
-    if not final and not ended:                                     # what may still change: half a character, half a stop string
-        text = text.rstrip("\ufffd")
-        text = text[:len(text) - max(map(len, stops), default=1) + 1]
-    return text, used, "stop" if ended else "length" if final else None
-
-
-# ---- HTTP ----------------------------------------------------------------------------------------------------------------------
 class Handler(BaseHTTPRequestHandler):
+    """A connection: one request after the other."""
     protocol_version = "HTTP/1.1"
     timeout = IDLE
 
     def do_GET(self):
-        self.answer({"/": self.page, "/v1/models": self.models}, {"/generate", "/v1/completions", "/v1/chat/completions"})
+        self.answer()
 
     def do_POST(self):
-        self.answer({"/generate": self.generate, "/v1/completions": self.completions, "/v1/chat/completions": self.chat_completions},
-                    {"/", "/v1/models"})
+        self.answer()
 
-    def answer(self, routes, other_method):
-        self.body_read, self.begun = self.command == "GET", False
+    def answer(self):
+        self.body_read = self.command == "GET"          # there is nothing (left) to read
+        self.begun = False                              # a stream of events has been begun
         try:
             self.check_origin()
-            path = urllib.parse.unquote(self.path.partition("?")[0])
-            if path in routes:
-                routes[path]()
-            elif path.startswith("/v1/models/") and self.command == "GET":
-                self.models(path.removeprefix("/v1/models/"))
-            else:
-                raise Refusal(405 if path in other_method else 404, f"{self.command} {path[:200]} is nothing that this server knows")
+            self.find_route()()
         except Refusal as refusal:
             self.refuse(refusal)
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             self.close_connection = True
-        except TimeoutError:
-            self.close_connection = True
-        except ValueError as error:                                 # a text that cannot be encoded, a chat template that fails...
+        except ValueError as error:     # a text that cannot be encoded, a template that fails...
             self.refuse(Refusal(400, str(error)))
 
+    def find_route(self):
+        """The method that answers this request. Raises Refusal."""
+        readers = {"/": self.page, "/v1/models": self.models}
+        writers = {"/generate": self.generate, "/v1/completions": self.completions,
+                   "/v1/chat/completions": self.chat_completions}
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        routes = readers if self.command == "GET" else writers
+        if path in routes:
+            return routes[path]
+        if path.startswith("/v1/models/") and self.command == "GET":
+            return self.model
+        status = 405 if path in readers or path in writers else 404
+        raise Refusal(status, f"{self.command} {path[:200]} is nothing that this server knows")
+
     def check_origin(self):
-        """Other web sites must not reach this server through their visitors' browsers (DNS rebinding, cross-site requests)."""
-        origin = self.headers.get("Origin")
-        for value in (f"//{self.headers.get('Host', '')}", *([origin] if origin is not None else [])):
+        """Other web sites must not reach this server through their visitors' browsers (DNS
+        rebinding, cross-site requests)."""
+        addresses = [f"//{self.headers.get('Host', '')}"]
+        if self.headers.get("Origin") is not None:
+            addresses.append(self.headers["Origin"])
+        for address in addresses:
             try:
-                host = urllib.parse.urlsplit(value).hostname
+                host = urllib.parse.urlsplit(address).hostname
             except ValueError:
                 host = None
             if host not in ("127.0.0.1", "localhost", "::1"):
                 raise Refusal(403, "this server answers its own machine only: use http://127.0.0.1")
 
-    def send(self, status, kind, content, **headers):
-        if not self.body_read:
-            self.close_connection = True                            # what follows on this connection is not a request
-        self.send_response(status)
-        headers = {"Content-Type": kind, "Content-Length": len(content), "X-Content-Type-Options": "nosniff", **headers}
-        if self.close_connection:
-            headers["Connection"] = "close"
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def send_json(self, value, status=200, **headers):
-        self.send(status, "application/json", json.dumps(value).encode(), **headers)
-
-    def refuse(self, refusal):
-        try:
-            if self.begun:                                          # in the middle of a stream
-                self.event(refusal.body())
-                return
-            if not self.body_read:
-                self.drain()
-            self.send_json(refusal.body(), refusal.status, **({"Retry_After": 1} if refusal.status == 429 else {}))
-        except OSError:
-            self.close_connection = True
-
-    def send_error(self, code, message=None, explain=None):
-        """What the base class calls for a malformed request."""
-        self.body_read, self.begun = True, False
-        self.close_connection = True
-        self.refuse(Refusal(code, message or "bad request"))
-
-    def log_message(self, *_):
-        pass
-
-    def read_body(self):
-        """The JSON object that was posted."""
-        length = self.headers.get("Content-Length", "")
-        if not length or self.headers.get("Transfer-Encoding"):
-            raise Refusal(411, "send the body with a Content-Length")
-        if not length.isascii() or not length.isdigit():
-            raise Refusal(400, "the Content-Length is not a number")
-        if len(length) > 12 or int(length) > MAX_BODY:
-            raise Refusal(413, f"the body is longer than {MAX_BODY} bytes")
-        data = self.rfile.read(int(length))
-        self.body_read = len(data) == int(length)
-        try:
-            body = json.loads(data.decode("utf-8"), parse_constant=lambda name: {}[name])           # no NaN, no Infinity
-        except (ValueError, KeyError, RecursionError):
-            raise Refusal(400, "the body is not valid JSON in UTF-8") from None
-        if not isinstance(body, dict):
-            raise Refusal(400, "the body must be a JSON object")
-        return body
-
-    def drain(self):
-        """Read on a little, so that a client that is still sending sees the refusal and not a broken pipe."""
-        length = self.headers.get("Content-Length", "")
-        left = min(int(length), 2**26) if length.isascii() and length.isdigit() and len(length) <= 12 else 0
-        while left > 0 and (part := self.rfile.read(min(left, 2**16))):
-            left -= len(part)
-
-    # ---------------------------------------------------------------- what it serves
+    # ------------------------------------------------------------------------ what it serves
 
     def page(self):
-        csp = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; frame-ancestors 'none'"
-        self.send(200, "text/html; charset=utf-8", self.server.page, Content_Security_Policy=csp, Cache_Control="no-store")
+        self.send(200, "text/html; charset=utf-8", self.server.page,
+                  {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store"})
 
-    def models(self, name=None):
-        model = {"id": self.server.sampler.name, "object": "model", "created": self.server.created, "owned_by": "unmask"}
-        if name is not None and name != model["id"]:
-            raise Refusal(404, f"there is no model {name[:200]!r} here, only {model['id']!r}", "model", "model_not_found")
-        self.send_json({"object": "list", "data": [model]} if name is None else model)
+    def models(self):
+        self.send_json({"object": "list", "data": [self.describe_model()]})
+
+    def model(self):
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        name, known = path.removeprefix("/v1/models/"), self.server.sampler.name
+        if name != known:
+            raise Refusal(404, f"there is no model {name[:200]!r} here, only {known!r}", "model",
+                          "model_not_found")
+        self.send_json(self.describe_model())
+
+    def describe_model(self):
+        return {"id": self.server.sampler.name, "object": "model", "created": self.server.created,
+                "owned_by": "unmask"}
 
     def generate(self):
         """A run for the page: the messages of its Trace, then {"report": ..., "texts": [...]}."""
         body, sampler = self.read_body(), self.server.sampler
         check_names(body, {"prompt", "chat", "max_tokens", "n", *SAMPLER_FIELDS})
         prompt, chat = get(body, "prompt", str, ""), get(body, "chat", bool, False)
-        prompt = sampler.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
+        if chat:
+            prompt = sampler.encode_chat([{"role": "user", "content": prompt}])
         job, spans = make_job(sampler, self.server.settings, body, [prompt], chat, watched=True)
         for message, _ in self.follow(job):
             self.event(message)
-        texts = [answer_text(sampler, row[first:end], [], job)[0] for row, (first, end) in zip(job.result, spans)]
-        count = sum(row.count(sampler.mask_id) for row in job.sequences) or sum(map(len, job.result)) - sum(map(len, job.sequences))
-        self.event({"report": job.trace.report(count), "texts": texts})
+        texts = []
+        for row, (first, end) in zip(job.result, spans):
+            texts.append(answer_text(sampler, row[first:end], [], job)[0])
+        if job.gaps:
+            new_tokens = sum(row.count(sampler.mask_id) for row in job.sequences)
+        else:
+            new_tokens = sum(map(len, job.result)) - sum(map(len, job.sequences))
+        self.event({"report": job.trace.report(new_tokens), "texts": texts})
 
     def completions(self):
         body, sampler = self.read_body(), self.server.sampler
         check_names(body, {"prompt", "suffix", "echo", *COMMON_FIELDS})
-        prompts = body.get("prompt")
-        prompts = [""] if prompts is None else prompts if isinstance(prompts, list) and any(isinstance(p, str | list) for p in prompts) else [prompts]
+        prompts, before = read_prompts(sampler, body), []
         for prompt in prompts:
-            is_tokens = isinstance(prompt, list) and all(type(token) is int and 0 <= token < sampler.config.vocab_size for token in prompt)
-            if not (isinstance(prompt, str) or is_tokens):
-                raise Refusal(400, "prompt must be a text, a list of tokens, or a list of such", "prompt")
-        before = [""] * len(prompts)
-        if get(body, "echo", bool, False):
-            before = [prompt if isinstance(prompt, str) else sampler.tokenizer.decode(prompt) for prompt in prompts]
-        self.complete(body, prompts, before, suffix=get(body, "suffix", str, ""))
+            text = prompt if isinstance(prompt, str) else sampler.tokenizer.decode(prompt)
+            before.append(text if get(body, "echo", bool, False) else "")
+        self.complete(Completion(sampler, self.server.settings, body, prompts, before,
+                                 suffix=get(body, "suffix", str, "")))
 
     def chat_completions(self):
-        body = self.read_body()
+        body, sampler = self.read_body(), self.server.sampler
         check_names(body, {"messages", "max_completion_tokens", *COMMON_FIELDS})
         if body.get("max_completion_tokens") is not None:
             body["max_tokens"] = body["max_completion_tokens"]
-        self.complete(body, [self.server.sampler.encode_chat(read_messages(body))], [""], chat=True)
+        prompt = sampler.encode_chat(read_messages(body))
+        self.complete(Completion(sampler, self.server.settings, body, [prompt], [""], chat=True))
 
-    def complete(self, body, prompts, before, chat=False, suffix=""):
-        """Answer in OpenAI's shape: whole, or with `stream` as the text is finished from the left on."""
-        sampler, stream, stops = self.server.sampler, get(body, "stream", bool, False), read_stops(body)
-        include_usage = get(get(body, "stream_options", dict, {}), "include_usage", bool, False)
-        get(body, "model", str)                                     # any name will do: there is one model
-        job, spans = make_job(sampler, self.server.settings, body, prompts, chat, suffix, watched=stream)
-        before = [text for text in before for _ in range(len(spans) // len(before))]
-        head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}", "created": int(time.time()), "model": sampler.name,
-                "object": ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"}
-
-        def choice(index, text, reason, first=False):
-            content = {"text": text} if not chat else {"delta": {**({"role": "assistant"} if first else {}), **({"content": text} if text or first else {})}}
-            return {"index": index, **content, "logprobs": None, "finish_reason": reason}
-
-        sent = [""] * len(spans)
-        for message, done in self.follow(job, stream):
-            if message.get("rows") is not None:
-                for i, text in enumerate(before):
-                    self.event({**head, "choices": [choice(i, text, None, first=True)]})
-            for i, (first, end) in enumerate(spans):
-                text = answer_text(sampler, done[i][first:end], stops, job, final=False)[0]
-                if len(text) > len(sent[i]) and text.startswith(sent[i]):
-                    self.event({**head, "choices": [choice(i, text[len(sent[i]):], None)]})
-                    sent[i] = text
-        answers = [answer_text(sampler, row[first:end], stops, job) for row, (first, end) in zip(job.result, spans)]
-        given, used = sum(first for first, _ in spans[::len(spans) // len(prompts)]), sum(count for _, count, _ in answers)
-        usage = {"prompt_tokens": given, "completion_tokens": used, "total_tokens": given + used}
-        if stream:
-            for i, (text, _, reason) in enumerate(answers):
-                self.event({**head, "choices": [choice(i, text.removeprefix(sent[i]) if text.startswith(sent[i]) else "", reason)]})
-            if include_usage:
-                self.event({**head, "choices": [], "usage": usage})
-            self.wfile.write(b"data: [DONE]\n\n")
+    def complete(self, completion):
+        """Answer whole, or with `stream` in events."""
+        for event in self.follow(completion.job):       # none if it is not watched
+            for chunk in completion.chunks(*event):
+                self.event(chunk)
+        if not completion.stream:
+            self.send_json(completion.whole())
             return
-        choices = [{"index": i, "text": text + answer, "logprobs": None, "finish_reason": reason} if not chat else
-                   {"index": i, "message": {"role": "assistant", "content": answer}, "logprobs": None, "finish_reason": reason}
-                   for i, (text, (answer, _, reason)) in enumerate(zip(before, answers))]
-        self.send_json({**head, "choices": choices, "usage": usage})
+        for chunk in completion.last_chunks():
+            self.event(chunk)
+        self.wfile.write(b"data: [DONE]\n\n")
 
-    def follow(self, job, stream=True):
-        """Submit the job and yield its events until it is done. Raises its Refusal; a client that has gone cancels it."""
+    def follow(self, job):
+        """Submit the job and yield its events until it is done. Raises its Refusal; a client that
+        has gone cancels it."""
         self.server.worker.submit(job)
         try:
             while True:
@@ -483,20 +181,74 @@ class Handler(BaseHTTPRequestHandler):
             if job.error:
                 raise job.error
         finally:
-            job.cancelled = True                                    # done, or nobody listens any more
-        if stream and not self.begun:
-            self.begin_stream()
+            job.cancelled = True                        # done, or nobody listens any more
 
     def client_has_gone(self):
         readable, _, _ = select.select([self.connection], [], [], 0)
         return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
 
-    def begin_stream(self):
-        self.begun = self.close_connection = True
-        self.send_response(200)
-        for name, value in (("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store"), ("Connection", "close")):
+    # ------------------------------------------------------------------------ HTTP: reading
+
+    def read_body(self):
+        """The JSON object that was posted. Raises Refusal."""
+        length = self.headers.get("Content-Length", "")
+        if not length or self.headers.get("Transfer-Encoding"):
+            raise Refusal(411, "send the body with a Content-Length")
+        if not length.isascii() or not length.isdigit():
+            raise Refusal(400, "the Content-Length is not a number")
+        if len(length) > 12 or int(length) > MAX_BODY:
+            raise Refusal(413, f"the body is longer than {MAX_BODY} bytes")
+        data = self.rfile.read(int(length))
+        self.body_read = len(data) == int(length)
+        try:
+            body = json.loads(data.decode("utf-8"), parse_constant=refuse_constant)
+        except (ValueError, RecursionError):
+            raise Refusal(400, "the body is not valid JSON in UTF-8") from None
+        if not isinstance(body, dict):
+            raise Refusal(400, "the body must be a JSON object")
+        return body
+
+    def drain(self):
+        """Read on a little, so that a client that is still sending sees the refusal and not a
+        broken pipe."""
+        length, left = self.headers.get("Content-Length", ""), 0
+        if length.isascii() and length.isdigit() and len(length) <= 12:
+            left = min(int(length), 2**26)
+        while left > 0:
+            part = self.rfile.read(min(left, 2**16))
+            if not part:
+                break
+            left -= len(part)
+
+    # ------------------------------------------------------------------------ HTTP: writing
+
+    def send(self, status, kind, content, headers=()):
+        if not self.body_read:
+            self.close_connection = True                # what follows here is not a request
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": str(len(content)),
+                   "X-Content-Type-Options": "nosniff", **dict(headers)}
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
+        self.wfile.write(content)
+
+    def send_json(self, value, status=200, headers=()):
+        self.send(status, "application/json", json.dumps(value).encode(), headers)
+
+    def refuse(self, refusal):
+        try:
+            if self.begun:                              # in the middle of a stream
+                self.event(refusal.body())
+                return
+            if not self.body_read:
+                self.drain()
+            headers = {"Retry-After": "1"} if refusal.status == 429 else {}
+            self.send_json(refusal.body(), refusal.status, headers)
+        except OSError:
+            self.close_connection = True
 
     def event(self, value):
         """One server-sent event."""
@@ -504,9 +256,31 @@ class Handler(BaseHTTPRequestHandler):
             self.begin_stream()
         self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
+    def begin_stream(self):
+        self.begun = self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    def send_error(self, code, message=None, explain=None):
+        """What the base class calls for a malformed request."""
+        self.body_read, self.begun = True, False
+        self.close_connection = True
+        self.refuse(Refusal(code, message or "bad request"))
+
+    def log_message(self, *_):
+        """The base class would write a line for each request."""
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")             # NaN, Infinity
+
 
 class Server(ThreadingHTTPServer):
-    """`Server(sampler, settings, port).serve_forever()`; port 0 takes a free one, `server_port` says which."""
+    """`Server(sampler, settings, port).serve_forever()`; port 0 takes a free one, `server_port`
+    says which."""
     daemon_threads = True
     request_queue_size = 128
 
@@ -518,15 +292,18 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
-            raise OSError(f"port {port} cannot be used ({error.strerror}): choose another with --serve=...") from None
+            raise OSError(f"port {port} cannot be used ({error.strerror}): choose another with "
+                          "--serve=...") from None
         self.worker.start()
 
     def process_request(self, request, client_address):
+        """Begin a thread for a connection, unless there are too many."""
         if self.slots.acquire(blocking=False):
             return super().process_request(request, client_address)
-        body = json.dumps(Refusal(429, "too many connections").body()).encode()
-        request.sendall(b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\nConnection: close\r\n"
-                        b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        body = json.dumps(Refusal(429, "too many connections").body())
+        request.sendall("\r\n".join((
+            "HTTP/1.1 429 Too Many Requests", "Content-Type: application/json",
+            "Connection: close", f"Content-Length: {len(body)}", "", body)).encode())
         self.shutdown_request(request)
 
     def process_request_thread(self, request, client_address):
@@ -536,7 +313,8 @@ class Server(ThreadingHTTPServer):
             self.slots.release()
 
     def handle_error(self, request, client_address):
-        """A connection that breaks is the client's affair; anything else is a fault of ours that must be seen."""
+        """A connection that breaks is the client's affair; anything else is a fault of ours that
+        must be seen."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -546,13 +324,14 @@ class Server(ThreadingHTTPServer):
 
 
 def serve_forever(sampler, settings):
-    """Serve on port settings["serve"] until Ctrl-C."""
+    """Serve on port settings["serve"] until Ctrl-C. Raises ValueError, OSError."""
     port = settings["serve"]
     if not 1 <= port <= 65535:
         raise ValueError(f"serve must be a port between 1 and 65535, got {port}")
     try:
         with Server(sampler, settings, port) as server:
-            print(f"http://127.0.0.1:{port} for the page, http://127.0.0.1:{port}/v1 for OpenAI's clients; Ctrl-C stops", flush=True)
+            print(f"http://127.0.0.1:{port} for the page, http://127.0.0.1:{port}/v1 for OpenAI's "
+                  "clients; Ctrl-C stops", flush=True)
             server.serve_forever()
     except KeyboardInterrupt:
         print("\nstopped")

@@ -1,8 +1,11 @@
-"""Run the repository's scripts as a user does, each in a process of its own, without paying for `import torch` every time.
+"""Run the repository's scripts as a user does, each in a process of its own, without paying for
+`import torch` every time.
 
-A server imports torch once and is forked for every run (multiprocessing's forkserver). The script runs from its file, as
-__main__; its signals, files, streams and exit status are those of a real process.
+A server imports torch once and is forked for every run (multiprocessing's forkserver). The script
+runs from its file, as __main__; its signals, files, streams and exit status are those of a real
+process.
 """
+
 import multiprocessing
 import os
 import runpy
@@ -16,13 +19,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "matplotlib.figure", "tokenizers", "diffusion",
-                               "data.prepare", "data.checkpoints", "lm_eval.evaluator", "scripts"])
+_forks.set_forkserver_preload(
+    [
+        "torch",
+        "torch._dynamo",
+        "torch.distributed",
+        "torch.nn.parallel",
+        "matplotlib.figure",
+        "tokenizers",
+        "diffusion",
+        "data.prepare",
+        "pretrained.load",
+        "lm_eval.evaluator",
+        "scripts",
+    ]
+)
 
 
 @dataclass
 class Result:
-    status: int         # of exit; -9 after a kill
+    status: int  # of exit; -9 after a kill
     out: str
     err: str
 
@@ -30,15 +46,24 @@ class Result:
 class Script:
     """A script at work: `Script("train_scratch.py", "--seed=1").wait()`.
 
-    before: a function that the process calls first, to do some damage. environment: variables on top of this process's.
+    before: a function that the process calls first, to do some damage. environment: variables on
+    top of this process's.
     """
 
     def __init__(self, script, *arguments, environment=None, before=None):
-        descriptors, self.paths = zip(*(tempfile.mkstemp(prefix=f"unmask-{name}-") for name in ("out", "err")))
+        descriptors, self.paths = zip(
+            *(tempfile.mkstemp(prefix=f"unmask-{name}-") for name in ("out", "err"))
+        )
         for descriptor in descriptors:
             os.close(descriptor)
-        variables = {name: value for name, value in os.environ.items() if name.startswith("UNMASK")} | (environment or {})
-        self.process = _forks.Process(target=_main, args=(str(ROOT / script), arguments, self.paths, variables, before), daemon=True)
+        variables = {
+            name: value for name, value in os.environ.items() if name.startswith("UNMASK")
+        } | (environment or {})
+        self.process = _forks.Process(
+            target=_main,
+            args=(str(ROOT / script), arguments, self.paths, variables, before),
+            daemon=True,
+        )
         self.process.start()
 
     def wait(self, seconds=120):
@@ -47,7 +72,10 @@ class Script:
         status = self.process.exitcode
         self.process.kill()
         self.process.join()
-        result = Result(status, *(Path(path).read_bytes().decode("utf-8", errors="replace") for path in self.paths))
+        result = Result(
+            status,
+            *(Path(path).read_bytes().decode("utf-8", errors="replace") for path in self.paths),
+        )
         for path in self.paths:
             os.unlink(path)
         if status is None:
@@ -81,17 +109,33 @@ def free_port():
 
 def run_parallel(world_size, script, *arguments, before=None):
     """The Results of all ranks, in the environment that torchrun makes."""
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
-    ranks = [Script(script, *arguments, environment=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, before=before) for r in range(world_size)]
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world_size),
+    }
+    ranks = [
+        Script(
+            script,
+            *arguments,
+            environment=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            before=before,
+        )
+        for r in range(world_size)
+    ]
     return [script.wait() for script in ranks]
 
 
 def _main(path, arguments, streams, environment, before):
     for stream, file in zip((1, 2), streams):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", closefd=False) for stream in (1, 2))
-    signal.signal(signal.SIGINT, signal.default_int_handler)        # the server ignores it
-    multiprocessing.set_start_method("fork", force=True)            # what a process started by a user has: tqdm makes a lock with it
+    sys.stdout, sys.stderr = (
+        open(stream, "w", buffering=1, encoding="utf-8", closefd=False) for stream in (1, 2)
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # what a process started by a user has: tqdm makes a lock with it
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv, sys.path[0] = [path, *arguments], str(ROOT)
@@ -103,7 +147,7 @@ def _main(path, arguments, streams, environment, before):
     except SystemExit as error:
         status = error.code if type(error.code) is int else 0 if error.code is None else 1
     except BaseException:
-        sys.excepthook(*sys.exc_info())                             # as the interpreter would; multiprocessing does not
+        sys.excepthook(*sys.exc_info())  # as the interpreter would; multiprocessing does not
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()

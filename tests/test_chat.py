@@ -1,4 +1,5 @@
-"""Conversations: where their responses are, how they are stored, what a batch of them looks like, and what is wrong with some."""
+"""Conversations: where their responses are, how they are stored, what a batch of them looks like,
+and what is wrong with some."""
 import itertools
 import json
 import os
@@ -10,19 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from data import chat as chat_module
-from data.chat import ChatDataset, encode_rendered, is_chat, prepare_chat, render
-from data.prepare import VAL_FRACTION, docstrings, prepare, split_by_hash
+from data import chat_sets
+from data import prepare as prepare_module
+from data.chat import ChatDataset, encode_rendered, is_chat, open_dataset, render
+from data.files import VAL_FRACTION, split_by_hash
+from data.prepare import prepare, prepare_chat
+from data.python_docs import docstrings
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
-from diffusion import _corrupt, _loss, mask_tokens, mdlm_loss, nelbo
+from diffusion import corrupt, mask_tokens, mdlm_loss, nelbo, weighted_nll
 from model import Config, Transformer
 
 USER, ASSISTANT, SYSTEM = ({"role": role} for role in ("user", "assistant", "system"))
-TALK = [SYSTEM | {"content": "Be brief."}, USER | {"content": "One?"}, ASSISTANT | {"content": "1"}, USER | {"content": "Two?"}, ASSISTANT | {"content": "2"}]
+TALK = [SYSTEM | {"content": "Be brief."}, USER | {"content": "One?"}, ASSISTANT | {"content": "1"},
+        USER | {"content": "Two?"}, ASSISTANT | {"content": "2"}]
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n"
+                            for row in rows), encoding="utf-8")
     return path
 
 
@@ -33,64 +39,97 @@ def pair(number, length=3):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """A prepared set of 100 conversations whose answers have 10 to 109 bytes, a byte a token."""
-    path = write(tmp_path_factory.mktemp("chat") / "many.jsonl", *(pair(number, number) for number in range(100)))
+    path = write(tmp_path_factory.mktemp("chat") / "many.jsonl",
+                 *(pair(number, number) for number in range(100)))
     return prepare_chat(path, "byte")
+
+
+def tiny(**config):
+    """A model over bytes and our special tokens."""
+    sizes = {"vocab_size": 260, "dim": 16, "n_layers": 2, "n_heads": 2, "max_len": 256}
+    return Transformer(Config(**{**sizes, "mask_token_id": 257, **config})).init_weights()
 
 
 def texts(folder, split):
     """[(what is given, what is a response, as text)] of each conversation of one turn."""
     data, tokenizer = ChatDataset(folder, 2**20), Tokenizer.from_pretrained(folder)
-    return [tuple(tokenizer.decode(part) for part in data.prompt(split, n)) for n in range(data.examples[split])]
+    return [tuple(tokenizer.decode(part) for part in data.prompt(split, n))
+            for n in range(data.examples[split])]
 
 
-# ---------------------------------------------------------------- data sets
+# --------------------------------------------------------------------------------------------------
+# Data sets
+
 
 def test_pydocs_chat(prepared_data):
-    """Every docstring is an answer, its question names the signature, and the held-out ones are those of pydocs."""
+    """Every docstring is an answer, its question names the signature, and the held-out ones are
+    those of pydocs."""
     folder = prepare("pydocs_chat", "byte")
     train, val = texts(folder, "train"), texts(folder, "val")
     known = dict((text, signature) for signature, text in docstrings())
     for given, answer in train + val:
-        assert known[answer.removesuffix("<|im_end|>\n")] in given and given.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert known[answer.removesuffix("<|im_end|>\n")] in given
+        assert given.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert len(train) + len(val) == len(known) and 0.07 < len(val) / len(known) < 0.13
-    assert len({given.splitlines()[1].partition(" ")[0] for given, _ in val}) >= 3             # asked in several ways
-    in_pydocs = split_by_hash((f"{signature}\n{text}" for text, signature in known.items()), VAL_FRACTION)
+    first_words = {given.splitlines()[1].partition(" ")[0] for given, _ in val}
+    assert len(first_words) >= 3                                    # asked in several ways
+    documents = [f"{signature}\n{text}" for text, signature in known.items()]
+    in_pydocs = split_by_hash(documents, VAL_FRACTION)
     held_out = {document for split, document in in_pydocs if split == "val" and document}
-    assert {f"{known[text]}\n{text}" for text in (answer.removesuffix("<|im_end|>\n") for _, answer in val)} == held_out
+    answers = [answer.removesuffix("<|im_end|>\n") for _, answer in val]
+    assert {f"{known[answer]}\n{answer}" for answer in answers} == held_out
 
 
 def test_jsonl_files_and_mixtures(tmp_path):
     a = write(tmp_path / "a.jsonl", *map(pair, range(40)))
-    b = write(tmp_path / "b.jsonl", {"messages": TALK}, "", {"messages": TALK[:2]}, *(pair(n) for n in range(40, 60)))
-    assert is_chat(a) and is_chat(f"{b}[train:3]+{a}") and is_chat("tulu3[train:5]+smoltalk") and not is_chat("pydocs") and not is_chat(tmp_path)
+    b = write(tmp_path / "b.jsonl", {"messages": TALK}, "", {"messages": TALK[:2]},
+              *(pair(n) for n in range(40, 60)))
+    assert is_chat(a) and is_chat(f"{b}[train:3]+{a}") and is_chat("tulu3[train:5]+smoltalk")
+    assert not is_chat("pydocs") and not is_chat(tmp_path)
     whole = prepare(a, "byte", root=tmp_path / "p")
-    assert len(texts(whole, "train")) + len(texts(whole, "val")) == 40 and not set(texts(whole, "train")) & set(texts(whole, "val"))
+    train, val = texts(whole, "train"), texts(whole, "val")
+    assert len(train) + len(val) == 40 and not set(train) & set(val)
     mixed = prepare_chat(f"{a}[train:7]+{b}", "byte", tmp_path / "p")
     data = ChatDataset(mixed, 1000)
     assert data.meta["left_out"] == {"it has no response": 1}
-    assert texts(mixed, "train")[:7] == texts(whole, "train")[:7] and texts(mixed, "train")[7] not in texts(whole, "train")
-    few = prepare_chat(write(tmp_path / "few.jsonl", pair(1), pair(2)), "byte", tmp_path / "p")     # one for each split, whatever the hashes
+    assert texts(mixed, "train")[:7] == train[:7] and texts(mixed, "train")[7] not in train
+    # one for each split, whatever the hashes
+    few = prepare_chat(write(tmp_path / "few.jsonl", pair(1), pair(2)), "byte", tmp_path / "p")
     assert len(texts(few, "train")) == len(texts(few, "val")) == 1
     assert prepare_chat(a, "byte", tmp_path / "p") == whole
 
 
 def test_the_hub_is_streamed(tmp_path, monkeypatch):
-    """The published sets, each in the form of its rows. What is no conversation is left out and counted."""
-    rows = {"tatsu-lab/alpaca": [{"instruction": f"do {n}", "input": "this" * (n % 2), "output": f"done {n}"} for n in range(3000)],
-            "allenai/tulu-3-sft-mixture": [{"messages": [USER | {"content": f"q{n}"}, ASSISTANT | {"content": f"a{n}"}]} for n in range(2000)] + [
-                {"messages": [{"role": "tool", "content": "x"}]}, {"messages": [USER | {"content": None}]}],
-            "OpenCoder-LLM/opc-sft-stage1": [{"instruction": "i", "output": f"java {n}"} for n in range(9)],
-            "OpenCoder-LLM/opc-sft-stage2": [{"instruction": "i", "output": f"python {n}"} for n in range(9)]}
-    monkeypatch.setattr(chat_module, "stream_rows", lambda repository, **options: iter(rows[repository]))
+    """The published sets, each in the form of its rows. What is no conversation is left out and
+    counted."""
+    alpaca = [{"instruction": f"do {n}", "input": "this" * (n % 2), "output": f"done {n}"}
+              for n in range(3000)]
+    tulu = [{"messages": [USER | {"content": f"q{n}"}, ASSISTANT | {"content": f"a{n}"}]}
+            for n in range(2000)]
+    tulu += [{"messages": [{"role": "tool", "content": "x"}]},
+             {"messages": [USER | {"content": None}]}]
+    rows = {"tatsu-lab/alpaca": alpaca,
+            "allenai/tulu-3-sft-mixture": tulu,
+            "OpenCoder-LLM/opc-sft-stage1": [{"instruction": "i", "output": f"java {n}"}
+                                             for n in range(9)],
+            "OpenCoder-LLM/opc-sft-stage2": [{"instruction": "i", "output": f"python {n}"}
+                                             for n in range(9)]}
+
+    def stream_rows(repository, **options):
+        return iter(rows[repository])
+
+    monkeypatch.setattr(chat_sets, "stream_rows", stream_rows)
     folder = prepare_chat("alpaca[train:50]+tulu3", "byte", tmp_path)
     train = texts(folder, "train")
-    assert sum("do " in given for given, _ in train) == 50 and train[0][0].endswith("user\ndo 0<|im_end|>\n<|im_start|>assistant\n")
+    assert sum("do " in given for given, _ in train) == 50
+    assert train[0][0].endswith("user\ndo 0<|im_end|>\n<|im_start|>assistant\n")
     assert "do 1\n\nthis" in train[1][0] and train[1][1] == "done 1<|im_end|>\n"
     data, tokenizer = ChatDataset(folder, 99), Tokenizer.from_pretrained(folder)
     assert sum(data.meta["left_out"].values()) == 2
-    few = [tokenizer.decode(row) for row in data.val_batch(4).tokens]                           # from all over the mixture
-    assert len(few) == 4 and any("user\ndo" in text for text in few) and any("user\nq" in text for text in few)
-    assert len(list(chat_module.opc())) == 4 * 9
+    few = [tokenizer.decode(row) for row in data.val_batch(4).tokens]  # from all over the mixture
+    assert len(few) == 4 and any("user\ndo" in text for text in few)
+    assert any("user\nq" in text for text in few)
+    assert len(list(chat_sets.opc())) == 4 * 9
 
 
 def test_off_line(tmp_path, monkeypatch):
@@ -107,39 +146,53 @@ def test_off_line(tmp_path, monkeypatch):
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "talk.jsonl", *map(pair, range(20)))
-    said = lambda *arguments: subprocess.run([sys.executable, chat_module.text_sets.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path,  # noqa: E731
-                                             env=os.environ | {"UNMASK_DATA": str(tmp_path / "p")})
-    result = said("talk.jsonl", "--tokenizer=byte")
-    assert result.returncode == 0 and result.stderr == "" and texts(result.stdout.splitlines()[-1], "val")
+    environment = os.environ | {"UNMASK_DATA": str(tmp_path / "p")}
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, prepare_module.__file__, *arguments],
+                              capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    result = run("talk.jsonl", "--tokenizer=byte")
+    assert result.returncode == 0 and result.stderr == ""
+    assert texts(result.stdout.splitlines()[-1], "val")
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--help"])
     with pytest.raises(SystemExit):
-        chat_module.text_sets.main()
+        prepare_module.main()
     listed = capsys.readouterr().out
-    assert all(re.search(rf"^  {name} +\S", listed, re.MULTILINE) for name in ("pydocs_chat", "alpaca", "tulu3", "smoltalk", "opc"))
+    for name in ("pydocs_chat", "alpaca", "tulu3", "smoltalk", "opc"):
+        assert re.search(rf"^  {name} +\S", listed, re.MULTILINE)
     write(path, "{")
-    assert said("talk.jsonl").stderr == "error: talk.jsonl, line 1 is not JSON: Expecting property name enclosed in double quotes\n"
+    assert run("talk.jsonl").stderr == ("error: talk.jsonl, line 1 is not JSON: Expecting property "
+                                        "name enclosed in double quotes\n")
 
 
-# ---------------------------------------------------------------- where the responses are
+# --------------------------------------------------------------------------------------------------
+# Where the responses are
+
 
 def test_every_response_is_marked_exactly():
     tokenizer = Tokenizer.bytes()
     (ids, mask), = encode_rendered([render(TALK, tokenizer)], tokenizer)
     assert ids == tokenizer.apply_chat_template(TALK, add_generation_prompt=False)
-    spans = [[token for token, _ in group] for marked, group in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]) if marked]
-    assert [tokenizer.decode(span) for span in spans] == ["1<|im_end|>\n", "2<|im_end|>\n"]
-    for i in (2, 4):                                                # what stands before is what sampling would feed
+    spans = []
+    for marked, group in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
+        if marked:
+            spans.append(tokenizer.decode(token for token, _ in group))
+    assert spans == ["1<|im_end|>\n", "2<|im_end|>\n"]
+    for i in (2, 4):  # what stands before is what sampling would feed
         prompt = tokenizer.apply_chat_template(TALK[:i])
         assert ids[:len(prompt)] == prompt and mask[len(prompt)] and not mask[len(prompt) - 1]
 
 
 def test_a_template_that_rewrites_earlier_turns():
     """Qwen3's way: the thoughts of earlier turns are dropped, those of the last are written."""
-    template = CHAT_TEMPLATE.replace("message['content'] +", "('<think>' if loop.last and message['role'] == 'assistant' else '') + message['content'] +")
+    thought = "('<think>' if loop.last and message['role'] == 'assistant' else '')"
+    template = CHAT_TEMPLATE.replace("message['content'] +", f"{thought} + message['content'] +")
     tokenizer = Tokenizer.bytes()
     tokenizer.chat_templates = {"default": template}
     (ids, mask), = encode_rendered([render(TALK, tokenizer)], tokenizer)
-    assert tokenizer.decode(np.array(ids)[mask == 1]) == "<think>2<|im_end|>\n" and "1<|im_end|>" in tokenizer.decode(np.array(ids)[mask == 0])
+    assert tokenizer.decode(np.array(ids)[mask == 1]) == "<think>2<|im_end|>\n"
+    assert "1<|im_end|>" in tokenizer.decode(np.array(ids)[mask == 0])
 
 
 def speaking(template):
@@ -168,8 +221,8 @@ ASKED = "{% if add_generation_prompt %}"
 THINKING = CHAT_TEMPLATE.replace("assistant\n'", "assistant\n<think>\n'")
 # DeepSeek's: what is thought is not written, yet the prompt opens a thought.
 DEEPSEEK = for_each("<｜User｜>{{ m.content }}",
-                    "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end｜>", "{{ m.content }}",
-                    ASKED + "<｜Assistant｜><think>~{% endif %}")
+                    "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end｜>",
+                    "{{ m.content }}", ASKED + "<｜Assistant｜><think>~{% endif %}")
 # The template, and what the answers "4" and "6" are in it.
 SPANS = {
     "llada": (LLADA, ["4<|eot_id|>", "6<|eot_id|>"]),
@@ -297,11 +350,14 @@ def test_a_template_without_a_place_for_answers_is_refused(template):
 def test_bpe_never_merges_over_the_border():
     """A tokenizer to which the header and an answer are one piece: they are encoded apart."""
     tokenizer = Tokenizer.train(["Ayes Ayes"] * 50, 270)
-    tokenizer.chat_templates = {"default": "{% for m in messages %}{{ 'A' if m.role == 'assistant' else 'Q' }}{{ m.content }}{% endfor %}"
-                                           "{% if add_generation_prompt %}A{% endif %}"}
+    tokenizer.chat_templates = {"default": (
+        "{% for m in messages %}{{ 'A' if m.role == 'assistant' else 'Q' }}{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}A{% endif %}")}
     assert len(tokenizer.encode("Ayes")) == 1
-    (ids, mask), = encode_rendered([render([USER | {"content": "?"}, ASSISTANT | {"content": "yes"}], tokenizer)], tokenizer)
-    assert tokenizer.decode(np.array(ids)[mask == 0]) == "Q?A" and tokenizer.decode(np.array(ids)[mask == 1]) == "yes"
+    (ids, mask), = encode_rendered([render([USER | {"content": "?"},
+                                            ASSISTANT | {"content": "yes"}], tokenizer)], tokenizer)
+    assert tokenizer.decode(np.array(ids)[mask == 0]) == "Q?A"
+    assert tokenizer.decode(np.array(ids)[mask == 1]) == "yes"
 
 
 def test_nobodys_words_become_a_mask(tmp_path):
@@ -349,25 +405,34 @@ def test_training_in_chatml_for_want_of_a_template_is_said(tmp_path, capsys):
 def test_the_template_is_part_of_the_name(tmp_path):
     path, other = write(tmp_path / "a.jsonl", *map(pair, range(20))), Tokenizer.bytes()
     other.chat_templates = {"default": CHAT_TEMPLATE.replace("\n", " ")}
-    folders = [prepare_chat(path, tokenizer, tmp_path / "p") for tokenizer in (Tokenizer.bytes(), other)]
-    assert folders[0] != folders[1] and " " in texts(folders[1], "train")[0][0].split("user")[1][:1]
+    first = prepare_chat(path, Tokenizer.bytes(), tmp_path / "p")
+    second = prepare_chat(path, other, tmp_path / "p")
+    assert first != second
+    given, _ = texts(second, "train")[0]
+    assert given.split("user")[1].startswith(" ")
 
 
-# ---------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------------------
+# Batches
+
 
 def test_a_batch(many):
     data, tokenizer = ChatDataset(many, 128), Tokenizer.from_pretrained(many)
     batch = data.batch("train", 4, seed=1, step=2)
-    assert batch.tokens.shape == batch.maskable.shape and batch.tokens.shape[1] % 32 == 0 and batch.attention_mask is None
+    assert batch.tokens.shape == batch.maskable.shape and batch.tokens.shape[1] % 32 == 0
+    assert batch.attention_mask is None
     for row, maskable in zip(batch.tokens, batch.maskable):
         given, response = tokenizer.decode(row[~maskable]), tokenizer.decode(row[maskable])
         assert given.endswith("assistant\n") and response.startswith("answer")
-        assert not maskable[:int(maskable.int().argmax())].any() and maskable[int(maskable.int().argmax()):].all()      # up to the end, padding too
+        first = int(maskable.int().argmax())
+        assert not maskable[:first].any() and maskable[first:].all()    # to the end, padding too
         assert set(response.partition("<|im_end|>\n")[2].replace("<|endoftext|>", "")) == set()
     hidden = ChatDataset(many, 128, padding="hidden").batch("train", 4, seed=1, step=2)
     assert torch.equal(hidden.tokens, batch.tokens)
-    assert torch.equal(hidden.maskable, batch.maskable & hidden.attention_mask) and not hidden.attention_mask.all()
-    assert all("<|endoftext|>" not in tokenizer.decode(row[seen]) for row, seen in zip(hidden.tokens, hidden.attention_mask))
+    assert torch.equal(hidden.maskable, batch.maskable & hidden.attention_mask)
+    assert not hidden.attention_mask.all()
+    assert all("<|endoftext|>" not in tokenizer.decode(row[seen]) for row,
+               seen in zip(hidden.tokens, hidden.attention_mask))
 
 
 def test_batches_are_pure_and_short(many):
@@ -377,78 +442,118 @@ def test_batches_are_pure_and_short(many):
     for step in range(steps):
         batch = data.batch("train", 4, seed=3, step=step)
         rows += [tuple(row[row != data.eos_token_id].tolist()) for row in batch.tokens]
-        tokens, padded = tokens + batch.tokens.numel(), padded + (batch.tokens == data.eos_token_id).sum().item()
+        tokens, padded = tokens + batch.tokens.numel(), padded + (batch.tokens
+                                                                  == data.eos_token_id).sum().item()
     assert len(set(rows)) == steps * 4                              # an epoch visits each once
-    assert padded < 0.25 * tokens                                   # without sorting by length it is more than a third
+    assert padded < 0.25 * tokens  # without sorting by length it is more than a third
     for step in (steps - 1, 0, 7 * steps + 2):
-        assert torch.equal(again.batch("train", 4, 3, step).tokens, data.batch("train", 4, 3, step).tokens)
-    assert not torch.equal(data.batch("train", 4, 3, 0).tokens, data.batch("train", 4, 3, steps).tokens)
-    assert all(ChatDataset(many, 256, block_length=64).batch("train", 4, 3, step).tokens.shape[1] % 64 == 0 for step in range(4))
+        assert torch.equal(again.batch("train", 4, 3, step).tokens,
+                           data.batch("train", 4, 3, step).tokens)
+    assert not torch.equal(data.batch("train", 4, 3, 0).tokens,
+                           data.batch("train", 4, 3, steps).tokens)
+    assert all(ChatDataset(many, 256, block_length=64).batch("train", 4, 3,
+                                                             step).tokens.shape[1] % 64 == 0
+               for step in range(4))
 
 
 def test_ranks_share_a_step(many):
-    """The slices of a step are its rows, all of one length, and their shares make a mean per token of all."""
+    """The slices of a step are its rows, all of one length, and their shares make a mean per token
+    of all."""
     data = ChatDataset(many, 128)
     whole = data.batch("train", 8, seed=0, step=5)
     parts = [data.batch("train", 2, 0, 5, rank, 4) for rank in range(4)]
-    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens) and whole.share == 1
+    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+    assert whole.share == 1
     assert sum(part.share for part in parts) == pytest.approx(4)
     values = [torch.rand(part.maskable.shape) for part in parts]
-    mean = sum((value * part.maskable).sum() / part.maskable.sum() * part.share for value, part in zip(values, parts)) / 4
-    assert mean.item() == pytest.approx((torch.cat(values) * whole.maskable).sum().item() / whole.maskable.sum().item())
+    mean = 0
+    for value, part in zip(values, parts):
+        mean += (value * part.maskable).sum() / part.maskable.sum() * part.share / 4
+    of_all = (torch.cat(values) * whole.maskable).sum() / whole.maskable.sum()
+    assert mean.item() == pytest.approx(of_all.item())
     with pytest.raises(ValueError, match="world_size"):
         data.batch("train", 2, 0, 0, rank=2, world_size=2)
 
 
+def test_the_length_of_a_step_is_that_of_all_its_batches(many, tmp_path):
+    """So that the noise of a step can be drawn before its batches, for conversations and text."""
+    path = tmp_path / "words.txt"
+    path.write_text("two words " * 200)
+    folder = prepare(path, "byte", root=tmp_path / "p")
+    conversations = open_dataset("many.jsonl", many, 128)
+    text = open_dataset(path, folder, 128)
+    for data in (conversations, text):
+        for step in range(5):
+            T = data.step_length(8, seed=3, step=step)
+            parts = [data.batch("train", 2, 3, step, rank, 4) for rank in range(4)]
+            assert [part.tokens.shape for part in parts] == 4 * [(2, T)]
+    assert len({conversations.step_length(8, 3, step) for step in range(5)}) > 1
+    assert text.step_length(8, 3, 0) == 128
+
+
 def test_long_conversations_are_cut_or_dropped_and_counted(tmp_path):
-    rows = [pair(n) for n in range(20)] + [{"prompt": "p" * 200, "response": "r"}] * 3 + [{"prompt": "short", "response": "r" * 200 + str(n)} for n in range(5)]
+    rows = [pair(n) for n in range(20)]
+    rows += [{"prompt": "p" * 200, "response": "r"}] * 3
+    rows += [{"prompt": "short", "response": "r" * 200 + str(n)} for n in range(5)]
     folder = prepare_chat(write(tmp_path / "long.jsonl", *rows), "byte", tmp_path / "p")
     data = ChatDataset(folder, 100)
-    assert sum(data.dropped.values()) == 3 and sum(data.truncated.values()) == 5 and sum(data.examples.values()) == 28
+    assert sum(data.dropped.values()) == 3 and sum(data.truncated.values()) == 5
+    assert sum(data.examples.values()) == 28
     assert all(data.batch("train", 4, 0, step).maskable.any(dim=1).all() for step in range(6))
-    assert max(data.batch("train", 4, 0, step).tokens.shape[1] for step in range(6)) == 100        # no multiple of 32 above seq_len
-    assert "5 of them cut" in data.summary() or data.truncated["val"]
+    # no multiple of 32 above seq_len
+    assert max(data.batch("train", 4, 0, step).tokens.shape[1] for step in range(6)) == 100
+    assert f"{data.truncated['train']} of them cut" in data.summary()
     whole = ChatDataset(folder, 1000)
-    assert not sum(whole.dropped.values()) + sum(whole.truncated.values())                          # stored whole
+    assert not sum(whole.dropped.values()) + sum(whole.truncated.values())  # stored whole
 
 
-def test_sft_loss_is_on_responses_alone(many):
-    """A change of the targets of prompt tokens changes neither loss nor gradient; one of a response's does."""
-    data = ChatDataset(many, 128)
-    batch = data.batch("train", 4, 0, 0)
-    model = Transformer(Config(vocab_size=260, dim=16, n_layers=2, n_heads=2, max_len=128, mask_token_id=257)).init_weights()
+def test_the_loss_is_on_responses_alone(many):
+    """Another target for the tokens of prompts changes neither loss nor gradient; one for a
+    response's does."""
+    batch = ChatDataset(many, 128).batch("train", 4, 0, 0)
+    model = tiny(max_len=128)
     torch.nn.init.normal_(model.head.weight, std=0.1)
-    t, mask = torch.full((4,), 0.5), mask_tokens(batch.tokens.shape, 0.5, torch.Generator().manual_seed(0))
-    inputs, is_masked, times = _corrupt(model, batch.tokens, t[:, None], batch.tokens.shape[1], mask, batch.maskable, "linear", None)
-    assert torch.equal(inputs[~batch.maskable], batch.tokens[~batch.maskable])                     # prompts are never corrupted
+    t = torch.full((4,), 0.5)
+    mask = mask_tokens(batch.tokens.shape, 0.5, torch.Generator().manual_seed(0))
+    x_t, hidden = corrupt(model, batch.tokens, t[:, None], mask, batch.maskable)
+    assert torch.equal(x_t[~batch.maskable], batch.tokens[~batch.maskable])     # never corrupted
+    weights = torch.full(hidden.shape, 1 / 0.5)
 
     def gradient(targets):
         model.zero_grad()
-        loss = _loss(model, targets, inputs, is_masked, times, targets.shape[1], batch.maskable, "linear", None)
-        loss.loss.backward()
-        return loss.loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+        total, _ = weighted_nll(model, x_t, targets, hidden, weights)
+        loss = total / batch.maskable.sum()
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     value, grad = gradient(batch.tokens)
     assert value == mdlm_loss(model, batch.tokens, t, mask, batch.maskable).loss.item()
     same, same_grad = gradient(torch.where(batch.maskable, batch.tokens, 7))
+    assert same == value and torch.equal(same_grad, grad)
     other, other_grad = gradient(torch.where(batch.maskable, 7, batch.tokens))
-    assert same == value and torch.equal(same_grad, grad) and other != value and not torch.equal(other_grad, grad)
+    assert other != value and not torch.equal(other_grad, grad)
 
 
-@pytest.mark.parametrize("config", [{}, {"shift": True}, {"block_length": 8}, {"causal": True, "shift": True}])
+@pytest.mark.parametrize("config", [{}, {"shift": True}, {"block_length": 8},
+                                    {"causal": True, "shift": True}])
 def test_nelbo_of_responses(many, config):
-    """Responses of one token are scored exactly, so the padded batch must give what each conversation gives alone; then a ratio of sums."""
+    """Responses of one token are scored exactly, so the padded batch must give what each
+    conversation gives alone; then a ratio of sums."""
     torch.manual_seed(0)
-    model = Transformer(Config(vocab_size=260, dim=16, n_layers=2, n_heads=2, max_len=256, mask_token_id=257, **config)).init_weights().eval()
+    model = tiny(**config).eval()
     torch.nn.init.normal_(model.head.weight, std=0.3)
     val = ChatDataset(many, 256).val_batch()
     last = val.attention_mask.sum(1) - 2                            # <|im_end|> alone
     maskable = torch.arange(val.tokens.shape[1]) == last[:, None]
-    value, error = nelbo(model, val.tokens, batch_size=3, maskable=maskable, attention_mask=val.attention_mask)
-    alone = torch.tensor([nelbo(model, row[None, :n], maskable=marked[None, :n])[0]
-                          for row, marked, n in zip(val.tokens, maskable, val.attention_mask.sum(1).tolist())], dtype=torch.float64)
-    assert value == pytest.approx(alone.mean().item(), abs=1e-5) and error == pytest.approx(alone.std().item() / len(alone) ** 0.5, abs=1e-5)
-    whole, _ = nelbo(model, val.tokens, num_samples=4, maskable=val.maskable, attention_mask=val.attention_mask)
+    value, error = nelbo(model, val.tokens, batch_size=3, maskable=maskable,
+                         attention_mask=val.attention_mask)
+    alone = []
+    for row, marked, n in zip(val.tokens, maskable, val.attention_mask.sum(1).tolist()):
+        alone.append(nelbo(model, row[None, :n], maskable=marked[None, :n])[0])
+    assert value == pytest.approx(np.mean(alone), abs=1e-5)
+    assert error == pytest.approx(np.std(alone, ddof=1) / len(alone) ** 0.5, abs=1e-5)
+    whole, _ = nelbo(model, val.tokens, num_samples=4, maskable=val.maskable,
+                     attention_mask=val.attention_mask)
     assert 3 < whole < 12
     with pytest.raises(ValueError, match="no token to score"):
         nelbo(model, val.tokens, maskable=torch.zeros_like(val.maskable))
@@ -457,30 +562,39 @@ def test_nelbo_of_responses(many, config):
 def test_held_out_conversations_come_from_everywhere_the_shortest_first(many):
     data = ChatDataset(many, 256)
     every, some = data.val_batch(), data.val_batch(7)
-    texts = lambda batch: [tuple(row[seen].tolist()) for row, seen in zip(batch.tokens, batch.attention_mask)]  # noqa: E731
-    assert len(texts(every)) == data.examples["val"] > 7 == len(texts(some)) and set(texts(some)) <= set(texts(every))
+
+    def conversations(batch):
+        return [tuple(row[seen].tolist()) for row, seen in zip(batch.tokens, batch.attention_mask)]
+
+    assert len(conversations(every)) == data.examples["val"] > 7 == len(conversations(some))
+    assert set(conversations(some)) <= set(conversations(every))
     for batch in (every, some):
-        assert list(map(len, texts(batch))) == sorted(map(len, texts(batch)))
+        lengths = [len(conversation) for conversation in conversations(batch)]
+        assert lengths == sorted(lengths)
 
 
 def test_the_error_of_a_ratio():
-    """Against a bootstrap over rows of unequal length, for a model whose bound per token is known."""
+    """Against a bootstrap over rows of unequal length, for a model whose bound per token is
+    known."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 9, (100, 32), generator=generator)
     counts = torch.randint(1, 33, (100,), generator=generator)
     maskable = torch.arange(32) < counts[:, None]
-    model = Transformer(Config(vocab_size=10, dim=16, n_layers=1, n_heads=2, max_len=32, causal=True, shift=True, mask_token_id=9)).init_weights()
+    model = tiny(vocab_size=10, n_layers=1, causal=True, shift=True, mask_token_id=9)
     torch.nn.init.normal_(model.head.weight, std=0.5)
     value, error = nelbo(model, tokens, maskable=maskable)
-    nats = torch.tensor([nelbo(model, tokens[i:i + 1], maskable=maskable[i:i + 1])[0] * max(n - 1, 0) if n > 1 else 0.0
-                         for i, n in enumerate(counts.tolist())], dtype=torch.float64)
-    scored = (counts - 1).double()                                  # nothing predicts the first token
+    scored = (counts - 1).double()                      # nothing predicts the first token
+    nats = torch.zeros(100, dtype=torch.float64)
+    for i in scored.nonzero()[:, 0].tolist():
+        nats[i] = nelbo(model, tokens[i:i + 1], maskable=maskable[i:i + 1])[0] * scored[i]
     assert value == pytest.approx((nats.sum() / scored.sum()).item(), rel=1e-5)
     draws = torch.randint(0, 100, (2000, 100), generator=generator)
     assert error == pytest.approx((nats[draws].sum(1) / scored[draws].sum(1)).std().item(), rel=0.1)
 
 
-# ---------------------------------------------------------------- mistakes
+# --------------------------------------------------------------------------------------------------
+# Mistakes
+
 
 @pytest.mark.parametrize("rows, words", [
     ([pair(1), '{"messages": [', pair(2)], "line 2 is not JSON"),
@@ -489,8 +603,10 @@ def test_the_error_of_a_ratio():
     ([pair(1), {"messages": [USER | {"content": 5}]}], "line 2 has a message without"),
     ([pair(1), '{"prompt": "a", "response": "\\ud800"}'], "line 2 has a text that is not Unicode"),
     ([pair(1), "[" * 100_000], "line 2 is not JSON"),
-    ([pair(1), {"messages": [{"role": "robot", "content": "beep"}]}], "line 2 has a message of the unknown role 'robot'"),
-    ([{"messages": TALK[:2]}, {"messages": TALK[1:2]}], "no conversation to learn from: it has no response"),
+    ([pair(1), {"messages": [{"role": "robot", "content": "beep"}]}],
+     "line 2 has a message of the unknown role 'robot'"),
+    ([{"messages": TALK[:2]}, {"messages": TALK[1:2]}],
+     "no conversation to learn from: it has no response"),
     ([pair(1)], "too short to split"),
     ([], "is empty"),
 ])
@@ -503,11 +619,14 @@ def test_bad_files(tmp_path, rows, words):
 
 
 def test_bad_settings(many, tmp_path):
-    for options, words in (({"block_length": 24}, "block_length 24 does not divide seq_len 128"), ({"padding": "none"}, "padding must be"),
+    for options, words in (({"block_length": 24}, "block_length 24 does not divide seq_len 128"),
+                           ({"padding": "none"}, "padding must be"),
                            ({"seq_len": 8}, "fill the context of 8 tokens")):
         with pytest.raises(ValueError, match=words):
             ChatDataset(many, **{"seq_len": 128, **options})
-    for name, words in (("alpaka", "did you mean 'alpaca'"), ("alpaca[test:5]", "name\\[train:1000\\]"), ("nowhere.jsonl", "no chat data"), ("pydocs_chat+", "no chat")):
+    for name, words in (("alpaka", "did you mean 'alpaca'"),
+                        ("alpaca[test:5]", "name\\[train:1000\\]"),
+                        ("nowhere.jsonl", "no chat data"), ("pydocs_chat+", "no chat")):
         with pytest.raises(FileNotFoundError, match=words):
             prepare_chat(name, "byte", tmp_path)
     with pytest.raises(FileNotFoundError, match="pydocs_chat"):
@@ -527,4 +646,5 @@ def test_damage_is_repaired(tmp_path, damage):
     (folder / damage).unlink()
     with pytest.raises(FileNotFoundError):
         ChatDataset(folder, 128)
-    assert prepare_chat(path, "byte", tmp_path / "p") == folder and {file.name: file.read_bytes() for file in folder.iterdir()} == good
+    assert prepare_chat(path, "byte", tmp_path / "p") == folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == good

@@ -1,4 +1,5 @@
-"""data/prepare.py and data/loader.py: what is written is what was read, splits do not meet, batches are pure."""
+"""data/prepare.py and what it is made of, data/loader.py: what is written is what was read, splits
+do not meet, batches are pure."""
 
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import tokenizers
 import torch
 
+from data import files, hub, python_docs, writer
 from data import prepare as prepare_module
 from data.loader import HEADER, TokenDataset, pack_header
 from data.prepare import prepare
@@ -50,9 +52,9 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def docstrings():
     """Read once, and kept for the tests that go through them again."""
-    found = list(prepare_module.docstrings())
+    found = list(python_docs.docstrings())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "docstrings", lambda: found)
+        patch.setattr(python_docs, "docstrings", lambda: found)
         yield found
 
 
@@ -66,21 +68,17 @@ def numbers(tmp_path_factory):
     """A data set whose tokens are their own positions: 5000 for training, 500 for validation."""
     folder = tmp_path_factory.mktemp("numbers")
     for split, n in (("train", 5000), ("val", 500)):
-        (folder / f"{split}.bin").write_bytes(pack_header(6000, n) + np.arange(n, dtype="<u2").tobytes())
-    meta = {
-        "name": "numbers",
-        "vocab_size": 6000,
-        "mask_token_id": None,
-        "eos_token_id": 0,
-        "fingerprint": "x",
-        "tokens": {"train": 5000, "val": 500},
-        "bytes": {"train": 20000, "val": 1000},
-    }
+        ids = np.arange(n, dtype="<u2").tobytes()
+        (folder / f"{split}.bin").write_bytes(pack_header(6000, n) + ids)
+    meta = {"name": "numbers", "vocab_size": 6000, "mask_token_id": None, "eos_token_id": 0,
+            "fingerprint": "x", "tokens": {"train": 5000, "val": 500},
+            "bytes": {"train": 20000, "val": 1000}}
     (folder / "meta.json").write_text(json.dumps(meta))
     return TokenDataset(folder)
 
 
-# ---------------------------------------------------------------- embedded data sets
+# --------------------------------------------------------------------------------------------------
+# Embedded data sets
 
 
 def test_pydocs(pydocs):
@@ -91,7 +89,8 @@ def test_pydocs(pydocs):
     share = data.meta["bytes"]["val"] / sum(data.meta["bytes"].values())
     assert 0.05 < share < 0.15
     for split in ("train", "val"):
-        documents = [text for where, text in prepare_module.pydocs() if where == split and text is not None]
+        documents = [text for where, text in python_docs.pydocs()
+                     if where == split and text is not None]
         assert data.meta["bytes"][split] == sum(len(text.encode()) for text in documents)
         assert data.meta["documents"][split] == len(documents)
         assert text_of(pydocs, split) == "".join(f"{text}<|endoftext|>" for text in documents)
@@ -104,26 +103,25 @@ def test_pydocs(pydocs):
 
 def test_pydocs_splits_do_not_meet(docstrings):
     documents = {"train": [], "val": []}
-    for split, text in prepare_module.pydocs():
+    for split, text in python_docs.pydocs():
         if text is not None:
             documents[split].append(text)
     everything = documents["train"] + documents["val"]
     assert len(set(everything)) == len(everything) > 5000
-    bodies = {
-        split: {text.split("\n", 1)[-1] for text in texts} for split, texts in documents.items()
-    }  # signature aside
+    bodies, paragraphs = {}, {}
+    for split, texts in documents.items():
+        bodies[split] = {text.split("\n", 1)[-1] for text in texts}         # signature aside
+        paragraphs[split] = {part for text in texts for part in text.split("\n\n")
+                             if len(part) > 80}
     assert not bodies["train"] & bodies["val"]
-    paragraphs = {
-        split: {part for text in texts for part in text.split("\n\n") if len(part) > 80}
-        for split, texts in documents.items()
-    }
-    shared = paragraphs["train"] & paragraphs["val"]
-    assert sum(map(len, shared)) < 0.03 * sum(map(len, paragraphs["val"]))  # some docstrings quote others
+    shared = paragraphs["train"] & paragraphs["val"]                # some docstrings quote others
+    assert sum(map(len, shared)) < 0.03 * sum(map(len, paragraphs["val"]))
 
 
 def test_docstrings_read_naturally(docstrings):
     found = {text: signature for signature, text in docstrings}
-    bisect = next(text for text in found if text.startswith("Insert item x in list a, and keep it sorted"))
+    bisect = next(text for text in found
+                  if text.startswith("Insert item x in list a, and keep it sorted"))
     assert found[bisect].startswith("def insort_right(a, x, lo=0, hi=None")
     assert "\n    " not in bisect.split("\n\n")[0]
     assert any(signature.startswith("class ") for signature in found.values())
@@ -132,54 +130,59 @@ def test_docstrings_read_naturally(docstrings):
 
 
 def test_pystdlib_is_the_library_without_tests():
-    names = [name for name, _ in prepare_module.library_sources()]
+    names = [name for name, _ in python_docs.library_sources()]
     assert names == list(dict.fromkeys(names))
     assert {"bisect", "json", "json.decoder"} <= set(names)
     assert not [name for name in names if "test" in name.split(".") or "site-packages" in name]
 
 
 def test_sections():
-    text = "Title\n*****\n\nIntro - with dash\n\nPart one\n========\n\nText\n-----\n\nrow | of\n----+---\n"
-    assert list(prepare_module.sections(text)) == [
-        "Title\n*****\n\nIntro - with dash",
-        "Part one\n========",
-        "Text\n-----\n\nrow | of\n----+---",
-    ]
+    text = ("Title\n*****\n\nIntro - with dash\n\nPart one\n========\n\n"
+            "Text\n-----\n\nrow | of\n----+---\n")
+    assert list(python_docs.sections(text)) == ["Title\n*****\n\nIntro - with dash",
+                                                "Part one\n========",
+                                                "Text\n-----\n\nrow | of\n----+---"]
 
 
-# ---------------------------------------------------------------- files and folders
+# --------------------------------------------------------------------------------------------------
+# Files and folders
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_a_file_is_cut_at_nine_tenths(book, tmp_path, tokenizer):
     folder = prepare(book, tokenizer, vocab_size=300, root=tmp_path / "prepared")
     text = book.read_text(encoding="utf-8")
-    train, val = (text_of(folder, split).removesuffix("<|endoftext|>") for split in ("train", "val"))
+    train = text_of(folder, "train").removesuffix("<|endoftext|>")
+    val = text_of(folder, "val").removesuffix("<|endoftext|>")
     assert train + val == text
     data = TokenDataset(folder)
     assert data.meta["bytes"] == {"train": len(train.encode()), "val": len(val.encode())}
     assert abs(len(train.encode()) - 0.9 * len(text.encode())) < 4
     assert data.bytes_per_token("val") == len(val.encode()) / len(data.val)
     if tokenizer == "byte":
-        assert bytes(data.train[:-1].astype(np.uint8)) == train.encode() and data.train[-1] == data.eos_token_id == 256
+        assert bytes(data.train[:-1].astype(np.uint8)) == train.encode()
+        assert data.train[-1] == data.eos_token_id == 256
 
 
 def test_pieces_join_without_a_seam(tmp_path, monkeypatch):
-    """Whatever the size of the pieces and wherever the cut falls, the text is read once and whole."""
+    """Whatever the size of the pieces and wherever the cut falls, the text is read once and
+    whole."""
     path = tmp_path / "text"
     for seed in range(20):
         text = words(seed, 200)
         path.write_text(text, encoding="utf-8", newline="")
         size = path.stat().st_size
-        monkeypatch.setattr(prepare_module, "PIECE_BYTES", 1 + seed)
+        monkeypatch.setattr(files, "PIECE_BYTES", 1 + seed)
         for cut in range(0, size + 1, 7):
-            head, tail = ("".join(prepare_module.read_pieces(path, *ends)) for ends in ((0, cut), (cut, size)))
+            head = "".join(files.read_pieces(path, 0, cut))
+            tail = "".join(files.read_pieces(path, cut, size))
             assert head + tail == text and abs(len(head.encode()) - cut) <= 3
 
 
 def test_the_offset_of_a_fault_between_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "PIECE_BYTES", 4)
-    (tmp_path / "x.txt").write_bytes(b"a" * 7 + b"\xc3" + b"(" * 20)  # read as 4 + 4 bytes, then the fault
+    monkeypatch.setattr(files, "PIECE_BYTES", 4)
+    # read as 4 + 4 bytes, then the fault
+    (tmp_path / "x.txt").write_bytes(b"a" * 7 + b"\xc3" + b"(" * 20)
     with pytest.raises(ValueError, match="byte 7 is 0xc3"):
         prepare(tmp_path / "x.txt", "byte", root=tmp_path)
 
@@ -192,16 +195,19 @@ def test_a_folder(tmp_path):
         "copy.md": words(3, 800),
         "a.py": "x = 1\n",
     }
-    for name, text in (texts | {".hidden.txt": "secret", ".git/config.txt": "secret", "image.png": "\ud800"}).items():
+    others = {".hidden.txt": "secret", ".git/config.txt": "secret", "image.png": "\ud800"}
+    for name, text in (texts | others).items():
         (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
     prepared = prepare(folder, "byte", root=tmp_path / "prepared")
-    train, val = (text_of(prepared, split).split("<|endoftext|>")[:-1] for split in ("train", "val"))
+    train = text_of(prepared, "train").split("<|endoftext|>")[:-1]
+    val = text_of(prepared, "val").split("<|endoftext|>")[:-1]
     if len(train) + len(val) > len(set(texts.values())):  # the file on the border was cut
         train[-1] += val.pop(0)
     assert sorted(train + val) == sorted(set(texts.values()))  # the copy is there once
     assert prepared.name.startswith("notes-") and prepared.name.endswith("-byte")
     (folder / "a.py").write_text("x = 2\n")
-    assert prepare(folder, "byte", root=tmp_path / "prepared") != prepared  # changed, so prepared again
+    # changed, so prepared again
+    assert prepare(folder, "byte", root=tmp_path / "prepared") != prepared
 
 
 def test_two_files_of_one_name(tmp_path):
@@ -219,7 +225,8 @@ def test_control_tokens_in_a_corpus_stay_text(tmp_path):
     path.write_text("a<|endoftext|>b<|mask|>c " * 100)
     for tokenizer in ("byte", "bpe"):
         data = TokenDataset(prepare(path, tokenizer, root=tmp_path / "prepared"))
-        assert (np.asarray(data.train) == data.eos_token_id).sum() == 1 and data.mask_token_id not in data.train
+        assert (np.asarray(data.train) == data.eos_token_id).sum() == 1
+        assert data.mask_token_id not in data.train
 
 
 def test_a_mask_that_is_no_special_token_stays_text_in_a_corpus(tmp_path):
@@ -238,7 +245,8 @@ def test_a_mask_that_is_no_special_token_stays_text_in_a_corpus(tmp_path):
 def test_the_bpe_has_not_seen_the_validation_split(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("abc " * 900 + "xyz " * 90)  # the last tenth has other words
-    vocab = Tokenizer.from_pretrained(prepare(path, vocab_size=300, root=tmp_path)).backend.get_vocab()
+    folder = prepare(path, vocab_size=300, root=tmp_path)
+    vocab = Tokenizer.from_pretrained(folder).backend.get_vocab()
     assert any("bc" in piece for piece in vocab) and not any("yz" in piece for piece in vocab)
 
 
@@ -247,10 +255,8 @@ def test_a_checkpoint_tokenizer_of_many_ids(book, tmp_path):
         f"<unused {i}>": i for i in range(256, 70_000)
     }
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer, backend.decoder = (
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        tokenizers.decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>"])
     Tokenizer(backend, {"eos_token": "<|endoftext|>"}).save_pretrained(tmp_path / "checkpoint")
     folder = prepare(book, tmp_path / "checkpoint", root=tmp_path / "prepared")
@@ -261,7 +267,8 @@ def test_a_checkpoint_tokenizer_of_many_ids(book, tmp_path):
     assert joined.replace("<|endoftext|>", "") == book.read_text(encoding="utf-8")
 
 
-# ---------------------------------------------------------------- prepared once, whole or not at all
+# --------------------------------------------------------------------------------------------------
+# Prepared once, whole or not at all
 
 
 def test_prepared_once(book, tmp_path, monkeypatch):
@@ -290,28 +297,29 @@ def test_a_failure_leaves_nothing(book, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module.TokenWriter, "close", full)
+    monkeypatch.setattr(writer.TokenWriter, "close", full)
     with pytest.raises(OSError, match="No space"):
         prepare(book, "byte", root=tmp_path / "prepared")
     assert not list((tmp_path / "prepared").iterdir())
 
 
 def test_killed_at_any_moment(book, tmp_path):
-    """Kill at each of several delays: the name is either absent or whole, and preparing again works."""
+    """Kill at each of several delays: the name is either absent or whole, and preparing again
+    works."""
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); import data.prepare as p\n"
-        "write = p.TokenWriter.write\n"
-        "def slow(self, *arguments, **options): time.sleep(0.02); write(self, *arguments, **options)\n"
-        "p.TokenWriter.write, p.PIECE_BYTES = slow, 1000\n"
-        "print('go', flush=True); p.prepare(sys.argv[2], 'byte', root=sys.argv[3])"
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from data import files, prepare, writer\n"
+        "write = writer.TokenWriter.write\n"
+        "def slow(self, *arguments): time.sleep(0.02); write(self, *arguments)\n"
+        "writer.TokenWriter.write, files.PIECE_BYTES = slow, 1000\n"
+        "print('go', flush=True); prepare.prepare(sys.argv[2], 'byte', root=sys.argv[3])"
     )
     root = tmp_path / "prepared"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(SCRIPT.parent.parent), str(book), str(root)], stdout=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", code, str(SCRIPT.parent.parent), str(book), str(root)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     process.stdout.readline()
     deadline = time.time() + 20
-    while not list(root.glob("*/train.bin")) + list(root.glob(".*/train.bin")) and time.time() < deadline:
+    while not list(root.glob("**/train.bin")) and time.time() < deadline:
         time.sleep(0.005)
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -328,9 +336,10 @@ def test_killed_at_any_moment(book, tmp_path):
 
 
 def test_leftover_that_vanishes(tmp_path):
-    """Whoever prepares the same at once renames its folder between our listing and our stat: to stat, a dangling link."""
+    """Whoever prepares the same at once renames its folder between our listing and our stat: to
+    stat, a dangling link."""
     (tmp_path / ".book-gone").symlink_to(tmp_path / "nowhere")
-    prepare_module.remove_leftovers(tmp_path, ".book-")
+    writer.remove_leftovers(tmp_path, ".book-")
 
 
 def test_many_at_once(book, tmp_path):
@@ -352,7 +361,8 @@ def test_many_at_once(book, tmp_path):
 
 
 def test_streamed_documents(tmp_path, monkeypatch):
-    """What `datasets` streams goes through in batches, bounded by max_tokens; copies land in one split."""
+    """What `datasets` streams goes through in batches, bounded by max_tokens; copies land in one
+    split."""
     documents = [words(i % 900, 300) for i in range(1000)]
     taken = []
 
@@ -361,19 +371,22 @@ def test_streamed_documents(tmp_path, monkeypatch):
             taken.append(text)
             yield text
 
-    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 10_000)
-    monkeypatch.setattr(prepare_module, "stream", lambda repository: prepare_module.split_by_hash(rows(), 0.1))
+    monkeypatch.setattr(writer, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(hub, "stream", lambda repository: files.split_by_hash(rows(), 0.1))
     folder = prepare("tinystories", "byte", max_tokens=500_000, root=tmp_path)
     data = TokenDataset(folder)
     assert folder.name == "tinystories-byte-500000"
-    assert 500_000 <= sum(data.meta["tokens"].values()) < 501_400 and len(taken) < 1600  # the last document has <= 1200
-    splits = {split: set(text_of(folder, split).split("<|endoftext|>")[:-1]) for split in ("train", "val")}
-    assert not splits["train"] & splits["val"] and splits["train"] | splits["val"] <= set(documents)
+    # the last document has <= 1200
+    assert 500_000 <= sum(data.meta["tokens"].values()) < 501_400 and len(taken) < 1600
+    train = set(text_of(folder, "train").split("<|endoftext|>")[:-1])
+    val = set(text_of(folder, "val").split("<|endoftext|>")[:-1])
+    assert not train & val and train | val <= set(documents)
     with pytest.raises(ValueError, match="max_tokens"):
         prepare("pydocs", max_tokens=5, root=tmp_path)
 
 
-# ---------------------------------------------------------------- mistakes
+# --------------------------------------------------------------------------------------------------
+# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -419,7 +432,7 @@ def test_a_folder_without_text(tmp_path):
 
 def test_download(tmp_path, monkeypatch):
     (tmp_path / "input.txt").write_text("to be or not to be " * 1000)
-    monkeypatch.setattr(prepare_module, "SHAKESPEARE_URL", (tmp_path / "input.txt").as_uri())
+    monkeypatch.setattr(hub, "SHAKESPEARE_URL", (tmp_path / "input.txt").as_uri())
     folder = prepare("shakespeare", "byte", root=tmp_path / "prepared")
     assert folder.name == "shakespeare-byte"
     assert TokenDataset(folder).meta["bytes"] == {"train": 17_100, "val": 1900}
@@ -439,6 +452,13 @@ def test_off_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def command_line(folder, *arguments):
+    """What prepare.py does when it is called in a folder; data goes to a folder there."""
+    environment = os.environ | {"UNMASK_DATA": str(folder / "prepared")}
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True,
+                          check=False, cwd=folder, env=environment)
+
+
 @pytest.mark.parametrize(
     "arguments, words_expected",
     [
@@ -447,35 +467,22 @@ def test_off_line(tmp_path, monkeypatch):
     ],
 )
 def test_command_line_mistakes(tmp_path, arguments, words_expected):
-    result = subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | {"UNMASK_DATA": str(tmp_path)},
-    )
+    result = command_line(tmp_path, *arguments)
     assert result.returncode == 2 and not result.stdout
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and words_expected in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert words_expected in result.stderr
 
 
 def test_command_line(book, tmp_path):
     """From another folder than the repository's."""
-    environment = os.environ | {"UNMASK_DATA": str(tmp_path / "prepared")}
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "book.txt", "--tokenizer=byte"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=environment,
-    )
+    result = command_line(tmp_path, "book.txt", "--tokenizer=byte")
     assert result.returncode == 0 and not result.stderr
     folder = Path(result.stdout.splitlines()[-1])
     assert TokenDataset(folder).vocab_size == 260 and folder.parent == tmp_path / "prepared"
 
 
-# ---------------------------------------------------------------- the loader
+# --------------------------------------------------------------------------------------------------
+# The loader
 
 
 def test_memory_mapped(pydocs):
@@ -502,10 +509,10 @@ def test_batch_is_pure(numbers):
 
 
 def test_an_epoch_visits_every_window_once(numbers):
-    """(5000 - 31) // 32 = 155 windows = 38 steps of 4, 3 left over; two epochs differ in offset and order."""
-    epochs = [
-        torch.cat([numbers.batch("train", 4, 32, 0, step) for step in range(38 * e, 38 * e + 38)]) for e in range(2)
-    ]
+    """(5000 - 31) // 32 = 155 windows = 38 steps of 4, 3 left over; two epochs differ in offset and
+    order."""
+    steps = torch.stack([numbers.batch("train", 4, 32, 0, step) for step in range(2 * 38)])
+    epochs = steps.view(2, 38 * 4, 32)
     for epoch in epochs:
         assert len(epoch.unique()) == epoch.numel() == 38 * 4 * 32
     assert not torch.equal(epochs[0], epochs[1])
@@ -516,13 +523,16 @@ def test_an_epoch_visits_every_window_once(numbers):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_share_a_step(numbers, world_size):
     for step in range(40):
-        parts = torch.cat([numbers.batch("train", 4, 32, 3, step, rank, world_size) for rank in range(world_size)])
+        parts = torch.cat([numbers.batch("train", 4, 32, 3, step, rank, world_size)
+                           for rank in range(world_size)])
         assert len(parts.unique()) == parts.numel()
-        assert torch.equal(parts, numbers.batch("train", 4 * world_size, 32, 3, step))  # however it is divided
+        # however it is divided
+        assert torch.equal(parts, numbers.batch("train", 4 * world_size, 32, 3, step))
 
 
 def test_short_corpora(numbers):
-    assert numbers.batch("val", 64, 500, 0, 3).shape == (64, 500)  # exactly one window, again and again
+    # exactly one window, again and again
+    assert numbers.batch("val", 64, 500, 0, 3).shape == (64, 500)
     assert numbers.batch("val", 5, 300, 0, 3).shape == (5, 300)
     starts = {int(numbers.batch("val", 1, 300, 0, step)[0, 0]) for step in range(50)}
     assert len(starts) > 10 and max(starts) <= 200

@@ -1,4 +1,6 @@
-"""Every published family gives the reference's logits, and goes back: against the fixtures and against transformers itself."""
+"""Every published family gives the reference's logits, and goes back: against the fixtures and
+against transformers itself."""
+
 import json
 import os
 import subprocess
@@ -9,68 +11,161 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.checkpoints import FAMILIES, describe, interpret, load, read_config, tensor_table
 from model import Config, Transformer
+from pretrained.config import interpret, read_config
+from pretrained.families import FAMILIES
+from pretrained.load import describe, load
+from pretrained.tensors import tensor_table
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT.parent / "shared" / "fixtures"
-TOLERANCE = 2e-4                        # of the largest logit, float32
+TOLERANCE = 2e-4  # of the largest logit, float32
 CAUSAL = "gpt2", "llama", "qwen2", "qwen3"
 PUBLISHED = [family for family in FAMILIES if family != "unmask"]
 
 # Six configurations and more for each family that transformers has: overrides of BASE.
-ROPE = dict(vocab_size=150, hidden_size=48, intermediate_size=70, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512)
-LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-ENCODER = dict(vocab_size=150, hidden_size=48, intermediate_size=70, num_hidden_layers=2, num_attention_heads=4,
-               max_position_embeddings=130)
+ROPE = dict(
+    vocab_size=150,
+    hidden_size=48,
+    intermediate_size=70,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+ENCODER = dict(
+    vocab_size=150,
+    hidden_size=48,
+    intermediate_size=70,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=130,
+)
 BASE = {
-    "llama": ROPE, "qwen2": dict(ROPE, use_sliding_window=False), "qwen3": dict(ROPE, head_dim=16),
-    "bert": ENCODER, "roberta": dict(ENCODER, pad_token_id=1),
-    "modernbert": dict(ENCODER, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
-                       local_attention=16,
-                       num_hidden_layers=5, max_position_embeddings=512, reference_compile=False),
-    "gpt2": dict(vocab_size=150, n_embd=48, n_layer=2, n_head=4, n_positions=130, bos_token_id=3, eos_token_id=3),
+    "llama": ROPE,
+    "qwen2": dict(ROPE, use_sliding_window=False),
+    "qwen3": dict(ROPE, head_dim=16),
+    "bert": ENCODER,
+    "roberta": dict(ENCODER, pad_token_id=1),
+    "modernbert": dict(
+        ENCODER,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+        local_attention=16,
+        num_hidden_layers=5,
+        max_position_embeddings=512,
+        reference_compile=False,
+    ),
+    "gpt2": dict(
+        vocab_size=150,
+        n_embd=48,
+        n_layer=2,
+        n_head=4,
+        n_positions=130,
+        bos_token_id=3,
+        eos_token_id=3,
+    ),
 }
 VARIANTS = {
-    "llama": [dict(), dict(num_key_value_heads=1, tie_word_embeddings=True), dict(num_key_value_heads=4, attention_bias=True),
-              dict(head_dim=10, mlp_bias=True, attention_bias=True), dict(rope_scaling=LLAMA3, rope_theta=500000.0),
-              dict(rope_scaling=dict(rope_type="linear", factor=3.0), hidden_act="gelu_pytorch_tanh"),
-              dict(hidden_size=42, num_attention_heads=7, num_key_value_heads=7, rms_norm_eps=0.001, hidden_act="relu"),
-              dict(num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3, hidden_act="gelu_new",
-                   eos_token_id=[5, 6])],
-    "qwen2": [dict(), dict(num_key_value_heads=4), dict(num_key_value_heads=1, tie_word_embeddings=True),
-              dict(rope_theta=1000000.0, rms_norm_eps=0.001), dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=3),
-              dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
-              dict(rope_scaling=LLAMA3, hidden_act="gelu", num_hidden_layers=3)],
-    "qwen3": [dict(), dict(head_dim=10, num_key_value_heads=4), dict(tie_word_embeddings=True, num_key_value_heads=1),
-              dict(attention_bias=True), dict(hidden_size=30, num_attention_heads=5, num_key_value_heads=5, head_dim=22),
-              dict(rope_scaling=LLAMA3, rope_theta=1000000.0),
-              dict(hidden_act="gelu_fast", rms_norm_eps=0.001, num_hidden_layers=1)],
-    "bert": [dict(), dict(hidden_size=45, num_attention_heads=3), dict(hidden_act="relu", type_vocab_size=1),
-             dict(hidden_act="gelu_new"), dict(tie_word_embeddings=False), dict(layer_norm_eps=0.001, num_hidden_layers=3),
-             dict(num_attention_heads=1, intermediate_size=33)],
-    "roberta": [dict(), dict(hidden_size=45, num_attention_heads=3), dict(hidden_act="relu", type_vocab_size=1),
-                dict(pad_token_id=7), dict(tie_word_embeddings=False), dict(layer_norm_eps=0.001, num_hidden_layers=3),
-                dict(hidden_act="gelu_pytorch_tanh")],
-    "modernbert": [dict(), dict(local_attention=6, global_attn_every_n_layers=2),
-                   dict(norm_bias=True, attention_bias=True, mlp_bias=True), dict(classifier_bias=True, decoder_bias=False),
-                   dict(hidden_size=30, num_attention_heads=5, tie_word_embeddings=False),
-                   dict(global_attn_every_n_layers=1, hidden_activation="silu"),
-                   dict(global_rope_theta=500000.0, local_rope_theta=100.0, norm_eps=0.001),
-                   dict(classifier_activation="relu", hidden_activation="gelu_new", num_hidden_layers=2)],
-    "gpt2": [dict(), dict(n_inner=70), dict(n_embd=45, n_head=3), dict(activation_function="relu"),
-             dict(tie_word_embeddings=False), dict(layer_norm_epsilon=0.001, n_layer=3, activation_function="gelu"),
-             dict(n_embd=35, n_head=5)],
+    "llama": [
+        dict(),
+        dict(num_key_value_heads=1, tie_word_embeddings=True),
+        dict(num_key_value_heads=4, attention_bias=True),
+        dict(head_dim=10, mlp_bias=True, attention_bias=True),
+        dict(rope_scaling=LLAMA3, rope_theta=500000.0),
+        dict(rope_scaling=dict(rope_type="linear", factor=3.0), hidden_act="gelu_pytorch_tanh"),
+        dict(
+            hidden_size=42,
+            num_attention_heads=7,
+            num_key_value_heads=7,
+            rms_norm_eps=0.001,
+            hidden_act="relu",
+        ),
+        dict(
+            num_hidden_layers=1,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            hidden_act="gelu_new",
+            eos_token_id=[5, 6],
+        ),
+    ],
+    "qwen2": [
+        dict(),
+        dict(num_key_value_heads=4),
+        dict(num_key_value_heads=1, tie_word_embeddings=True),
+        dict(rope_theta=1000000.0, rms_norm_eps=0.001),
+        dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=3),
+        dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
+        dict(rope_scaling=LLAMA3, hidden_act="gelu", num_hidden_layers=3),
+    ],
+    "qwen3": [
+        dict(),
+        dict(head_dim=10, num_key_value_heads=4),
+        dict(tie_word_embeddings=True, num_key_value_heads=1),
+        dict(attention_bias=True),
+        dict(hidden_size=30, num_attention_heads=5, num_key_value_heads=5, head_dim=22),
+        dict(rope_scaling=LLAMA3, rope_theta=1000000.0),
+        dict(hidden_act="gelu_fast", rms_norm_eps=0.001, num_hidden_layers=1),
+    ],
+    "bert": [
+        dict(),
+        dict(hidden_size=45, num_attention_heads=3),
+        dict(hidden_act="relu", type_vocab_size=1),
+        dict(hidden_act="gelu_new"),
+        dict(tie_word_embeddings=False),
+        dict(layer_norm_eps=0.001, num_hidden_layers=3),
+        dict(num_attention_heads=1, intermediate_size=33),
+    ],
+    "roberta": [
+        dict(),
+        dict(hidden_size=45, num_attention_heads=3),
+        dict(hidden_act="relu", type_vocab_size=1),
+        dict(pad_token_id=7),
+        dict(tie_word_embeddings=False),
+        dict(layer_norm_eps=0.001, num_hidden_layers=3),
+        dict(hidden_act="gelu_pytorch_tanh"),
+    ],
+    "modernbert": [
+        dict(),
+        dict(local_attention=6, global_attn_every_n_layers=2),
+        dict(norm_bias=True, attention_bias=True, mlp_bias=True),
+        dict(classifier_bias=True, decoder_bias=False),
+        dict(hidden_size=30, num_attention_heads=5, tie_word_embeddings=False),
+        dict(global_attn_every_n_layers=1, hidden_activation="silu"),
+        dict(global_rope_theta=500000.0, local_rope_theta=100.0, norm_eps=0.001),
+        dict(classifier_activation="relu", hidden_activation="gelu_new", num_hidden_layers=2),
+    ],
+    "gpt2": [
+        dict(),
+        dict(n_inner=70),
+        dict(n_embd=45, n_head=3),
+        dict(activation_function="relu"),
+        dict(tie_word_embeddings=False),
+        dict(layer_norm_epsilon=0.001, n_layer=3, activation_function="gelu"),
+        dict(n_embd=35, n_head=5),
+    ],
 }
 CASES = [(family, number) for family in VARIANTS for number in range(len(VARIANTS[family]))]
 
 
 def reference_model(family, **overrides):
-    """A random model of transformers, every weight and bias of it moved away from its initial value."""
+    """A random model of transformers, every weight and bias of it moved away from its initial
+    value."""
     config = transformers.AutoConfig.for_model(family, **{**BASE[family], **overrides})
-    kind = transformers.AutoModelForCausalLM if family in CAUSAL else transformers.AutoModelForMaskedLM
+    kind = (
+        transformers.AutoModelForCausalLM if family in CAUSAL else transformers.AutoModelForMaskedLM
+    )
     torch.manual_seed(0)
     model = kind.from_config(config)
     with torch.no_grad():
@@ -80,7 +175,9 @@ def reference_model(family, **overrides):
 
 
 def random_tokens(batch_size, length, vocab_size=150):
-    return torch.randint(8, vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        8, vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def difference(ours, theirs, valid=None):
@@ -92,7 +189,7 @@ def difference(ours, theirs, valid=None):
 
 @torch.no_grad()
 def their_logits(model, tokens, mask=None, opened=False):
-    if opened:          # a mask of four dimensions is taken as it is: everyone sees everyone
+    if opened:  # a mask of four dimensions is taken as it is: everyone sees everyone
         mask = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1], dtype=model.dtype)
     return model(tokens, attention_mask=mask).logits
 
@@ -111,10 +208,13 @@ def assert_same_checkpoint(a, b):
     assert config_a == config_b
     assert weights_a.keys() == weights_b.keys()
     for name in weights_a:
-        assert weights_a[name].dtype == weights_b[name].dtype and torch.equal(weights_a[name], weights_b[name]), name
+        assert weights_a[name].dtype == weights_b[name].dtype and torch.equal(
+            weights_a[name], weights_b[name]
+        ), name
 
 
-# ------------------------------------------------------------------------------------------------------------------ the fixtures
+# --------------------------------------------------------------------------------------------------
+# the fixtures
 
 
 @pytest.fixture(params=PUBLISHED)
@@ -130,15 +230,26 @@ def test_fixture_logits(fixture):
     assert difference(our_logits(model, io["input_ids"]), io["logits"]) < TOLERANCE
     if "logits_padded" in io:
         mask = io["attention_mask"]
-        assert difference(our_logits(model, io["input_ids_padded"], mask), io["logits_padded"], mask.bool()) < TOLERANCE
+        assert (
+            difference(
+                our_logits(model, io["input_ids_padded"], mask), io["logits_padded"], mask.bool()
+            )
+            < TOLERANCE
+        )
     if "logits_bidirectional" in io:
         model = Transformer.from_pretrained(fixture, causal=False)
-        assert difference(our_logits(model, io["input_ids"]), io["logits_bidirectional"]) < TOLERANCE
+        assert (
+            difference(our_logits(model, io["input_ids"]), io["logits_bidirectional"]) < TOLERANCE
+        )
 
 
 def test_fixture_goes_out_and_back(fixture, tmp_path):
-    """Import, export: the same files. Import, our layout, import, export: the same again, and the same logits on the way."""
-    model, tokens = Transformer.from_pretrained(fixture), load_file(fixture / "io.safetensors")["input_ids"]
+    """Import, export: the same files. Import, our layout, import, export: the same again, and the
+    same logits on the way."""
+    model, tokens = (
+        Transformer.from_pretrained(fixture),
+        load_file(fixture / "io.safetensors")["input_ids"],
+    )
     model.export_pretrained(tmp_path / "exported")
     assert_same_checkpoint(fixture, tmp_path / "exported")
     model.save_pretrained(tmp_path / "ours")
@@ -147,27 +258,41 @@ def test_fixture_goes_out_and_back(fixture, tmp_path):
     assert torch.equal(our_logits(model, tokens), our_logits(again, tokens))
     again.export_pretrained(tmp_path / "exported_again")
     assert_same_checkpoint(fixture, tmp_path / "exported_again")
-    assert (tmp_path / "ours" / "generation_config.json").exists() == (fixture / "generation_config.json").exists()
+    assert (tmp_path / "ours" / "generation_config.json").exists() == (
+        fixture / "generation_config.json"
+    ).exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- against transformers
+# --------------------------------------------------------------------------------------------------
+# against transformers
 
 
 @pytest.mark.parametrize(("family", "number"), CASES)
 def test_logits_of_transformers(family, number, tmp_path):
     theirs = reference_model(family, **VARIANTS[family][number])
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, tokens = Transformer.from_pretrained(tmp_path / "theirs"), random_tokens(2, 120)      # 120: far past the local windows
+    ours, tokens = (
+        Transformer.from_pretrained(tmp_path / "theirs"),
+        random_tokens(2, 120),
+    )  # 120: far past the local windows
     assert difference(our_logits(ours, tokens), their_logits(theirs, tokens)) < TOLERANCE
-    assert difference(our_logits(ours, tokens[:, :1]), their_logits(theirs, tokens[:, :1])) < TOLERANCE
+    assert (
+        difference(our_logits(ours, tokens[:, :1]), their_logits(theirs, tokens[:, :1])) < TOLERANCE
+    )
 
     mask = torch.ones_like(tokens)
-    mask[0, 5:] = 0                                                 # padding much longer than a local window
+    mask[0, 5:] = 0  # padding much longer than a local window
     padded = tokens.masked_fill(mask == 0, theirs.config.pad_token_id or 0)
-    assert difference(our_logits(ours, padded, mask), their_logits(theirs, padded, mask), mask.bool()) < TOLERANCE
+    assert (
+        difference(our_logits(ours, padded, mask), their_logits(theirs, padded, mask), mask.bool())
+        < TOLERANCE
+    )
     if family in CAUSAL:
         opened = Transformer.from_pretrained(tmp_path / "theirs", causal=False)
-        assert difference(our_logits(opened, tokens), their_logits(theirs, tokens, opened=True)) < TOLERANCE
+        assert (
+            difference(our_logits(opened, tokens), their_logits(theirs, tokens, opened=True))
+            < TOLERANCE
+        )
 
     ours.export_pretrained(tmp_path / "exported")
     assert_same_checkpoint(tmp_path / "theirs", tmp_path / "exported")
@@ -176,19 +301,29 @@ def test_logits_of_transformers(family, number, tmp_path):
 
 
 def test_modernbert_past_its_window_and_llama_past_its_context(tmp_path):
-    for family, length, overrides in (("modernbert", 400, dict(local_attention=128)),
-                                      ("llama", 1024, dict(rope_scaling=LLAMA3, max_position_embeddings=256))):
+    for family, length, overrides in (
+        ("modernbert", 400, dict(local_attention=128)),
+        ("llama", 1024, dict(rope_scaling=LLAMA3, max_position_embeddings=256)),
+    ):
         theirs, tokens = reference_model(family, **overrides), random_tokens(1, length)
         theirs.save_pretrained(tmp_path / family)
         ours = Transformer.from_pretrained(tmp_path / family)
         assert difference(our_logits(ours, tokens), their_logits(theirs, tokens)) < TOLERANCE
 
 
-LLADA_NAMES = [("model.embed_tokens", "model.transformer.wte"), ("model.layers", "model.transformer.blocks"),
-               ("model.norm", "model.transformer.ln_f"),
-               ("lm_head", "model.transformer.ff_out"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ff_norm"),
-               ("self_attn.o_proj", "attn_out"), ("self_attn.", ""), ("mlp.gate_proj", "ff_proj"), ("mlp.up_proj", "up_proj"),
-               ("mlp.down_proj", "ff_out")]
+LLADA_NAMES = [
+    ("model.embed_tokens", "model.transformer.wte"),
+    ("model.layers", "model.transformer.blocks"),
+    ("model.norm", "model.transformer.ln_f"),
+    ("lm_head", "model.transformer.ff_out"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ff_norm"),
+    ("self_attn.o_proj", "attn_out"),
+    ("self_attn.", ""),
+    ("mlp.gate_proj", "ff_proj"),
+    ("mlp.up_proj", "up_proj"),
+    ("mlp.down_proj", "ff_out"),
+]
 
 
 def write_llada(theirs, folder):
@@ -200,14 +335,29 @@ def write_llada(theirs, folder):
         weights[name] = tensor.clone()
     if config.tie_word_embeddings:
         del weights["model.transformer.ff_out.weight"]
-    raw = dict(model_type="llada", d_model=config.hidden_size, n_layers=config.num_hidden_layers,
-               n_heads=config.num_attention_heads, n_kv_heads=config.num_key_value_heads,
-               mlp_hidden_size=config.intermediate_size, vocab_size=config.vocab_size,
-               embedding_size=config.vocab_size, max_sequence_length=config.max_position_embeddings,
-               rms_norm_eps=config.rms_norm_eps,
-               rope_theta=config.rope_theta, weight_tying=config.tie_word_embeddings, include_qkv_bias=False, include_bias=False,
-               block_type="llama", layer_norm_type="rms", rope=True, activation_type="silu", mask_token_id=140, eos_token_id=3,
-               torch_dtype="float32")
+    raw = dict(
+        model_type="llada",
+        d_model=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        mlp_hidden_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        embedding_size=config.vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        weight_tying=config.tie_word_embeddings,
+        include_qkv_bias=False,
+        include_bias=False,
+        block_type="llama",
+        layer_norm_type="rms",
+        rope=True,
+        activation_type="silu",
+        mask_token_id=140,
+        eos_token_id=3,
+        torch_dtype="float32",
+    )
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(raw))
@@ -218,30 +368,48 @@ def write_dream(theirs, folder):
     theirs.save_pretrained(folder)
     raw = json.loads((folder / "config.json").read_text())
     raw.pop("layer_types")
-    raw.update(model_type="Dream", architectures=["DreamModel"], mask_token_id=140, sliding_window=None)
+    raw.update(
+        model_type="Dream", architectures=["DreamModel"], mask_token_id=140, sliding_window=None
+    )
     (folder / "config.json").write_text(json.dumps(raw))
 
 
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("family", ["llada", "Dream"])
 def test_llada_and_dream_are_llama_and_qwen2_opened(family, number, tmp_path):
-    overrides = [dict(), dict(num_key_value_heads=4), dict(num_key_value_heads=1, rope_theta=5e5),
-                 dict(hidden_size=60, num_attention_heads=6),
-                 dict(tie_word_embeddings=True, rms_norm_eps=1e-3)][number]
+    overrides = [
+        dict(),
+        dict(num_key_value_heads=4),
+        dict(num_key_value_heads=1, rope_theta=5e5),
+        dict(hidden_size=60, num_attention_heads=6),
+        dict(tie_word_embeddings=True, rms_norm_eps=1e-3),
+    ][number]
     theirs = reference_model("llama" if family == "llada" else "qwen2", **overrides)
     (write_llada if family == "llada" else write_dream)(theirs, tmp_path / "published")
     ours, tokens = Transformer.from_pretrained(tmp_path / "published"), random_tokens(2, 120)
-    assert ours.config.family == family and ours.config.shift == (family == "Dream") and ours.config.mask_token_id == 140
-    assert difference(our_logits(ours, tokens), their_logits(theirs, tokens, opened=True)) < TOLERANCE
+    assert (
+        ours.config.family == family
+        and ours.config.shift == (family == "Dream")
+        and ours.config.mask_token_id == 140
+    )
+    assert (
+        difference(our_logits(ours, tokens), their_logits(theirs, tokens, opened=True)) < TOLERANCE
+    )
     ours.export_pretrained(tmp_path / "exported")
-    (raw, before), (exported, after) = read_folder(tmp_path / "published"), read_folder(tmp_path / "exported")
+    (raw, before), (exported, after) = (
+        read_folder(tmp_path / "published"),
+        read_folder(tmp_path / "exported"),
+    )
     assert exported == {"architectures": ["LLaDAModelLM"], **raw}
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
 
 
 @pytest.mark.parametrize("family", VARIANTS)
 def test_bfloat16_on_the_cpu(family, tmp_path):
-    """Both round differently, so both differ from float32: ours by no more than theirs, and from theirs by no more than both."""
+    """Both round differently, so both differ from float32: ours by no more than theirs, and from
+    theirs by no more than both."""
     theirs, tokens = reference_model(family), random_tokens(2, 60)
     exact = their_logits(theirs, tokens)
     theirs.to(torch.bfloat16).save_pretrained(tmp_path)
@@ -249,41 +417,68 @@ def test_bfloat16_on_the_cpu(family, tmp_path):
     ours = Transformer.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
     mine, scale = our_logits(ours, tokens).float(), exact.abs().max()
-    their_error, our_error = ((logits - exact).square().mean().sqrt() / scale for logits in (rounded, mine))
+    their_error, our_error = (
+        (logits - exact).square().mean().sqrt() / scale for logits in (rounded, mine)
+    )
     assert our_error < 1.25 * their_error < 0.03
     assert (mine - rounded).square().mean().sqrt() / scale < 1.5 * their_error
 
 
 def test_our_own_models_export_as_qwen3(tmp_path):
-    model = Transformer(Config(vocab_size=150, dim=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, causal=True,
-                               eos_token_id=3,
-                               mask_token_id=149)).init_weights()
+    model = Transformer(
+        Config(
+            vocab_size=150,
+            dim=48,
+            n_layers=2,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=16,
+            causal=True,
+            eos_token_id=3,
+            mask_token_id=149,
+        )
+    ).init_weights()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+            )
     model.export_pretrained(tmp_path)
-    theirs, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), random_tokens(2, 40)
+    theirs, tokens = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+        random_tokens(2, 40),
+    )
     assert type(theirs).__name__ == "Qwen3ForCausalLM"
     assert difference(our_logits(model, tokens), their_logits(theirs, tokens)) < TOLERANCE
     back = Transformer.from_pretrained(tmp_path)
-    assert back.config.family == "qwen3" and torch.equal(our_logits(back, tokens), our_logits(model, tokens))
+    assert back.config.family == "qwen3" and torch.equal(
+        our_logits(back, tokens), our_logits(model, tokens)
+    )
 
 
 @pytest.mark.parametrize("change", [dict(), dict(shift=True), dict(block_length=8)])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_an_opened_model_stays_open(family, change, tmp_path):
-    """What is exported after a conversion comes back as what it was trained to be, and nothing but config.json says so."""
+    """What is exported after a conversion comes back as what it was trained to be, and nothing but
+    config.json says so."""
     theirs, tokens = reference_model(family), random_tokens(2, 20)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = Transformer.from_pretrained(tmp_path / "theirs", causal=False)
     for field, value in change.items():
         setattr(ours.config, field, value)
     ours.export_pretrained(tmp_path / "exported")
-    (before, weights), (after, exported) = read_folder(tmp_path / "theirs"), read_folder(tmp_path / "exported")
+    (before, weights), (after, exported) = (
+        read_folder(tmp_path / "theirs"),
+        read_folder(tmp_path / "exported"),
+    )
     assert after == {**before, "is_causal": False, **change} and weights.keys() == exported.keys()
     back = Transformer.from_pretrained(tmp_path / "exported")
-    assert not back.config.causal and all(getattr(back.config, field) == value for field, value in change.items())
-    assert difference(our_logits(back, tokens), their_logits(theirs, tokens, opened=True)) < TOLERANCE
+    assert not back.config.causal and all(
+        getattr(back.config, field) == value for field, value in change.items()
+    )
+    assert (
+        difference(our_logits(back, tokens), their_logits(theirs, tokens, opened=True)) < TOLERANCE
+    )
     closed = Transformer.from_pretrained(tmp_path / "exported", causal=True)
     assert difference(our_logits(closed, tokens), their_logits(theirs, tokens)) < TOLERANCE
     closed.config.shift, closed.config.block_length = False, 0
@@ -293,15 +488,23 @@ def test_an_opened_model_stays_open(family, change, tmp_path):
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_what_dllm_converts_is_open(family, tmp_path):
-    """dLLM gives a family whose attention it opened a model type of its own; the block length of a BD3-LM is added by hand."""
+    """dLLM gives a family whose attention it opened a model type of its own; the block length of a
+    BD3-LM is added by hand."""
     theirs, tokens = reference_model(family), random_tokens(2, 20)
     theirs.save_pretrained(tmp_path)
     raw, _ = read_folder(tmp_path)
-    published = {**raw, "model_type": f"a2d-{family}", "architectures": ["A2DLMHeadModel"], "auto_map": {"AutoModelForMaskedLM": "modeling.A2DLMHeadModel"}}
+    published = {
+        **raw,
+        "model_type": f"a2d-{family}",
+        "architectures": ["A2DLMHeadModel"],
+        "auto_map": {"AutoModelForMaskedLM": "modeling.A2DLMHeadModel"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(published))
     ours = Transformer.from_pretrained(tmp_path)
     assert not ours.config.causal and not ours.config.shift and ours.config.family == family
-    assert difference(our_logits(ours, tokens), their_logits(theirs, tokens, opened=True)) < TOLERANCE
+    assert (
+        difference(our_logits(ours, tokens), their_logits(theirs, tokens, opened=True)) < TOLERANCE
+    )
     assert f"model_type = 'a2d-{family}'" in describe(tmp_path)
     ours.export_pretrained(tmp_path / "exported")
     assert read_folder(tmp_path / "exported")[0] == published
@@ -312,9 +515,19 @@ def test_what_dllm_converts_is_open(family, tmp_path):
         Transformer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change", [dict(qk_norm=False), dict(norm="layer"), dict(mlp_bias=True), dict(qkv_bias=True),
-                                    dict(gated=False),
-                                    dict(positions="learned"), dict(embed_norm=True), dict(head_bias=True)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(qk_norm=False),
+        dict(norm="layer"),
+        dict(mlp_bias=True),
+        dict(qkv_bias=True),
+        dict(gated=False),
+        dict(positions="learned"),
+        dict(embed_norm=True),
+        dict(head_bias=True),
+    ],
+)
 def test_what_a_family_cannot_express_is_not_exported(change, tmp_path):
     model = Transformer(Config(vocab_size=20, dim=16, n_layers=1, n_heads=2, **change))
     with pytest.raises(ValueError, match=f"cannot have {next(iter(change))} = "):
@@ -328,7 +541,9 @@ def test_a_resized_vocabulary_is_exported(tmp_path):
     theirs = reference_model("bert")
     theirs.save_pretrained(tmp_path / "theirs")
     model = Transformer.from_pretrained(tmp_path / "theirs")
-    model.embed.weight = model.head.weight = torch.nn.Parameter(torch.cat([model.embed.weight, torch.ones(3, 48)]).detach())
+    model.embed.weight = model.head.weight = torch.nn.Parameter(
+        torch.cat([model.embed.weight, torch.ones(3, 48)]).detach()
+    )
     model.head.bias = torch.nn.Parameter(torch.cat([model.head.bias, torch.ones(3)]).detach())
     model.config.vocab_size, model.config.mask_token_id = 153, 152
     model.export_pretrained(tmp_path / "exported")
@@ -337,54 +552,83 @@ def test_a_resized_vocabulary_is_exported(tmp_path):
     assert difference(our_logits(model, tokens), their_logits(back, tokens)) < TOLERANCE
 
 
-# --------------------------------------------------------------------------------------------- checkpoints as they are published
+# ---------------------------------------------------------------------------------------------
+# checkpoints as they are published
 
 
 def rewrite(folder, weights=None, config=None):
-    """Change the weights and the config of a checkpoint folder, each by a function that returns the new one."""
+    """Change the weights and the config of a checkpoint folder, each by a function that returns the
+    new one."""
     raw, tensors = read_folder(folder)
     if weights is not None:
-        save_file({name: tensor.contiguous().clone() for name, tensor in weights(tensors).items()}, folder / "model.safetensors")
+        save_file(
+            {name: tensor.contiguous().clone() for name, tensor in weights(tensors).items()},
+            folder / "model.safetensors",
+        )
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config(raw)))
 
 
 def old_bert(tensors):
-    """bert-base-uncased: TensorFlow's names of the norms, a pooler, the next-sentence head, position numbers, a tied head."""
+    """bert-base-uncased: TensorFlow's names of the norms, a pooler, the next-sentence head,
+    position numbers, a tied head."""
     older = {}
     for name, tensor in tensors.items():
-        older[name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")] = tensor
-    return older | {"bert.pooler.dense.weight": torch.ones(48, 48), "bert.pooler.dense.bias": torch.ones(48),
-                      "cls.seq_relationship.weight": torch.ones(2, 48), "cls.seq_relationship.bias": torch.ones(2),
-                      "bert.embeddings.position_ids": torch.arange(130)[None],
-                      "cls.predictions.decoder.bias": tensors["cls.predictions.bias"],
-                      "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"]}
+        older[
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            )
+        ] = tensor
+    return older | {
+        "bert.pooler.dense.weight": torch.ones(48, 48),
+        "bert.pooler.dense.bias": torch.ones(48),
+        "cls.seq_relationship.weight": torch.ones(2, 48),
+        "cls.seq_relationship.bias": torch.ones(2),
+        "bert.embeddings.position_ids": torch.arange(130)[None],
+        "cls.predictions.decoder.bias": tensors["cls.predictions.bias"],
+        "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"],
+    }
 
 
 def old_roberta(tensors):
-    return tensors | {"roberta.embeddings.position_ids": torch.arange(130)[None], "lm_head.decoder.bias": tensors["lm_head.bias"],
-                      "lm_head.decoder.weight": tensors["roberta.embeddings.word_embeddings.weight"],
-                      "roberta.pooler.dense.weight": torch.ones(48, 48), "roberta.pooler.dense.bias": torch.ones(48)}
+    return tensors | {
+        "roberta.embeddings.position_ids": torch.arange(130)[None],
+        "lm_head.decoder.bias": tensors["lm_head.bias"],
+        "lm_head.decoder.weight": tensors["roberta.embeddings.word_embeddings.weight"],
+        "roberta.pooler.dense.weight": torch.ones(48, 48),
+        "roberta.pooler.dense.bias": torch.ones(48),
+    }
 
 
 def old_gpt2(tensors):
     """openai-community/gpt2: no `transformer.` in front, and the causal masks among the weights."""
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     mask = torch.ones(1, 1, 130, 130).tril()
-    return tensors | {f"h.{layer}.attn.{name}": mask for layer in range(2) for name in ("bias", "masked_bias")}
+    return tensors | {
+        f"h.{layer}.attn.{name}": mask for layer in range(2) for name in ("bias", "masked_bias")
+    }
 
 
 def old_llama(tensors):
-    return tensors | {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(6) for layer in range(2)}
+    return tensors | {
+        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(6) for layer in range(2)
+    }
 
 
 def tied_llama(tensors):
     return {"lm_head.weight": tensors["model.embed_tokens.weight"], **tensors}
 
 
-@pytest.mark.parametrize(("family", "overrides", "weights"), [
-    ("bert", {}, old_bert), ("roberta", {}, old_roberta), ("gpt2", {}, old_gpt2), ("llama", {}, old_llama),
-    ("llama", dict(tie_word_embeddings=True), tied_llama)])
+@pytest.mark.parametrize(
+    ("family", "overrides", "weights"),
+    [
+        ("bert", {}, old_bert),
+        ("roberta", {}, old_roberta),
+        ("gpt2", {}, old_gpt2),
+        ("llama", {}, old_llama),
+        ("llama", dict(tie_word_embeddings=True), tied_llama),
+    ],
+)
 def test_weights_as_published(family, overrides, weights, tmp_path):
     theirs, tokens = reference_model(family, **overrides), random_tokens(2, 40)
     theirs.save_pretrained(tmp_path)
@@ -397,23 +641,37 @@ def test_weights_as_published(family, overrides, weights, tmp_path):
 
 
 def version_5(raw):
-    """The config as transformers 5 writes it: rope_parameters, layer_types and dtype instead of the older keys."""
+    """The config as transformers 5 writes it: rope_parameters, layer_types and dtype instead of the
+    older keys."""
     rope = raw.pop("rope_scaling", None) or {"rope_type": "default"}
     if raw["model_type"] == "modernbert":
         every = raw.pop("global_attn_every_n_layers")
-        raw["rope_parameters"] = {"full_attention": dict(rope, rope_theta=raw.pop("global_rope_theta")),
-                                  "sliding_attention": dict(rope, rope_theta=raw.pop("local_rope_theta"))}
+        raw["rope_parameters"] = {
+            "full_attention": dict(rope, rope_theta=raw.pop("global_rope_theta")),
+            "sliding_attention": dict(rope, rope_theta=raw.pop("local_rope_theta")),
+        }
         layers = range(raw["num_hidden_layers"])
-        raw["layer_types"] = ["sliding_attention" if layer % every else "full_attention" for layer in layers]
+        raw["layer_types"] = [
+            "sliding_attention" if layer % every else "full_attention" for layer in layers
+        ]
     elif "rope_theta" in raw:
         raw["rope_parameters"] = dict(rope, rope_theta=raw.pop("rope_theta"))
         raw["layer_types"] = ["full_attention"] * raw["num_hidden_layers"]
     return raw
 
 
-@pytest.mark.parametrize(("family", "overrides"), [
-    ("llama", dict(rope_scaling=LLAMA3, rope_theta=5e5)), ("qwen2", dict(rope_theta=1e6)), ("qwen3", {}),
-    ("modernbert", dict(global_attn_every_n_layers=2, global_rope_theta=5e5, local_rope_theta=100.0))])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", dict(rope_scaling=LLAMA3, rope_theta=5e5)),
+        ("qwen2", dict(rope_theta=1e6)),
+        ("qwen3", {}),
+        (
+            "modernbert",
+            dict(global_attn_every_n_layers=2, global_rope_theta=5e5, local_rope_theta=100.0),
+        ),
+    ],
+)
 def test_configs_of_transformers_5(family, overrides, tmp_path):
     theirs = reference_model(family, **overrides)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -723,13 +981,25 @@ def test_a_head_of_which_a_part_is_missing_is_damage(family, tmp_path):
 
 
 def test_other_spellings(tmp_path):
-    """`type` for rope_type, an activation's old name, several ends of text, -1 for no padding, an explicit null."""
+    """`type` for rope_type, an activation's old name, several ends of text, -1 for no padding, an
+    explicit null."""
     reference_model("llama").save_pretrained(tmp_path)
-    rewrite(tmp_path, config=lambda raw: dict(raw, rope_scaling={"type": "linear", "factor": 2}, hidden_act="swish",
-                                              eos_token_id=[7, 8, 9],
-                                              pad_token_id=-1, head_dim=None, num_key_value_heads=2))
+    rewrite(
+        tmp_path,
+        config=lambda raw: dict(
+            raw,
+            rope_scaling={"type": "linear", "factor": 2},
+            hidden_act="swish",
+            eos_token_id=[7, 8, 9],
+            pad_token_id=-1,
+            head_dim=None,
+            num_key_value_heads=2,
+        ),
+    )
     config, origin = read_config(tmp_path)
-    assert config.rope_scaling == {"rope_type": "linear", "factor": 2} and config.activation == "silu"
+    assert (
+        config.rope_scaling == {"rope_type": "linear", "factor": 2} and config.activation == "silu"
+    )
     assert config.eos_token_id == 7 and config.pad_token_id is None and config.head_dim == 12
     assert origin["dim"] == "hidden_size = 48" and origin["qk_norm"] == "every LlamaForCausalLM"
 
@@ -783,6 +1053,25 @@ def test_all_ends_of_text_are_read_saved_and_exported(tmp_path, ends, generation
         assert exported["eos_token_id"] == (expected[0] if len(expected) == 1 else list(expected))
 
 
+def test_what_an_older_config_of_ours_lacks_is_the_family_s(tmp_path):
+    """Dream's habits of sampling became fields of Config later than some of its models were
+    saved."""
+    for family in ("Dream", "llada"):
+        Transformer(
+            Config(family=family, vocab_size=20, dim=16, n_layers=1, n_heads=2, qk_norm=False)
+        ).save_pretrained(tmp_path)
+        raw = json.loads((tmp_path / "config.json").read_text())
+        for field in ("step_schedule", "confidence_at_temperature", "causal", "shift"):
+            del raw[field]
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        config, origin = read_config(tmp_path)
+        is_dream = family == "Dream"
+        assert config.step_schedule == ("timesteps" if is_dream else "even")
+        assert config.confidence_at_temperature == is_dream
+        assert origin.get("step_schedule") == ("every DreamModel" if is_dream else None)
+        assert not config.causal and not config.shift  # what a model is, its file says
+
+
 def test_an_end_of_text_that_was_changed(tmp_path):
     model = Transformer.from_pretrained(with_ends(tmp_path / "theirs", [7, 8], [7, 8]))
     config = model.config
@@ -829,17 +1118,25 @@ def test_ends_of_text_that_cannot_be(tmp_path):
         read_config(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- files, types and memory
+# --------------------------------------------------------------------------------------------------
+# files, types and memory
 
 
 def shard(folder, count=3):
     """Split a checkpoint's one file as published ones are split."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(tensors)}
+    weight_map = {
+        name: f"model-{i % count + 1:05}-of-{count:05}.safetensors"
+        for i, name in enumerate(tensors)
+    }
     for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        save_file(
+            {name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -853,7 +1150,13 @@ def test_shards_and_dtypes(family, dtype, tmp_path):
     assert {parameter.dtype for parameter in single.parameters()} == {dtype}
     assert (single.head.weight is single.embed.weight) == (family != "gpt2")
     for (name, a), (other, b) in zip(single.named_parameters(), sharded.named_parameters()):
-        assert name == other and torch.equal(a, b) and b.is_contiguous() and b.requires_grad and not b.is_meta
+        assert (
+            name == other
+            and torch.equal(a, b)
+            and b.is_contiguous()
+            and b.requires_grad
+            and not b.is_meta
+        )
     for wanted in (torch.float32, torch.bfloat16, torch.float16):
         converted = Transformer.from_pretrained(tmp_path, dtype=wanted)
         for a, b in zip(single.parameters(), converted.parameters()):
@@ -862,24 +1165,43 @@ def test_shards_and_dtypes(family, dtype, tmp_path):
 
 def test_mixed_dtypes_become_the_embeddings(tmp_path):
     reference_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
-    rewrite(tmp_path, lambda tensors: {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()})
+    rewrite(
+        tmp_path,
+        lambda tensors: {
+            name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()
+        },
+    )
     model = Transformer.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert our_logits(model, random_tokens(1, 8)).dtype == torch.bfloat16
 
 
 def test_a_hub_id_is_found_in_the_cache_off_line(tmp_path):
-    """The layout that huggingface_hub leaves behind; HF_HUB_OFFLINE is read when it is imported, hence another process."""
+    """The layout that huggingface_hub leaves behind; HF_HUB_OFFLINE is read when it is imported,
+    hence another process."""
     hub = tmp_path / "hub" / "models--someone--tiny"
     reference_model("qwen3").save_pretrained(hub / "snapshots" / "0123abc")
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("0123abc")
-    environment = dict(os.environ, HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-    found, lost = (subprocess.run([sys.executable, "model.py", name], cwd=ROOT, env=environment, capture_output=True, text=True)
-                   for name in ("someone/tiny", "someone/else"))
+    environment = dict(
+        os.environ, HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"
+    )
+    found, lost = (
+        subprocess.run(
+            [sys.executable, "model.py", name],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        for name in ("someone/tiny", "someone/else")
+    )
     assert found.returncode == 0 and "family qwen3" in found.stdout, found.stderr
     assert lost.returncode == 2 and lost.stdout == "" and lost.stderr.count("\n") == 1
-    assert lost.stderr.startswith("error: there is no folder someone/else") and "pass a local folder" in lost.stderr
+    assert (
+        lost.stderr.startswith("error: there is no folder someone/else")
+        and "pass a local folder" in lost.stderr
+    )
 
 
 def test_describe(tmp_path):
@@ -888,14 +1210,23 @@ def test_describe(tmp_path):
     text = describe(tmp_path)
     assert f"family qwen3, {theirs.num_parameters():,} parameters" in text
     assert "2 layers of width 48, 4 heads of 16 (2 key/value heads)" in text
-    assert "hidden_size = 48" in text and "every Qwen3ForCausalLM" in text and "mask_token_id not given" in text
+    assert (
+        "hidden_size = 48" in text
+        and "every Qwen3ForCausalLM" in text
+        and "mask_token_id not given" in text
+    )
 
 
-@pytest.mark.parametrize(("layout", "stored", "loaded"), [("single", "float32", "float32"), ("sharded", "bfloat16", "float32"),
-                                                          ("tied", "bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("layout", "stored", "loaded"),
+    [
+        ("single", "float32", "float32"),
+        ("sharded", "bfloat16", "float32"),
+        ("tied", "bfloat16", "bfloat16"),
+    ],
+)
 def test_loading_takes_the_memory_of_the_weights(layout, stored, loaded):
-    """160 MB here; `python tests/bench.py load` measures a gigabyte."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from bench import loading_memory
+    """160 MB here; `python experiments/bench.py load` measures a gigabyte."""
+    from experiments.bench_model import loading_memory
     size, peak = loading_memory(layout, stored, loaded, megabytes=160)
     assert peak < 1.15 * size + 100e6, f"{size / 1e6:.0f} MB of weights took {peak / 1e6:.0f} MB"

@@ -1,4 +1,6 @@
-"""finetune_llada.py as a user runs it, adapters against PEFT, sharding on two processes, the memory plan against what is measured."""
+"""finetune_llada.py as a user runs it, adapters against PEFT, sharding on two processes, the memory
+plan against what is measured."""
+
 import json
 import os
 import random
@@ -10,26 +12,33 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from bench import step_memory
 from safetensors.torch import load_file
 from scripts import Script, free_port, run, run_parallel
 from tiny import tiny_checkpoint, tiny_model
 
-from data import checkpoints
+import pretrained.load
 from data.tokenizer import Tokenizer
-from diffusion import cart_weights, generate, sft_loss
-from model import Config, LinearCrossEntropy, Transformer
+from diffusion import cart_weights, sft_loss
+from experiments.bench_training import step_memory
+from kernels import LinearCrossEntropy
+from model import Config, Transformer
+from pretrained.config import read_config
+from pretrained.hub import adapter_base
+from pretrained.tiny import tiny_model as tiny_of_family
+from sampling.engine import generate
 from sampling.sampler import Sampler
-from scale.lora import (
+from training.lora import (
     LoRALinear,
     add_lora,
+    holds_a_run,
     init_lora,
     load_adapter,
     merge_lora,
+    name_of_base,
     save_adapter,
-    write_merged,
 )
-from scale.memory import SHAPES, plan_memory
+from training.memory import SHAPES, plan_memory
+from training.merge import write_merged
 
 SCRIPT = "finetune_llada.py"
 STEPS = 20
@@ -40,16 +49,23 @@ def chats(tmp_path_factory):
     """A file of 60 short conversations."""
     rng, words = random.Random(0), "cat dog sun rain house door green".split()
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    rows = [{"prompt": f"{word} {number}?", "response": " ".join([word] * rng.randint(1, 4))} for number in range(60) for word in [rng.choice(words)]]
+    rows = [
+        {"prompt": f"{word} {number}?", "response": " ".join([word] * rng.randint(1, 4))}
+        for number in range(60)
+        for word in [rng.choice(words)]
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def make_base(folder, family, **size):
-    """A small random model in its family's published layout, with a tokenizer of bytes that has tokens for a chat."""
+    """A small random model in its family's published layout, with a tokenizer of bytes that has
+    tokens for a chat."""
     text = Tokenizer.bytes()
     text.add_chat_tokens()
-    checkpoints.tiny_model(family, text, 64, **{"dim": 32, "n_layers": 2, "n_heads": 2, **size}).export_pretrained(folder)
+    tiny_of_family(
+        family, text, 64, **{"dim": 32, "n_layers": 2, "n_heads": 2, **size}
+    ).export_pretrained(folder)
     text.save_pretrained(folder)
     return folder
 
@@ -61,17 +77,36 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(base, chats):
-    """tiny(out_dir, settings...): the command line of a run that takes a second; later settings overrule earlier ones."""
+    """tiny(out_dir, settings...): the command line of a run that takes a second; later settings
+    overrule earlier ones."""
+
     def arguments(out_dir, *settings):
-        return ("--threads=1", "--dtype=float32", f"--init_from={base}", f"--dataset={chats}", "--seq_len=64", "--batch_size=4", f"--max_steps={STEPS}",
-                "--eval_interval=0", "--eval_sequences=2", "--final_eval_sequences=4", "--sample_tokens=0", "--lora_rank=4", "--lora_alpha=8",
-                "--learning_rate=0.005", f"--out_dir={out_dir}", *settings)
+        return (
+            "--threads=1",
+            "--dtype=float32",
+            f"--init_from={base}",
+            f"--dataset={chats}",
+            "--seq_len=64",
+            "--batch_size=4",
+            f"--max_steps={STEPS}",
+            "--eval_interval=0",
+            "--eval_sequences=2",
+            "--final_eval_sequences=4",
+            "--sample_tokens=0",
+            "--lora_rank=4",
+            "--lora_alpha=8",
+            "--learning_rate=0.005",
+            f"--out_dir={out_dir}",
+            *settings,
+        )
+
     return arguments
 
 
 @pytest.fixture(scope="module")
 def unbroken(tiny, tmp_path_factory):
-    """unbroken(settings...): the folder of a run of one process that nobody disturbed, made once."""
+    """unbroken(settings...): the folder of a run of one process that nobody disturbed, made
+    once."""
     made = {}
 
     def folder(*settings):
@@ -79,6 +114,7 @@ def unbroken(tiny, tmp_path_factory):
             made[settings] = tmp_path_factory.mktemp("unbroken")
             succeed(run(SCRIPT, *tiny(made[settings], *settings)))
         return made[settings]
+
     return folder
 
 
@@ -93,7 +129,11 @@ def losses(folder):
 
 
 def learned(folder):
-    name = "adapter_model.safetensors" if (Path(folder) / "adapter_model.safetensors").exists() else "model.safetensors"
+    name = (
+        "adapter_model.safetensors"
+        if (Path(folder) / "adapter_model.safetensors").exists()
+        else "model.safetensors"
+    )
     return load_file(Path(folder) / name)
 
 
@@ -105,80 +145,197 @@ def difference(a, b):
 
 def refused(result, *words):
     """One line that begins with error, status 2."""
-    assert result.status == 2 and result.err.count("\n") == 1 and result.err.startswith("error: "), result
+    assert (
+        result.status == 2 and result.err.count("\n") == 1 and result.err.startswith("error: ")
+    ), result
     assert all(word in result.err for word in words), result.err
 
 
 # ---------------------------------------------------------------- whole runs
 
+
 def test_tiny_llada_from_nothing_to_a_merged_model(chats, tmp_path):
-    """README's first command, shorter; then sample.py with the adapter, as a folder of its own, and merged: the same answer."""
+    """README's first command, shorter; then sample.py with the adapter, as a folder of its own, and
+    merged: the same answer."""
     out, merged = tmp_path / "out", tmp_path / "merged"
-    result = succeed(run(SCRIPT, "--init_from=tiny", f"--dataset={chats}", "--vocab_size=300", "--dtype=float32", "--threads=1", f"--out_dir={out}",
-                         "--max_steps=30", "--eval_interval=10", "--batch_size=8", "--seq_len=64", "--sample_tokens=8", "--lora_rank=8",
-                         "--lora_targets=q,v,up,down"))
-    assert re.fullmatch(r"val nelbo \d+\.\d{4} \+- \d+\.\d{4} nats/token, \d+\.\d{3} bits/byte", result.out.splitlines()[-1])
+    result = succeed(
+        run(
+            SCRIPT,
+            "--init_from=tiny",
+            f"--dataset={chats}",
+            "--vocab_size=300",
+            "--dtype=float32",
+            "--threads=1",
+            f"--out_dir={out}",
+            "--max_steps=30",
+            "--eval_interval=10",
+            "--batch_size=8",
+            "--seq_len=64",
+            "--sample_tokens=8",
+            "--lora_rank=8",
+            "--lora_targets=q,v,up,down",
+        )
+    )
+    assert re.fullmatch(
+        r"val nelbo \d+\.\d{4} \+- \d+\.\d{4} nats/token, \d+\.\d{3} bits/byte",
+        result.out.splitlines()[-1],
+    )
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in log] == [10, 20, 30] and log[-1]["val_nelbo"] < log[0]["val_nelbo"] and len(re.findall("step .*->", result.out)) == 3
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "train_state", "base"} <= {file.name for file in out.iterdir()}
+    assert (
+        [row["step"] for row in log] == [10, 20, 30]
+        and log[-1]["val_nelbo"] < log[0]["val_nelbo"]
+        and len(re.findall("step .*->", result.out)) == 3
+    )
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "train_state",
+        "base",
+    } <= {file.name for file in out.iterdir()}
 
     before = learned(out)
-    assert "wrote" in succeed(run(SCRIPT, f"--out_dir={out}", f"--merge={merged}")).out and difference(before, learned(out)) == 0
+    assert (
+        "wrote" in succeed(run(SCRIPT, f"--out_dir={out}", f"--merge={merged}")).out
+        and difference(before, learned(out)) == 0
+    )
     assert json.loads((merged / "config.json").read_text())["architectures"] == ["LLaDAModelLM"]
-    answer = succeed(run("sample.py", "--prompt=cat", "--max_new_tokens=8", "--temperature=0", f"--checkpoint={out / 'base'}", f"--adapter={out}")).out
+    answer = succeed(
+        run(
+            "sample.py",
+            "--prompt=cat",
+            "--max_new_tokens=8",
+            "--temperature=0",
+            f"--checkpoint={out / 'base'}",
+            f"--adapter={out}",
+        )
+    ).out
     for sampler in (Sampler.load(out), Sampler.load(merged)):
         prompt = sampler.encode_prompt("cat")
         tokens = generate(sampler.model, [prompt], 8, 8, 8)[0]
-        used = sampler.decode(tokens[len(prompt):])[1]
-        assert answer.startswith(sampler.tokenizer.decode(tokens[:len(prompt) + used], skip_special_tokens=True))
+        used = sampler.decode(tokens[len(prompt) :])[1]
+        assert answer.startswith(
+            sampler.tokenizer.decode(tokens[: len(prompt) + used], skip_special_tokens=True)
+        )
     tokens = torch.arange(40)[None]
     adapted = load_adapter(Transformer.from_pretrained(out / "base"), out).eval()
     plain = Transformer.from_pretrained(out / "base")(tokens)
     with torch.no_grad():
-        assert (adapted(tokens) - Transformer.from_pretrained(merged)(tokens)).abs().max() < 1e-5 < 1e-3 < (adapted(tokens) - plain).abs().max()
+        assert (
+            (adapted(tokens) - Transformer.from_pretrained(merged)(tokens)).abs().max()
+            < 1e-5
+            < 1e-3
+            < (adapted(tokens) - plain).abs().max()
+        )
 
 
 def test_tiny_dream_in_full(chats, tmp_path):
-    """Everything learns, with Dream's shift and weights, in bfloat16; text instead of conversations continues the pretraining."""
+    """Everything learns, with Dream's shift and weights, in bfloat16; text instead of conversations
+    continues the pretraining."""
     out = tmp_path / "out"
-    small = ("--vocab_size=300", "--threads=1", f"--out_dir={out}", "--batch_size=4", "--seq_len=64", "--sample_tokens=0", "--eval_interval=0")
-    succeed(run(SCRIPT, "--init_from=tiny:Dream", f"--dataset={chats}", "--lora_rank=0", "--cart=0.2", "--dtype=bfloat16", "--max_steps=12", "--learning_rate=1e-2",
-                f"--merge={tmp_path / 'merged'}", *small))
+    small = (
+        "--vocab_size=300",
+        "--threads=1",
+        f"--out_dir={out}",
+        "--batch_size=4",
+        "--seq_len=64",
+        "--sample_tokens=0",
+        "--eval_interval=0",
+    )
+    succeed(
+        run(
+            SCRIPT,
+            "--init_from=tiny:Dream",
+            f"--dataset={chats}",
+            "--lora_rank=0",
+            "--cart=0.2",
+            "--dtype=bfloat16",
+            "--max_steps=12",
+            "--learning_rate=1e-2",
+            f"--merge={tmp_path / 'merged'}",
+            *small,
+        )
+    )
     assert sum(losses(out)[-4:]) < sum(losses(out)[:4])
     model = Transformer.from_pretrained(out)
-    assert model.config.family == "Dream" and model.config.shift and model.embed.weight.dtype == torch.float32
-    assert difference(Transformer.from_pretrained(tmp_path / "merged").state_dict(), model.state_dict()) == 0
+    assert (
+        model.config.family == "Dream"
+        and model.config.shift
+        and model.embed.weight.dtype == torch.float32
+    )
+    assert (
+        difference(
+            Transformer.from_pretrained(tmp_path / "merged").state_dict(), model.state_dict()
+        )
+        == 0
+    )
     succeed(run(SCRIPT, f"--out_dir={out}", f"--merge={tmp_path / 'again'}"))
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "merged" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "merged" / "model.safetensors"
+    ).read_bytes()
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 400)
-    succeed(run(SCRIPT, f"--init_from={out}", f"--dataset={text}", "--lora_rank=2", "--max_steps=3", "--dtype=float32", *small,
-                f"--out_dir={tmp_path / 'text'}"))
+    succeed(
+        run(
+            SCRIPT,
+            f"--init_from={out}",
+            f"--dataset={text}",
+            "--lora_rank=2",
+            "--max_steps=3",
+            "--dtype=float32",
+            *small,
+            f"--out_dir={tmp_path / 'text'}",
+        )
+    )
 
 
 def test_one_of_our_own_models(tiny, tmp_path):
-    """It lacks the tokens of a chat: they are added, and the base that has them stands beside the adapter."""
+    """It lacks the tokens of a chat: they are added, and the base that has them stands beside the
+    adapter."""
     tiny_checkpoint(tmp_path / "scratch", vocab_size=258)
-    succeed(run(SCRIPT, *tiny(tmp_path / "out", f"--init_from={tmp_path / 'scratch'}", "--max_steps=2")))
+    succeed(
+        run(SCRIPT, *tiny(tmp_path / "out", f"--init_from={tmp_path / 'scratch'}", "--max_steps=2"))
+    )
     succeed(run(SCRIPT, f"--out_dir={tmp_path / 'out'}", f"--merge={tmp_path / 'merged'}"))
-    shutil.move(tmp_path / "out", tmp_path / "moved")               # the adapter names its base by where it lies beside it
+    shutil.move(
+        tmp_path / "out", tmp_path / "moved"
+    )  # the adapter names its base by where it lies beside it
     for folder in (tmp_path / "moved", tmp_path / "merged"):
         sampler = Sampler.load(folder)
-        assert sampler.config.vocab_size == 260 and not sampler.config.causal and len(sampler.end_of_turn) == 1 and sampler.mask_id == 257
+        assert (
+            sampler.config.vocab_size == 260
+            and not sampler.config.causal
+            and len(sampler.end_of_turn) == 1
+            and sampler.mask_id == 257
+        )
 
 
 # ---------------------------------------------------------------- many processes, kills
 
-@pytest.mark.parametrize("settings", [(), ("--lora_rank=0", "--grad_accum=2")], ids=["lora", "everything"])
+
+@pytest.mark.parametrize(
+    "settings", [(), ("--lora_rank=0", "--grad_accum=2")], ids=["lora", "everything"]
+)
 def test_two_processes_are_one(tiny, unbroken, base, tmp_path, settings):
     alone = unbroken(*settings)
     read = tmp_path / "read"
-    succeed(*run_parallel(2, SCRIPT, *tiny(tmp_path / "run", *settings, "--batch_size=2"), before=WatchReading(read)))
-    assert len(losses(alone)) == STEPS and losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-4)
+    succeed(
+        *run_parallel(
+            2,
+            SCRIPT,
+            *tiny(tmp_path / "run", *settings, "--batch_size=2"),
+            before=WatchReading(read),
+        )
+    )
+    assert len(losses(alone)) == STEPS and losses(tmp_path / "run") == pytest.approx(
+        losses(alone), abs=1e-4
+    )
     assert difference(learned(tmp_path / "run"), learned(alone)) < 1e-3
     # Nobody held the whole model: each process read its half of every tensor.
     total = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
-    assert [int(Path(f"{read}{rank}").read_text()) for rank in range(2)] == pytest.approx([total / 2] * 2, rel=0.01)
+    assert [int(Path(f"{read}{rank}").read_text()) for rank in range(2)] == pytest.approx(
+        [total / 2] * 2, rel=0.01
+    )
 
 
 class WatchReading:
@@ -188,14 +345,15 @@ class WatchReading:
         self.path = path
 
     def __call__(self):
-        original, count = checkpoints._read_rows, [0]
+        original, count = pretrained.load.read_rows, [0]
 
         def watched(*arguments):
             for rows, part in original(*arguments):
                 count[0] += part.numel()
                 Path(f"{self.path}{os.environ['RANK']}").write_text(str(count[0]))
                 yield rows, part
-        checkpoints._read_rows = watched
+
+        pretrained.load.read_rows = watched
 
 
 def test_data_parallel_without_sharding(tiny, unbroken, tmp_path):
@@ -206,8 +364,15 @@ def test_data_parallel_without_sharding(tiny, unbroken, tmp_path):
 def start_parallel(*arguments, differ=("", "")):
     """Two processes at work; `differ`: an argument for each of them alone."""
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    return [Script(SCRIPT, *arguments, *filter(None, [differ[rank]]), environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(2)]
+    return [
+        Script(
+            SCRIPT,
+            *arguments,
+            *filter(None, [differ[rank]]),
+            environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
 
 
 def wait_for_step(script, folder, step):
@@ -223,44 +388,80 @@ def test_killed_and_resumed_by_one_process_or_two(tiny, unbroken, tmp_path):
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     often = unbroken("--eval_interval=5")
     succeed(run(SCRIPT, *tiny(tmp_path / "one", "--eval_interval=5", "--resume")))
-    assert losses(tmp_path / "one") == losses(often) and difference(learned(tmp_path / "one"), learned(often)) == 0
-    rows = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (tmp_path / "one", often)]
-    assert [[row["step"], row["train_loss"], row["val_nelbo"]] for row in rows[0]] == [[row["step"], row["train_loss"], row["val_nelbo"]] for row in rows[1]]
-    succeed(*run_parallel(2, SCRIPT, *tiny(tmp_path / "two", "--eval_interval=5", "--batch_size=2", "--resume")))
+    assert (
+        losses(tmp_path / "one") == losses(often)
+        and difference(learned(tmp_path / "one"), learned(often)) == 0
+    )
+    rows = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "one", often)
+    ]
+    assert [[row["step"], row["train_loss"], row["val_nelbo"]] for row in rows[0]] == [
+        [row["step"], row["train_loss"], row["val_nelbo"]] for row in rows[1]
+    ]
+    succeed(
+        *run_parallel(
+            2, SCRIPT, *tiny(tmp_path / "two", "--eval_interval=5", "--batch_size=2", "--resume")
+        )
+    )
     assert losses(tmp_path / "two") == pytest.approx(losses(often), abs=1e-4)
 
 
 def test_one_process_dies(tiny, unbroken, tmp_path):
     """The other says so and ends; what they had saved goes on with one process."""
-    scripts = start_parallel(*tiny(tmp_path, "--eval_interval=5", "--batch_size=2", "--lora_rank=0"))
+    scripts = start_parallel(
+        *tiny(tmp_path, "--eval_interval=5", "--batch_size=2", "--lora_rank=0")
+    )
     wait_for_step(scripts[0], tmp_path, 5)
     scripts[1].signal(signal.SIGKILL)
     survivor = scripts[0].wait(60)
     assert scripts[1].wait().status == -signal.SIGKILL and survivor.status == 1, survivor
-    assert survivor.err.splitlines()[-1].startswith("error: process 0 lost another process of this run") and "Traceback" not in survivor.err
+    assert (
+        survivor.err.splitlines()[-1].startswith(
+            "error: process 0 lost another process of this run"
+        )
+        and "Traceback" not in survivor.err
+    )
     succeed(run(SCRIPT, *tiny(tmp_path, "--eval_interval=5", "--lora_rank=0", "--resume")))
-    assert losses(tmp_path) == pytest.approx(losses(unbroken("--lora_rank=0", "--eval_interval=5")), abs=1e-4)
+    assert losses(tmp_path) == pytest.approx(
+        losses(unbroken("--lora_rank=0", "--eval_interval=5")), abs=1e-4
+    )
 
 
 def test_processes_that_disagree_on_the_data(tiny, chats, tmp_path):
     other = tmp_path / "chats.jsonl"
     other.write_text(chats.read_text().replace("cat", "dog"))
-    results = [script.wait() for script in start_parallel(*tiny(tmp_path / "run"), differ=("", f"--dataset={other}"))]
+    results = [
+        script.wait()
+        for script in start_parallel(*tiny(tmp_path / "run"), differ=("", f"--dataset={other}"))
+    ]
     told = "".join(result.err for result in results)
-    assert [result.status for result in results] == [2, 2] and told.count("error: the processes disagree on") == 1, results
+    assert [result.status for result in results] == [2, 2] and told.count(
+        "error: the processes disagree on"
+    ) == 1, results
 
 
 def test_a_damaged_state(tiny, unbroken, tmp_path):
-    """A byte of a shard changed, a shard cut short: one line, by one of two processes, and nothing is trained."""
+    """A byte of a shard changed, a shard cut short: one line, by one of two processes, and nothing
+    is trained."""
+
     def damaged(name, damage):
         shutil.copytree(unbroken(), tmp_path / name)
         shard = next((tmp_path / name / "train_state").glob("*.safetensors"))
         shard.write_bytes(damage(shard.read_bytes()))
         return tiny(tmp_path / name, "--resume", "--max_steps=30", "--batch_size=2")
 
-    results = run_parallel(2, SCRIPT, *damaged("byte", lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]))
-    assert [result.status for result in results] == [2, 2] and "".join(result.err for result in results).count("is damaged or missing: delete") == 1, results
-    refused(run(SCRIPT, *damaged("cut", lambda data: data[:len(data) // 2]), "--batch_size=4"), "train_state", "is damaged")
+    results = run_parallel(
+        2, SCRIPT, *damaged("byte", lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
+    )
+    assert [result.status for result in results] == [2, 2] and "".join(
+        result.err for result in results
+    ).count("is damaged or missing: delete") == 1, results
+    refused(
+        run(SCRIPT, *damaged("cut", lambda data: data[: len(data) // 2]), "--batch_size=4"),
+        "train_state",
+        "is damaged",
+    )
     next((tmp_path / "cut" / "train_state").glob("*.safetensors")).unlink()
     refused(run(SCRIPT, *tiny(tmp_path / "cut", "--resume")), "missing")
     (tmp_path / "cut" / "train_state" / "record.json").write_text("{")
@@ -269,36 +470,63 @@ def test_a_damaged_state(tiny, unbroken, tmp_path):
 
 # ---------------------------------------------------------------- mistakes
 
+
 def test_mistakes(tiny, base, unbroken, tmp_path):
     adapter = unbroken()
     results = run_parallel(2, SCRIPT, *tiny(tmp_path, "--lora_rank=33", "--batch_size=2"))
-    assert [result.status for result in results] == [2, 2] and [result.err.count("lora_rank 33 does not fit") for result in results].count(1) == 1, results
+    assert [result.status for result in results] == [2, 2] and [
+        result.err.count("lora_rank 33 does not fit") for result in results
+    ].count(1) == 1, results
     refused(run(SCRIPT, *tiny(adapter, f"--merge={base}")), "merge", "overwritten")
     refused(run(SCRIPT, *tiny(adapter, f"--merge={adapter}")), "merge", "overwritten")
     refused(run(SCRIPT, *tiny(base, "--lora_rank=0")), "out_dir", "overwritten")
     refused(run(SCRIPT, *tiny(adapter, "--lora_rank=0")), "an adapter of another run")
     refused(run(SCRIPT, *tiny(tmp_path, f"--init_from={adapter}")), "is an adapter", "--merge")
-    refused(run(SCRIPT, *tiny(adapter, "--resume", "--lora_rank=2")), "cannot resume", "lora_rank was 4")
+    refused(
+        run(SCRIPT, *tiny(adapter, "--resume", "--lora_rank=2")), "cannot resume", "lora_rank was 4"
+    )
     other = make_base(tmp_path / "other", "llada", dim=64)
-    refused(run("sample.py", f"--checkpoint={other}", f"--adapter={adapter}", "--prompt=x"), "belongs to another model")
-    for checkpoint, words in ((make_base(tmp_path / "dream", "Dream"), "belongs to another"), (make_base(tmp_path / "short", "llada", n_layers=1), "another")):
+    refused(
+        run("sample.py", f"--checkpoint={other}", f"--adapter={adapter}", "--prompt=x"),
+        "belongs to another model",
+    )
+    for checkpoint, words in (
+        (make_base(tmp_path / "dream", "Dream"), "belongs to another"),
+        (make_base(tmp_path / "short", "llada", n_layers=1), "another"),
+    ):
         with pytest.raises(ValueError, match=words):
             Sampler.load(checkpoint, adapter=adapter)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         Sampler.load(base, adapter=other)
-    for arguments, words in ((dict(rank=-1), "lora_rank -1"), (dict(targets="q,w"), "'w'"), (dict(dropout=1.0), "dropout"), (dict(alpha=0), "alpha")):
+    for arguments, words in (
+        (dict(rank=-1), "lora_rank -1"),
+        (dict(targets="q,w"), "'w'"),
+        (dict(dropout=1.0), "dropout"),
+        (dict(alpha=0), "alpha"),
+    ):
         with pytest.raises(ValueError, match=words):
             add_lora(tiny_model(), **{"rank": 4, "alpha": 4, **arguments})
     with pytest.raises(ValueError, match="several of our matrices"):
-        save_adapter(add_lora(checkpoints.tiny_model("gpt2", Tokenizer.bytes(), 16), 2, 2), tmp_path, "gpt2")
+        save_adapter(
+            add_lora(tiny_of_family("gpt2", Tokenizer.bytes(), 16), 2, 2), tmp_path, "gpt2"
+        )
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    for change, words in ((dict(use_dora=True), "use_dora"), (dict(peft_type="IA3"), "IA3"), (dict(r=5), "shape"), (dict(r="4"), "whole number")):
-        (shutil.copytree(adapter, tmp_path / "changed", dirs_exist_ok=True) / "adapter_config.json").write_text(json.dumps(settings | change))
+    for change, words in (
+        (dict(use_dora=True), "use_dora"),
+        (dict(peft_type="IA3"), "IA3"),
+        (dict(r=5), "shape"),
+        (dict(r="4"), "whole number"),
+    ):
+        (
+            shutil.copytree(adapter, tmp_path / "changed", dirs_exist_ok=True)
+            / "adapter_config.json"
+        ).write_text(json.dumps(settings | change))
         with pytest.raises(ValueError, match=words):
             load_adapter(Transformer.from_pretrained(base), tmp_path / "changed")
 
 
 # ---------------------------------------------------------------- adapters
+
 
 def randomize(model, seed=0):
     torch.manual_seed(seed)
@@ -312,28 +540,39 @@ def test_rank_0_trains_nothing_and_a_new_adapter_changes_nothing():
     tokens, model = torch.arange(20)[None], tiny_model()
     expected = model(tokens)
     init_lora(add_lora(model, 4, 8))
-    assert torch.equal(model(tokens), expected) and {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert torch.equal(model(tokens), expected) and {
+        name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad
+    } == {"lora_A", "lora_B"}
     assert all(layer.lora_A.std() > 0 for layer in model.modules() if isinstance(layer, LoRALinear))
     none = add_lora(tiny_model(), 0, 8)
-    assert torch.equal(none(tokens), expected) and sum(p.numel() for p in none.parameters() if p.requires_grad) == 0
+    assert (
+        torch.equal(none(tokens), expected)
+        and sum(p.numel() for p in none.parameters() if p.requires_grad) == 0
+    )
 
 
 def test_merging_and_the_formula():
     """y = x W^T + alpha / rank (x A^T) B^T, beside and in the weights; dropout only in training."""
     model = randomize(add_lora(tiny_model(), 4, 8, dropout=0.5, targets="q,down"))
     layer, x = model.blocks[0].attn.q, torch.randn(3, 32)
-    assert torch.allclose(layer(x), x @ layer.weight.T + 8 / 4 * x @ layer.lora_A.T @ layer.lora_B.T, atol=1e-5)
+    assert torch.allclose(
+        layer(x), x @ layer.weight.T + 8 / 4 * x @ layer.lora_A.T @ layer.lora_B.T, atol=1e-5
+    )
     assert not torch.equal(layer.train()(x), layer(x))
     tokens = torch.arange(20)[None]
     expected = model.eval()(tokens)
     merged = merge_lora(model)
-    assert not any(isinstance(module, LoRALinear) for module in merged.modules()) and (merged(tokens) - expected).abs().max() < 1e-5
+    assert (
+        not any(isinstance(module, LoRALinear) for module in merged.modules())
+        and (merged(tokens) - expected).abs().max() < 1e-5
+    )
 
 
 def test_peft_loads_our_adapter_and_we_load_peft_s(tmp_path):
     import peft
     import transformers
-    ours = checkpoints.tiny_model("llama", Tokenizer.bytes(), 64, dim=32, n_layers=2, n_heads=2)
+
+    ours = tiny_of_family("llama", Tokenizer.bytes(), 64, dim=32, n_layers=2, n_heads=2)
     ours.export_pretrained(tmp_path / "base")
     tokens = torch.arange(30)[None]
     randomize(add_lora(ours, 4, 6)).eval()
@@ -341,14 +580,26 @@ def test_peft_loads_our_adapter_and_we_load_peft_s(tmp_path):
     twin = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     plain = twin(tokens).logits
     theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "ours").eval()
-    assert (theirs(tokens).logits - ours(tokens)).abs().max() < 1e-5 < 1e-2 < (plain - ours(tokens)).abs().max()
+    assert (
+        (theirs(tokens).logits - ours(tokens)).abs().max()
+        < 1e-5
+        < 1e-2
+        < (plain - ours(tokens)).abs().max()
+    )
 
     settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"])
-    theirs = randomize(peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), settings), 1).eval()
+    theirs = randomize(
+        peft.get_peft_model(
+            transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), settings
+        ),
+        1,
+    ).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_adapter(Transformer.from_pretrained(tmp_path / "base"), tmp_path / "theirs")
     assert (theirs(tokens).logits - loaded(tokens)).abs().max() < 1e-5
-    assert (theirs(tokens).logits - Transformer.from_pretrained(tmp_path / "theirs")(tokens)).abs().max() < 1e-5      # the config names the base
+    assert (
+        theirs(tokens).logits - Transformer.from_pretrained(tmp_path / "theirs")(tokens)
+    ).abs().max() < 1e-5  # the config names the base
 
 
 @pytest.fixture(scope="module")
@@ -555,15 +806,25 @@ def test_an_adapter_s_base(llama, tmp_path):
         Sampler.load(folder)
     shutil.copy(llama / "config.json", folder)  # with weights it is a model
     shutil.copy(llama / "model.safetensors", folder)
-    assert checkpoints.adapter_base(folder) is None
+    assert adapter_base(folder) is None
+
+
+def test_how_an_adapter_names_its_base(base, tmp_path):
+    assert name_of_base("tiny", tmp_path / "base", tmp_path) == "base"
+    assert name_of_base(os.path.relpath(base), base, tmp_path) == str(base.resolve())
+    assert name_of_base("someone/model", tmp_path / "in the cache", tmp_path) == "someone/model"
+    assert holds_a_run(base) and not holds_a_run(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert holds_a_run(tmp_path)
 
 
 def test_a_llada_s_head_is_not_taken_for_a_matrix_of_its_blocks(base, tmp_path):
     """Both are called ff_out: PEFT must find our target_modules in the blocks alone."""
     import peft
+
     save_adapter(randomize(add_lora(Transformer.from_pretrained(base), 2, 2)), tmp_path, base)
     shell = torch.nn.Module()
-    for name, tensor in load_file(base / "model.safetensors").items():             # a model with LLaDA's names
+    for name, tensor in load_file(base / "model.safetensors").items():  # a model with LLaDA's names
         *parents, leaf, _ = name.split(".")
         place = shell
         for parent in parents:
@@ -571,12 +832,20 @@ def test_a_llada_s_head_is_not_taken_for_a_matrix_of_its_blocks(base, tmp_path):
         if tensor.dim() == 2:
             place._modules[leaf] = torch.nn.Linear(*tensor.shape[::-1], bias=False)
     adapted = peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(tmp_path), shell)
-    found = {name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
-    stored = {re.sub(r"base_model\.model\.(.*)\.lora_[AB]\.weight", r"\1", name) for name in learned(tmp_path)}
+    found = {
+        name
+        for name, module in adapted.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    stored = {
+        re.sub(r"base_model\.model\.(.*)\.lora_[AB]\.weight", r"\1", name)
+        for name in learned(tmp_path)
+    }
     assert found == stored and len(found) == 2 * 7 and "model.transformer.ff_out" not in found
 
 
 # ---------------------------------------------------------------- the losses
+
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("cart", [0.0, 0.3])
@@ -586,21 +855,38 @@ def test_sft_loss_is_llada_s_and_dream_s(shift, cart):
     tokens = torch.randint(0, 256, (3, 12), generator=generator)
     maskable = torch.arange(12) >= torch.tensor([[4], [7], [11]])
     p_mask = torch.tensor([0.9, 0.5, 1.0])
-    noisy = torch.where((torch.rand(3, 12, generator=generator) < p_mask[:, None]) & maskable, 257, tokens)
+    noisy = torch.where(
+        (torch.rand(3, 12, generator=generator) < p_mask[:, None]) & maskable, 257, tokens
+    )
     masked = noisy == 257
     logits = model(noisy)
     logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1) if shift else logits
-    nll = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")                       # [3, 12]
+    nll = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")  # [3, 12]
     if cart:
-        weights = torch.tensor([[sum(0.5 * cart * (1 - cart) ** (abs(i - j) - 1) for j in range(12) if not masked[b, j] and j != i) for i in range(12)]
-                                for b in range(3)])
+        weights = torch.tensor(
+            [
+                [
+                    sum(
+                        0.5 * cart * (1 - cart) ** (abs(i - j) - 1)
+                        for j in range(12)
+                        if not masked[b, j] and j != i
+                    )
+                    for i in range(12)
+                ]
+                for b in range(3)
+            ]
+        )
         assert torch.allclose(cart_weights(masked, cart), weights * masked)
         expected = ((nll * weights * masked).sum(1) / masked.sum(1).clamp(min=1)).mean()
     else:
-        expected = ((nll * masked / p_mask[:, None]).sum(1) / maskable.sum(1)).sum() / 3          # LLaDA's GUIDELINES.md
+        expected = (
+            (nll * masked / p_mask[:, None]).sum(1) / maskable.sum(1)
+        ).sum() / 3  # LLaDA's GUIDELINES.md
     found = sft_loss(model, tokens, maskable, p_mask, masked, cart=cart)
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert found.nelbo.item() == pytest.approx(((nll * masked / p_mask[:, None]).sum() / maskable.sum()).item(), rel=1e-5)
+    assert found.nelbo.item() == pytest.approx(
+        ((nll * masked / p_mask[:, None]).sum() / maskable.sum()).item(), rel=1e-5
+    )
     found.loss.backward()
     gradient = model.head.weight.grad.clone()
     model.head.weight.grad = None
@@ -609,7 +895,12 @@ def test_sft_loss_is_llada_s_and_dream_s(shift, cart):
 
 
 def test_a_frozen_head_gets_no_gradient():
-    hidden, weight, targets, weights = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True), torch.arange(5), torch.rand(5)
+    hidden, weight, targets, weights = (
+        torch.randn(5, 8, requires_grad=True),
+        torch.randn(30, 8, requires_grad=True),
+        torch.arange(5),
+        torch.rand(5),
+    )
     total, _ = LinearCrossEntropy.apply(hidden, weight, None, targets, weights, 2)
     total.backward()
     expected, hidden.grad = hidden.grad, None
@@ -621,46 +912,110 @@ def test_a_frozen_head_gets_no_gradient():
 
 # ---------------------------------------------------------------- memory
 
-CASES = [dict(rank=16, dtype="float32", checkpointing=True), dict(rank=0, dtype="float32", checkpointing=False)]
+CASES = [
+    dict(rank=16, dtype="float32", checkpointing=True),
+    dict(rank=0, dtype="float32", checkpointing=False),
+]
 
 
 def test_the_plan_is_what_a_step_takes():
     config = dict(vocab_size=8192, dim=256, n_layers=4, n_heads=4, qk_norm=False)
     measured = step_memory(*(dict(case, config=config, T=256, B=2, plain=False) for case in CASES))
-    planned = [plan_memory(Config(**config), 256, 2, case["rank"], dtype=getattr(torch, case["dtype"]), checkpoint_blocks=case["checkpointing"]).peak
-               for case in CASES]
+    planned = [
+        plan_memory(
+            Config(**config),
+            256,
+            2,
+            case["rank"],
+            dtype=getattr(torch, case["dtype"]),
+            checkpoint_blocks=case["checkpointing"],
+        ).peak
+        for case in CASES
+    ]
     assert planned == pytest.approx(measured, rel=0.15)
 
 
 def test_plan_of_published_models(tmp_path):
-    """From a config.json without weights: LLaDA-8B by LoRA in less than 24 GB; Dream's parameters are its published 7.6 billion."""
-    llada = {"model_type": "llada", "embedding_size": 126464, "vocab_size": 126464, "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32,
-             "mlp_hidden_size": 12288, "max_sequence_length": 4096, "mask_token_id": 126336, "eos_token_id": 126081, "rope_theta": 500000.0}
-    dream = {"model_type": "Dream", "vocab_size": 152064, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-             "intermediate_size": 18944, "max_position_embeddings": 131072, "mask_token_id": 151666}
-    for name, raw, count in (("GSAI-ML/LLaDA-8B-Base", llada, 8015581184), ("Dream-org/Dream-v0-Base-7B", dream, 7615616512)):
+    """From a config.json without weights: LLaDA-8B by LoRA in less than 24 GB; Dream's parameters
+    are its published 7.6 billion."""
+    llada = {
+        "model_type": "llada",
+        "embedding_size": 126464,
+        "vocab_size": 126464,
+        "d_model": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 32,
+        "mlp_hidden_size": 12288,
+        "max_sequence_length": 4096,
+        "mask_token_id": 126336,
+        "eos_token_id": 126081,
+        "rope_theta": 500000.0,
+    }
+    dream = {
+        "model_type": "Dream",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 131072,
+        "mask_token_id": 151666,
+    }
+    for name, raw, count in (
+        ("GSAI-ML/LLaDA-8B-Base", llada, 8015581184),
+        ("Dream-org/Dream-v0-Base-7B", dream, 7615616512),
+    ):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(json.dumps(raw))
-        config, _ = checkpoints.read_config(tmp_path / name)
+        config, _ = read_config(tmp_path / name)
         with torch.device("meta"):
             assert sum(p.numel() for p in Transformer(config).parameters()) == count
-        assert all(getattr(config, field) == value for field, value in SHAPES[name].items())       # what is planned without a network
+        assert all(
+            getattr(config, field) == value for field, value in SHAPES[name].items()
+        )  # what is planned without a network
 
-    out = succeed(run(SCRIPT, "--plan", "--memory_gb=24", f"--init_from={tmp_path / 'GSAI-ML/LLaDA-8B-Base'}")).out
-    figures = {name: float(value.replace(",", "")) for name, value in re.findall(r"^  ([\w ]+?) +([\d.,]+)(?: |$)", out, re.MULTILINE)}
+    out = succeed(
+        run(SCRIPT, "--plan", "--memory_gb=24", f"--init_from={tmp_path / 'GSAI-ML/LLaDA-8B-Base'}")
+    ).out
+    figures = {
+        name: float(value.replace(",", ""))
+        for name, value in re.findall(r"^  ([\w ]+?) +([\d.,]+)(?: |$)", out, re.MULTILINE)
+    }
     assert "fits into 24 GB: yes" in out and "1 x 1024 tokens a process, 1 process" in out
-    assert figures["parameters"] - figures["of them learn"] == 8015581184 and 16.0 < figures["weights"] < figures["peak"] < 22
-    assert figures["weights"] == pytest.approx((2 * 8015581184 + 4 * figures["of them learn"]) / 1e9, abs=1e-3)
+    assert (
+        figures["parameters"] - figures["of them learn"] == 8015581184
+        and 16.0 < figures["weights"] < figures["peak"] < 22
+    )
+    assert figures["weights"] == pytest.approx(
+        (2 * 8015581184 + 4 * figures["of them learn"]) / 1e9, abs=1e-3
+    )
 
 
 def test_plan_of_several_processes():
     config = Config(vocab_size=4096, dim=256, n_layers=8, n_heads=4, qk_norm=False)
-    alone, eight = (plan_memory(config, 64, 1, 0, dtype=torch.float32, ranks=ranks) for ranks in (1, 8))
+    alone, eight = (
+        plan_memory(config, 64, 1, 0, dtype=torch.float32, ranks=ranks) for ranks in (1, 8)
+    )
     assert alone.parameters == alone.trained == eight.parameters and alone.gathered == 0
-    assert alone.weights == alone.gradients == 4 * alone.parameters == 8 * eight.weights == 8 * eight.gradients == 4 * eight.optimizer
-    outer, block = 2 * 4096 * 256 + 256, sum(p.numel() for p in Transformer(config).blocks[0].parameters())
+    assert (
+        alone.weights
+        == alone.gradients
+        == 4 * alone.parameters
+        == 8 * eight.weights
+        == 8 * eight.gradients
+        == 4 * eight.optimizer
+    )
+    outer, block = (
+        2 * 4096 * 256 + 256,
+        sum(p.numel() for p in Transformer(config).blocks[0].parameters()),
+    )
     assert eight.gathered == 4 * (outer + 2 * block) + 8 * outer
     assert eight.weights + eight.optimizer + eight.gathered < eight.peak < alone.peak / 2
     text = succeed(run(SCRIPT, "--init_from=tiny", "--plan", "--ranks=2", "--memory_gb=0.5")).out
     assert "2 processes" in text and "gathered" in text and "fits into 0.5 GB: no" in text
-    assert "1 x 256 tokens a process" in succeed(run(SCRIPT, "--init_from=checkpoints/mdlm", "--plan")).out         # its context
+    assert (
+        "1 x 256 tokens a process"
+        in succeed(run(SCRIPT, "--init_from=checkpoints/mdlm", "--plan")).out
+    )  # its context

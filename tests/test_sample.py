@@ -1,4 +1,6 @@
-"""sample.py and sampling/sampler.py: what a user types and sees, in pipes and terminals; the recorded run; mistakes."""
+"""sample.py and sampling/sampler.py: what a user types and sees, in pipes and terminals; the
+recorded run; mistakes."""
+
 import functools
 import json
 import os
@@ -16,10 +18,16 @@ from tiny import tiny_checkpoint, tiny_model, tiny_sampler
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
+import kernels
 from data.tokenizer import Tokenizer
-from sampling.sampler import Sampler, Trace
+from sampling.chat import converse
+from sampling.sampler import Sampler
+from sampling.trace import Trace
 
-REPORT = re.compile(r"(\d+) tokens in (\d+) forward passes \((\d+\.\d\d) tokens a pass\), \d+\.\d\d s, \d+\.\d tokens/s")
+REPORT = re.compile(
+    r"(\d+) tokens in (\d+) forward passes \((\d+\.\d\d) tokens a pass\), "
+    r"\d+\.\d\d s, \d+\.\d tokens/s"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +42,12 @@ def sample(checkpoint, *arguments, **options):
     return result.out
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 def test_a_prompt_is_continued_and_the_seed_decides(checkpoint):
     arguments = ("--prompt=Once upon", "--max_new_tokens=12", "--steps=6")
     first, second, other = (sample(checkpoint, *arguments, f"--seed={seed}") for seed in (1, 1, 2))
-    text = lambda out: out.rpartition("\n\n")[0]
-    assert text(first) == text(second) != text(other)
+    texts = [out.rpartition("\n\n")[0] for out in (first, second, other)]
+    assert texts[0] == texts[1] != texts[2]
     assert first.startswith("Once upon")
     assert REPORT.search(first).groups() == ("12", "6", "2.00")
 
@@ -57,25 +65,50 @@ def test_gaps_are_filled_and_the_rest_is_kept(checkpoint):
 
 def test_a_prompt_from_a_file(checkpoint, tmp_path):
     (tmp_path / "prompt.txt").write_text("From a file,\ntwo lines")
-    assert sample(checkpoint, f"--prompt=FILE:{tmp_path}/prompt.txt", "--max_new_tokens=4").startswith("From a file,\ntwo lines")
+    assert sample(
+        checkpoint, f"--prompt=FILE:{tmp_path}/prompt.txt", "--max_new_tokens=4"
+    ).startswith("From a file,\ntwo lines")
 
 
-@pytest.mark.parametrize("options", [
-    "--temperature=1 --remasking=entropy", "--remasking=margin --temperature=0.5 --block_length=4", "--remasking=ancestral --steps=30",
-    "--threshold=0.9 --cache=prefix --block_length=4", "--factor=1 --cache=dual --block_length=4", "--cfg_scale=1.5 --cache=none",
-    "--schedule=timesteps --dtype=bfloat16", "--top_p=0.5 --top_k=9 --alg_temp=0.2", "--entropy_bound=2 --remasking=entropy",
-    "--remask=0.3 --remask_schedule=rescale --steps=20", "--suppress=eos,65,<|mask|> --defer=eot"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--temperature=1 --remasking=entropy",
+        "--remasking=margin --temperature=0.5 --block_length=4",
+        "--remasking=ancestral --steps=30",
+        "--threshold=0.9 --cache=prefix --block_length=4",
+        "--factor=1 --cache=dual --block_length=4",
+        "--cfg_scale=1.5 --cache=none",
+        "--schedule=timesteps --dtype=bfloat16",
+        "--top_p=0.5 --top_k=9 --alg_temp=0.2",
+        "--entropy_bound=2 --remasking=entropy",
+        "--remask=0.3 --remask_schedule=rescale --steps=20",
+        "--suppress=eos,65,<|mask|> --defer=eot",
+    ],
+)
 def test_every_option_of_the_sampler(checkpoint, options):
     out = sample(checkpoint, "--prompt=ab", "--max_new_tokens=8", *options.split())
     assert out.startswith("ab") and REPORT.search(out)
 
 
 def test_remasking_is_seen_and_a_suppressed_letter_is_not(checkpoint):
-    out = sample(checkpoint, "--prompt=ab", "--max_new_tokens=16", "--steps=40", "--remask=0.5", "--remask_schedule=rescale", "--show")
+    out = sample(
+        checkpoint,
+        "--prompt=ab",
+        "--max_new_tokens=16",
+        "--steps=40",
+        "--remask=0.5",
+        "--remask_schedule=rescale",
+        "--show",
+    )
     masks = [line.count("░") for line in out.split("\n") if line.startswith("step")]
     assert sorted(masks, reverse=True) != masks and masks[-1] == 0, "a token was masked again"
     suppressed = ",".join(str(ord(letter)) for letter in "eaoiunt")
-    assert not set("eaoiunt") & set(sample(checkpoint, "--max_new_tokens=60", f"--suppress={suppressed}", "--seed=2").partition("\n\n")[0])
+    assert not set("eaoiunt") & set(
+        sample(checkpoint, "--max_new_tokens=60", f"--suppress={suppressed}", "--seed=2").partition(
+            "\n\n"
+        )[0]
+    )
 
 
 def test_autoregressive_and_block_diffusion_models(tmp_path):
@@ -84,10 +117,12 @@ def test_autoregressive_and_block_diffusion_models(tmp_path):
     for name in ("ar", "block"):
         assert sample(tmp_path / name, "--prompt=ab", "--max_new_tokens=8").startswith("ab")
         assert REPORT.search(sample(tmp_path / name, "--max_new_tokens=8", "--show"))
-    assert "autoregressive" in run("sample.py", f"--checkpoint={tmp_path}/ar", "--infill=a[MASK]").err
+    assert (
+        "autoregressive" in run("sample.py", f"--checkpoint={tmp_path}/ar", "--infill=a[MASK]").err
+    )
 
 
-# ---- watching ------------------------------------------------------------------------------------------------------------------
+# ---- watching ------------------------------------------------------------------------------------
 def test_show_prints_a_line_a_step_where_there_is_no_terminal(checkpoint):
     out = sample(checkpoint, "--prompt=a\nb", "--max_new_tokens=6", "--show")
     steps = [line for line in out.split("\n") if line.startswith("step")]
@@ -96,12 +131,16 @@ def test_show_prints_a_line_a_step_where_there_is_no_terminal(checkpoint):
 
 
 def open_terminal(path):
-    """In the script's process: make the pseudoterminal its standard streams and its controlling terminal."""
+    """In the script's process: the pseudoterminal becomes its standard streams and controls it."""
     os.setsid()
     terminal = os.open(path, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(terminal, stream)
-    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(0, closefd=False),
+        open(1, "w", buffering=1, closefd=False),
+        open(2, "w", buffering=1, closefd=False),
+    )
 
 
 class Typist:
@@ -136,7 +175,15 @@ class Typist:
 
 
 def test_show_redraws_in_a_terminal(checkpoint):
-    typist = Typist("sample.py", f"--checkpoint={checkpoint}", "--prompt=ab", "--max_new_tokens=6", "--show", "--remasking=low_confidence", "--pause=0.001")
+    typist = Typist(
+        "sample.py",
+        f"--checkpoint={checkpoint}",
+        "--prompt=ab",
+        "--max_new_tokens=6",
+        "--show",
+        "--remasking=low_confidence",
+        "--pause=0.001",
+    )
     screen = typist.read_until("tokens/s")
     assert typist.wait() == 0
     assert screen.count("\033[J") == 6, "each step takes back the last"
@@ -162,18 +209,40 @@ class Page(HTMLParser):
 
 def test_the_trace_is_one_page_that_replays_the_run(checkpoint, tmp_path):
     prompt = "</script><img src=x onerror=alert(1)> & <!-- é\n"
-    out = sample(checkpoint, f"--prompt={prompt}", "--max_new_tokens=12", "--steps=6", "--remasking=low_confidence", f"--html={tmp_path}/trace.html")
+    out = sample(
+        checkpoint,
+        f"--prompt={prompt}",
+        "--max_new_tokens=12",
+        "--steps=6",
+        "--remasking=low_confidence",
+        f"--html={tmp_path}/trace.html",
+    )
     text = (tmp_path / "trace.html").read_text(encoding="utf-8")
     assert "trace.html" in out and out.startswith(prompt)
-    assert not re.search(r"(?i)https?:|//\w+\.|@import|url\(", text), "nothing is fetched from elsewhere"
+    assert not re.search(r"(?i)https?:|//\w+\.|@import|url\(", text), (
+        "nothing is fetched from elsewhere"
+    )
     page = Page(text)
-    assert [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href", "action")] == ["data:,"]
-    assert "img" not in [tag for tag, _ in page.tags] and [tag for tag, _ in page.tags].count("script") == 1
+    assert [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "action")
+    ] == ["data:,"]
+    assert (
+        "img" not in [tag for tag, _ in page.tags]
+        and [tag for tag, _ in page.tags].count("script") == 1
+    )
     trace = json.loads(re.search(r"const TRACE = (.*);\n", page.script)[1])
     first, *steps, last = trace["messages"]
     [row] = first["rows"]
-    assert "".join(row[:len(prompt.encode())]) == prompt and row[len(prompt.encode()):] == [None] * 12
-    assert [len(step["changes"]) for step in steps] == [2] * 6 and [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert (
+        "".join(row[: len(prompt.encode())]) == prompt
+        and row[len(prompt.encode()) :] == [None] * 12
+    )
+    assert [len(step["changes"]) for step in steps] == [2] * 6 and [
+        step["step"] for step in steps
+    ] == [1, 2, 3, 4, 5, 6]
     for step in steps:
         for b, i, piece, confidence in step["changes"]:
             assert b == 0 and row[i] is None and 0 < confidence <= 1
@@ -185,16 +254,26 @@ def test_the_trace_of_a_block_model_ends_where_its_text_ends():
     sampler = tiny_sampler(block_length=4)
     with torch.no_grad():
         sampler.model.head.weight.zero_()
-        sampler.model.head.weight[256] = 1                          # end of text or not, as the sign of a sum decides
+        sampler.model.head.weight[256] = 1  # end of text or not, as the sign of a sum decides
         sampler.model.head.weight[65] = -1
     trace = Trace(sampler)
-    answers = sampler.run([[65, 65], [66] * 5], sampler.arguments(40, {**sample_settings(), "temperature": "1"}), on_step=trace)
-    assert [len(row) for row in trace.rows] == [len(answer) for answer in answers] == trace.messages[-1]["lengths"]
+    answers = sampler.run(
+        [[65, 65], [66] * 5],
+        sampler.arguments(40, {**sample_settings(), "temperature": "1"}),
+        on_step=trace,
+    )
+    assert (
+        [len(row) for row in trace.rows]
+        == [len(answer) for answer in answers]
+        == trace.messages[-1]["lengths"]
+    )
     assert min(map(len, answers)) < 42
-    assert trace.canvas == answers and trace.finish().messages[-1]["pieces"] == [sampler.pieces(answer) for answer in answers]
+    assert trace.canvas == answers and trace.finish().messages[-1]["pieces"] == [
+        sampler.pieces(answer) for answer in answers
+    ]
 
 
-# ---- chat ----------------------------------------------------------------------------------------------------------------------
+# ---- chat ----------------------------------------------------------------------------------------
 def read_from(path):
     """In the script's process: the file is its standard input."""
     os.dup2(os.open(path, os.O_RDONLY), 0)
@@ -203,15 +282,39 @@ def read_from(path):
 
 def talk(checkpoint, text, tmp_path, *arguments):
     (tmp_path / "said").write_bytes(text)
-    return sample(checkpoint, "--chat", *arguments, before=functools.partial(read_from, str(tmp_path / "said")))
+    return sample(
+        checkpoint,
+        "--chat",
+        *arguments,
+        before=functools.partial(read_from, str(tmp_path / "said")),
+    )
 
 
 def test_a_chat_in_a_pipe(tmp_path):
     checkpoint = tiny_checkpoint(tmp_path / "chat", max_len=400)
-    out = talk(checkpoint, b"one\n\n/reset\ntwo\nthree\n" + b"long " * 100 + b"\nnot \xff UTF-8\n/exit\nnever read\n", tmp_path, "--max_new_tokens=20")
+    out = talk(
+        checkpoint,
+        b"one\n\n/reset\ntwo\nthree\n" + b"long " * 100 + b"\nnot \xff UTF-8\n/exit\nnever read\n",
+        tmp_path,
+        "--max_new_tokens=20",
+    )
     assert len(REPORT.findall(out)) == 4 and "(forgotten)" in out
-    assert "error: " in out and "context of 400" in out, "too long a question is refused, and the chat goes on"
+    assert "error: " in out and "context of 400" in out, (
+        "too long a question is refused, and the chat goes on"
+    )
     assert "forgotten)" in out and out.count("error: ") == 1
+
+
+def test_a_chat_packs_its_matrices_once(monkeypatch):
+    """Not for each answer, and it leaves the model as it was."""
+    sampler, lines, packed = tiny_sampler(max_len=400), ["one", "two", "three"], []
+    monkeypatch.setattr("builtins.input", lambda _: lines.pop(0) if lines else "/exit")
+    plain = kernels.pack
+    monkeypatch.setattr(kernels, "pack", lambda *a: packed.append(plain(*a)) or packed[-1])
+    settings = {**sample_settings(), "max_new_tokens": 4, "show": False, "pause": 0.0}
+    converse(sampler, settings)
+    assert not lines and [len(changed) > 0 for changed in packed] == [True, False, False, False]
+    assert all("forward" not in vars(module) for module in sampler.model.modules())
 
 
 def test_a_chat_about_the_mask(tmp_path):
@@ -226,8 +329,14 @@ def test_a_chat_in_chatml_for_want_of_a_template_says_so(tmp_path):
     del settings["chat_template"]
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "said").write_bytes(b"one\ntwo")
-    result = run("sample.py", f"--checkpoint={checkpoint}", "--device=cpu", "--chat",
-                 "--max_new_tokens=4", before=functools.partial(read_from, str(tmp_path / "said")))
+    result = run(
+        "sample.py",
+        f"--checkpoint={checkpoint}",
+        "--device=cpu",
+        "--chat",
+        "--max_new_tokens=4",
+        before=functools.partial(read_from, str(tmp_path / "said")),
+    )
     assert result.status == 0 and re.fullmatch(r"note: [^\n]*template[^\n]*\n", result.err), result
     assert sample(checkpoint, "--prompt=a", "--max_new_tokens=2"), "and nothing where nobody chats"
 
@@ -235,11 +344,21 @@ def test_a_chat_in_chatml_for_want_of_a_template_says_so(tmp_path):
 def test_a_chat_forgets_its_oldest_turns(tmp_path):
     checkpoint = tiny_checkpoint(tmp_path / "chat", max_len=100)
     out = talk(checkpoint, b"one\ntwo\nthree\nfour", tmp_path, "--max_new_tokens=20")
-    assert len(REPORT.findall(out)) == 4 and "the oldest 2 messages no longer fit" in out and "error" not in out
+    assert (
+        len(REPORT.findall(out)) == 4
+        and "the oldest 2 messages no longer fit" in out
+        and "error" not in out
+    )
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
-    typist = Typist("sample.py", f"--checkpoint={tiny_checkpoint(tmp_path / 'chat', max_len=400)}", "--chat", "--max_new_tokens=200", "--pause=0.05")
+    typist = Typist(
+        "sample.py",
+        f"--checkpoint={tiny_checkpoint(tmp_path / 'chat', max_len=400)}",
+        "--chat",
+        "--max_new_tokens=200",
+        "--pause=0.05",
+    )
     typist.read_until("> ")
     typist.type("hello\n")
     typist.read_until("step 3")
@@ -251,64 +370,79 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
     assert typist.wait() == 0
 
 
-# ---- mistakes ------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("arguments, words", [
-    ("--steps=1 --block_length=4 --max_new_tokens=8", "too few for 2 blocks"),
-    ("--steps=-1", "steps must be between 1"),
-    ("--block_length=-1", "block_length must be"),
-    ("--block_length=9 --max_new_tokens=8", "block_length must be between 1 and"),
-    ("--temperature=-1", "temperature must not be negative"),
-    ("--temperature=warm", "temperature takes a number or auto"),
-    ("--temperature=nan", "temperature"),
-    ("--threshold=1.5", "threshold must be between 0 and 1"),
-    ("--threshold=0.5 --remasking=random", "low_confidence"),
-    ("--threshold=0.5 --factor=1", "exclude each other"),
-    ("--cfg_scale=1 --cache=prefix", "cfg_scale works without a cache"),
-    ("--cache=big", "cache must be"),
-    ("--remasking=best", "remasking must be one of"),
-    ("--schedule=fast", "schedule must be one of"),
-    ("--top_p=-0.1", "top_p must be between 0 and 1"),
-    ("--top_k=-1", "top_k must be at least 1"),
-    ("--alg_temp=-1", "alg_temp must not be negative"),
-    ("--alg_temp=1 --remasking=ancestral", "needs a rule that asks the model"),
-    ("--entropy_bound=-1", "entropy_bound must not be negative"),
-    ("--entropy_bound=1 --threshold=0.5", "exclude each other"),
-    ("--remask=2", "remask must be between 0 and 1"),
-    ("--remask=0.1 --remasking=margin", "remask needs remasking ancestral"),
-    ("--remask_schedule=often", "remask_schedule must be one of cap, rescale"),
-    ("--suppress=eos,nothing", "suppress takes ids or names of tokens, eos or eot, separated by commas, got 'nothing'"),
-    ("--defer=99999", "outside the vocabulary"),
-    ("--prompt=a[MASK:3]b", "contains [MASK:3] at character 1"),
-    ("--infill=nothing", "nothing to fill"),
-    ("--infill=[MASK:0]", "between 1 and the context"),
-    ("--infill=[MASK:99999999999999999999]", "between 1 and the context"),
-    ("--infill=[MASK:100]and[MASK:100]", "exceed"),
-    ("--max_new_tokens=-1", "max_new_tokens"),
-    ("--max_new_tokens=129", "exceed the context of 128"),
-    ("--num_samples=0", "num_samples must be at least 1"),
-    ("--prompt=a --infill=[MASK]", "choose one of"),
-    ("--chat --html=x.html", "--html"),
-    ("--dtype=int8", "dtype must be"),
-    ("--device=tpu", "device must be"),
-    ("--html=/nowhere/t.html", "cannot write a page to /nowhere/t.html"),
-    ("--html=/tmp", "cannot write a page to /tmp"),
-    ("--prompt=caf\udce9", "the prompt is not UTF-8 at byte 3"),
-    ("--prompt=FILE:/nowhere", "/nowhere"),
-    ("--serve=99999", "port between 1 and 65535"),
-    ("--promt=x", "did you mean 'prompt'"),
-])
+# ---- mistakes ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--steps=1 --block_length=4 --max_new_tokens=8", "too few for 2 blocks"),
+        ("--steps=-1", "steps must be between 1"),
+        ("--block_length=-1", "block_length must be"),
+        ("--block_length=9 --max_new_tokens=8", "block_length must be between 1 and"),
+        ("--temperature=-1", "temperature must not be negative"),
+        ("--temperature=warm", "temperature takes a number or auto"),
+        ("--temperature=nan", "temperature"),
+        ("--threshold=1.5", "threshold must be between 0 and 1"),
+        ("--threshold=0.5 --remasking=random", "low_confidence"),
+        ("--threshold=0.5 --factor=1", "exclude each other"),
+        ("--cfg_scale=1 --cache=prefix", "cfg_scale works without a cache"),
+        ("--cache=big", "cache must be"),
+        ("--remasking=best", "remasking must be one of"),
+        ("--schedule=fast", "schedule must be one of"),
+        ("--top_p=-0.1", "top_p must be between 0 and 1"),
+        ("--top_k=-1", "top_k must be at least 1"),
+        ("--alg_temp=-1", "alg_temp must not be negative"),
+        ("--alg_temp=1 --remasking=ancestral", "needs a rule that asks the model"),
+        ("--entropy_bound=-1", "entropy_bound must not be negative"),
+        ("--entropy_bound=1 --threshold=0.5", "exclude each other"),
+        ("--remask=2", "remask must be between 0 and 1"),
+        ("--remask=0.1 --remasking=margin", "remask needs remasking ancestral"),
+        ("--remask_schedule=often", "remask_schedule must be one of cap, rescale"),
+        (
+            "--suppress=eos,nothing",
+            "suppress takes ids or names of tokens, eos or eot, separated by commas, got 'nothing'",
+        ),
+        ("--defer=99999", "outside the vocabulary"),
+        ("--prompt=a[MASK:3]b", "contains [MASK:3] at character 1"),
+        ("--infill=nothing", "nothing to fill"),
+        ("--infill=[MASK:0]", "between 1 and the context"),
+        ("--infill=[MASK:99999999999999999999]", "between 1 and the context"),
+        ("--infill=[MASK:100]and[MASK:100]", "exceed"),
+        ("--max_new_tokens=-1", "max_new_tokens"),
+        ("--max_new_tokens=129", "exceed the context of 128"),
+        ("--num_samples=0", "num_samples must be at least 1"),
+        ("--prompt=a --infill=[MASK]", "choose one of"),
+        ("--chat --html=x.html", "--html"),
+        ("--dtype=int8", "dtype must be"),
+        ("--device=tpu", "device must be"),
+        ("--html=/nowhere/t.html", "cannot write a page to /nowhere/t.html"),
+        ("--html=/tmp", "cannot write a page to /tmp"),
+        ("--prompt=caf\udce9", "the prompt is not UTF-8 at byte 3"),
+        ("--prompt=FILE:/nowhere", "/nowhere"),
+        ("--serve=99999", "port between 1 and 65535"),
+        ("--promt=x", "did you mean 'prompt'"),
+    ],
+)
 def test_a_mistake_is_one_line_and_status_2(checkpoint, arguments, words):
     result = run("sample.py", f"--checkpoint={checkpoint}", *arguments.split())
-    assert result.status == 2 and re.fullmatch(r"error: [^\n]+\n", result.err) and words in result.err, result
+    assert (
+        result.status == 2 and re.fullmatch(r"error: [^\n]+\n", result.err) and words in result.err
+    ), result
 
 
 def test_mistakes_about_files(checkpoint, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert "not UTF-8 at byte 3" in run("sample.py", f"--checkpoint={checkpoint}", f"--prompt=FILE:{tmp_path}/latin.txt").err
+    assert (
+        "not UTF-8 at byte 3"
+        in run("sample.py", f"--checkpoint={checkpoint}", f"--prompt=FILE:{tmp_path}/latin.txt").err
+    )
     result = run("sample.py", "--checkpoint=out/never_trained")
     assert result.status == 2 and "run python train_scratch.py first" in result.err
     result = run("sample.py", "--checkpoint=checkpoints/mdml", environment={"HF_HUB_OFFLINE": "1"})
-    assert result.status == 2 and "did you mean checkpoints/mdlm?" in result.err and "Traceback" not in result.err
+    assert (
+        result.status == 2
+        and "did you mean checkpoints/mdlm?" in result.err
+        and "Traceback" not in result.err
+    )
     (checkpoint / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     result = run("sample.py", f"--checkpoint={checkpoint}")
     (tmp_path / "tokenizer.json").rename(checkpoint / "tokenizer.json")
@@ -317,14 +451,31 @@ def test_mistakes_about_files(checkpoint, tmp_path):
 
 def test_help_names_every_setting():
     result = run("sample.py", "--help")
-    for name in ("prompt", "infill", "num_samples", "max_new_tokens", "steps", "block_length", "temperature", "remasking", "threshold", "cache",
-                 "cfg_scale", "show", "html", "chat", "serve", "seed", "checkpoint"):
+    for name in (
+        "prompt",
+        "infill",
+        "num_samples",
+        "max_new_tokens",
+        "steps",
+        "block_length",
+        "temperature",
+        "remasking",
+        "threshold",
+        "cache",
+        "cfg_scale",
+        "show",
+        "html",
+        "chat",
+        "serve",
+        "seed",
+        "checkpoint",
+    ):
         assert re.search(rf"^  --{name}=.* \w.*$", result.out, re.MULTILINE), name
         assert result.out.count(f"\n  --{name}=") == 1
     assert result.status == 0
 
 
-# ---- sampling/sampler.py ----------------------------------------------------------------------------------------------------------------
+# ---- sampling/sampler.py -------------------------------------------------------------------------
 def test_pieces_stand_where_their_tokens_do():
     sampler = tiny_sampler()
     tokens = list("aé€😀".encode())
@@ -344,7 +495,10 @@ def make_wordpiece(folder):
 
 
 def test_a_wordpiece_model_finds_its_mask_and_its_frame(tmp_path):
-    sampler = Sampler(tiny_model(vocab_size=11, mask_token_id=None, eos_token_id=None), make_wordpiece(tmp_path / "bert"))
+    sampler = Sampler(
+        tiny_model(vocab_size=11, mask_token_id=None, eos_token_id=None),
+        make_wordpiece(tmp_path / "bert"),
+    )
     assert sampler.mask_id == sampler.config.mask_token_id == 4
     assert sampler.encode_prompt("the cat") == [2, 5, 6]
     assert sampler.encode_gaps("the [MASK] [MASK:2].") == [2, 5, 4, 4, 4, 9, 3]
@@ -370,31 +524,55 @@ def test_the_masks_spelling_is_text_around_gaps_too():
 
 
 def test_a_gap_takes_the_space_before_it_where_words_carry_theirs():
-    bpe = Sampler(tiny_model(vocab_size=400, mask_token_id=398, eos_token_id=399), Tokenizer.train(["the cat and the dog and the cow " * 50], 300))
-    assert bpe.encode_gaps("the [MASK] and")[-3:] == [*bpe.tokenizer.encode("the")[-1:], 398, *bpe.tokenizer.encode(" and")]
+    bpe = Sampler(
+        tiny_model(vocab_size=400, mask_token_id=398, eos_token_id=399),
+        Tokenizer.train(["the cat and the dog and the cow " * 50], 300),
+    )
+    assert bpe.encode_gaps("the [MASK] and")[-3:] == [
+        *bpe.tokenizer.encode("the")[-1:],
+        398,
+        *bpe.tokenizer.encode(" and"),
+    ]
     assert tiny_sampler().encode_gaps("a [MASK] b") == [97, 32, 257, 32, 98], "a byte is a byte"
 
 
 def test_tokens_by_name():
     sampler = tiny_sampler()
-    assert sampler.named_tokens("defer", "eos, 65,eot,<|mask|>") == (65, 256, 257, 259) and sampler.named_tokens("defer", "") == ()
-    assert sampler.arguments(4, {**sample_settings(), "defer": "eos"})["remasking"] == "low_confidence", "auto is a rule that asks"
+    assert (
+        sampler.named_tokens("defer", "eos, 65,eot,<|mask|>") == (65, 256, 257, 259)
+        and sampler.named_tokens("defer", "") == ()
+    )
+    assert (
+        sampler.arguments(4, {**sample_settings(), "defer": "eos"})["remasking"] == "low_confidence"
+    ), "auto is a rule that asks"
     assert sampler.arguments(4, {**sample_settings(), "remask": 0.1})["remasking"] == "ancestral"
 
 
 def sample_settings():
-    return {"steps": 0, "block_length": 0, "temperature": "auto", "remasking": "auto", "cache": "auto", "cfg_scale": 0.0, "schedule": "", "seed": 0}
+    return {
+        "steps": 0,
+        "block_length": 0,
+        "temperature": "auto",
+        "remasking": "auto",
+        "cache": "auto",
+        "cfg_scale": 0.0,
+        "schedule": "",
+        "seed": 0,
+    }
 
 
 def test_an_answer_ends_where_the_template_says():
     sampler = tiny_sampler()
-    assert sampler.end_of_turn == {259}                             # <|im_end|>
+    assert sampler.end_of_turn == {259}  # <|im_end|>
     assert sampler.decode([65, 66, 259, 67], chat=True) == ("AB", 2, True)
     assert sampler.decode([65, 66, 259, 67])[0] == "ABC"
     assert sampler.decode([65, 256, 67]) == ("A", 1, True)
     assert sampler.decode([65, 66]) == ("AB", 2, False)
     assert sampler.split([65, 256, 66, 256]) == ["A", "B", ""]
-    odd = Tokenizer(Backend.from_str(sampler.tokenizer.backend.to_str()), chat_templates={"default": "{{ messages[-1].content }}."})
+    odd = Tokenizer(
+        Backend.from_str(sampler.tokenizer.backend.to_str()),
+        chat_templates={"default": "{{ messages[-1].content }}."},
+    )
     assert Sampler(tiny_model(), odd).end_of_turn == set()
 
 
@@ -406,10 +584,12 @@ def test_no_mask_token_anywhere():
 
 
 def test_the_page_has_its_placeholder():
-    assert (ROOT / "sampling" / "page.html").read_text(encoding="utf-8").count("/*TRACE*/ null") == 1
+    assert (ROOT / "sampling" / "page.html").read_text(encoding="utf-8").count(
+        "/*TRACE*/ null"
+    ) == 1
 
 
-# ---- ends of text, BOS, stops ----
+# ---- ends of text, BOS, stops --------------------------------------------------------------------
 def test_a_completion_is_cut_at_any_end_of_text():
     sampler = tiny_sampler(eos_token_id=250, eos_token_ids=[250, 251])
     assert sampler.ends == {250, 251, 256}  # 256 is the tokenizer's own

@@ -1,4 +1,5 @@
-"""Random numbers that are used for different things are independent; equal quantities bear equal names and are the same number.
+"""Random numbers that are used for different things are independent; equal quantities bear equal
+names and are the same number.
 
 Whole runs of the four recipes, watched from within.
 """
@@ -19,10 +20,12 @@ from test_diffusion import tiny
 
 import common
 import diffusion
-from data import checkpoints
 from data.tokenizer import Tokenizer
-from diffusion import log_likelihood, nelbo
+from diffusion import nelbo
+from evaluation.likelihood import log_likelihood
 from model import Transformer
+from pretrained.tiny import tiny_model
+from sampling.engine import row_streams
 
 SMALL = (
     "--threads=1",
@@ -120,9 +123,7 @@ def test_streams_are_told_apart_by_everything_in_their_name():
 
 def test_rows_and_seeds_of_sampling_do_not_coincide():
     def first(seed, row=0):
-        return torch.rand(
-            (), generator=diffusion._streams(seed, row + 1)[row], dtype=torch.float64
-        ).item()
+        return torch.rand((), generator=row_streams(seed, row + 1)[row], dtype=torch.float64).item()
 
     numbers = [
         first(seed, row)
@@ -132,7 +133,7 @@ def test_rows_and_seeds_of_sampling_do_not_coincide():
     assert len(set(numbers)) == len(numbers)
     assert first(5) == first([5]) and first([7, 5], 1) == first([5])  # the documented rule
 
-    from sampling.server import Job
+    from sampling.worker import Job
 
     requests = [Job([[1]] * 3, {"seed": seed}).seeds for seed in (5, 5 + 1_000_003, 6)]
     assert (
@@ -151,23 +152,21 @@ def test_seeds_and_streams_of_likelihoods_do_not_coincide():
     }
     assert len(values) == len(pairs)
     seen = []
-    hide = diffusion._hide
+    hide = diffusion.hide
     try:
-        diffusion._hide = lambda config, maskable, generator: (
+        diffusion.hide = lambda config, maskable, generator: (
             seen.append(generator.initial_seed()),
             hide(config, maskable, generator),
         )[1]
         nelbo(model, torch.zeros(2, 8, dtype=torch.int64), seed=7)
     finally:
-        diffusion._hide = hide
+        diffusion.hide = hide
     assert seen != [7], "the seed of the weights"
 
 
 def test_the_matrices_of_a_tiny_model_are_not_its_embedding():
     for family in ("qwen3", "llada", "modernbert"):
-        model = checkpoints.tiny_model(
-            family, Tokenizer.bytes(), 32, 0, dim=16, n_layers=2, n_heads=2
-        )
+        model = tiny_model(family, Tokenizer.bytes(), 32, 0, dim=16, n_layers=2, n_heads=2)
         embedding = model.embed.weight.detach().flatten()
         for module in model.blocks.modules():
             if isinstance(module, torch.nn.Linear):
@@ -179,7 +178,8 @@ def test_the_matrices_of_a_tiny_model_are_not_its_embedding():
 
 
 class WatchSeeds:
-    """Writes to a file, of every generator that is seeded in a process, the seed and the line of code that asked for it."""
+    """Writes to a file, of every generator that is seeded in a process, the seed and the line of
+    code that asked for it."""
 
     def __init__(self, path):
         self.path = path
@@ -208,7 +208,8 @@ class WatchSeeds:
 
 @pytest.mark.parametrize("script", RECIPES)
 def test_no_two_places_of_a_recipe_draw_the_same_numbers(script, talk, text, tmp_path):
-    """Weights, noise, dropout, opening attention, evaluation, samples: whoever draws has a seed that nobody else has."""
+    """Weights, noise, dropout, opening attention, evaluation, samples: whoever draws has a seed
+    that nobody else has."""
     succeed(
         run(*command(script, tmp_path / "out", talk, text), before=WatchSeeds(tmp_path / "seeds"))
     )
@@ -238,7 +239,8 @@ class WatchMasks:
 
 
 def test_the_pairs_that_open_say_nothing_about_the_masks(talk, text, tmp_path):
-    """However the two rows of random numbers are laid beside each other, they are not correlated."""
+    """However the two rows of random numbers are laid beside each other, they are not
+    correlated."""
     succeed(
         run(
             *command(
@@ -287,7 +289,8 @@ def test_dropout_does_not_depend_on_the_number_of_processes(talk, text, tmp_path
 
 
 class WatchLosses:
-    """Writes (nats, tokens, loss) of every pass of training to a file; the loss that is minimised is multiplied by `factor`."""
+    """Writes (nats, tokens, loss) of every pass of training to a file; the loss that is minimised
+    is multiplied by `factor`."""
 
     def __init__(self, path, factor=1.0):
         self.path, self.factor = path, factor
@@ -314,7 +317,8 @@ class WatchLosses:
 
 @pytest.mark.parametrize("script", RECIPES)
 def test_train_loss_is_the_bound_per_token_in_every_recipe(script, talk, text, tmp_path):
-    """Nats of the whole step over tokens of the whole step, whatever is minimised and however long the answers of each pass are."""
+    """Nats of the whole step over tokens of the whole step, whatever is minimised and however long
+    the answers of each pass are."""
     settings = (
         "--eval_interval=1",
         "--max_steps=4",
@@ -367,7 +371,8 @@ def test_what_is_minimised_must_be_finite_too(script, talk, text, tmp_path):
     ],
 )
 def test_eval_prints_the_recipe_s_last_line(script, settings, talk, text, tmp_path):
-    """The same sequences, masks and precision, also where training computes in bfloat16; only --dataset, --seq_len and --max_tokens are said."""
+    """The same sequences, masks and precision, also where training computes in bfloat16; only
+    --dataset, --seq_len and --max_tokens are said."""
     data, seq_len, count = (
         (text, 16, 512)
         if script == "train_scratch.py"
@@ -430,7 +435,8 @@ def test_padding_is_not_scored():
 
 
 def test_a_model_is_evaluated_in_the_precision_of_its_weights(text, tmp_path):
-    """A sharded run computes in bfloat16 because its weights are gathered so: then eval.py --dtype=bfloat16 prints its line."""
+    """A sharded run computes in bfloat16 because its weights are gathered so: then eval.py
+    --dtype=bfloat16 prints its line."""
     arguments = command(
         "convert_ar.py",
         tmp_path / "out",

@@ -1,4 +1,6 @@
-"""train_scratch.py as a user runs it: every objective, kills and resumes, many processes, faults. Tiny models on a generated text."""
+"""train_scratch.py as a user runs it: every objective, kills and resumes, many processes, faults.
+Tiny models on a generated text."""
+
 import hashlib
 import json
 import math
@@ -21,32 +23,64 @@ from scripts import ROOT, Script, run, run_parallel
 from data.loader import TokenDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from diffusion import generate, nelbo
+from diffusion import denoise, nelbo
 from model import Transformer
 
 SCRIPT = "train_scratch.py"
-FILES = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "train_state.pt", "log.jsonl"}
-LAST_LINE = re.compile(r"val nelbo (\d+\.\d{4}) \+- (\d+\.\d{4}) nats/token, (\d+\.\d{3}) bits/byte")
-TIMES = {"elapsed_s", "tokens_per_s"}       # what differs between two equal runs
+FILES = {
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "train_state.pt",
+    "log.jsonl",
+}
+LAST_LINE = re.compile(
+    r"val nelbo (\d+\.\d{4}) \+- (\d+\.\d{4}) nats/token, (\d+\.\d{3}) bits/byte"
+)
+TIMES = {"elapsed_s", "tokens_per_s"}  # what differs between two equal runs
 STEPS = 24
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A file of 30 kB of easy sentences."""
-    rng, words = random.Random(0), "the cat dog sat on mat and ran to a house with green door while rain fell".split()
+    rng, words = (
+        random.Random(0),
+        "the cat dog sat on mat and ran to a house with green door while rain fell".split(),
+    )
     path = tmp_path_factory.mktemp("text") / "easy.txt"
-    path.write_text("".join(" ".join(rng.choice(words) for _ in range(9)) + ".\n" for _ in range(700)))
+    path.write_text(
+        "".join(" ".join(rng.choice(words) for _ in range(9)) + ".\n" for _ in range(700))
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def tiny(text):
-    """tiny(out_dir, settings...): the command line of a run that takes a fraction of a second; later settings overrule earlier ones."""
+    """tiny(out_dir, settings...): the command line of a run that takes a fraction of a second;
+    later settings overrule earlier ones."""
+
     def arguments(out_dir, *settings):
-        return ("--threads=1", "--dtype=float32", f"--dataset={text}", "--tokenizer=byte", "--dim=16", "--n_layers=2", "--n_heads=2", "--seq_len=16",
-                "--batch_size=4", f"--max_steps={STEPS}", "--eval_interval=4", "--eval_tokens=64", "--final_eval_tokens=512", "--sample_tokens=0",
-                f"--out_dir={out_dir}", *settings)
+        return (
+            "--threads=1",
+            "--dtype=float32",
+            f"--dataset={text}",
+            "--tokenizer=byte",
+            "--dim=16",
+            "--n_layers=2",
+            "--n_heads=2",
+            "--seq_len=16",
+            "--batch_size=4",
+            f"--max_steps={STEPS}",
+            "--eval_interval=4",
+            "--eval_tokens=64",
+            "--final_eval_tokens=512",
+            "--sample_tokens=0",
+            f"--out_dir={out_dir}",
+            *settings,
+        )
+
     return arguments
 
 
@@ -60,7 +94,10 @@ def train(*arguments, **options):
 def rows(folder):
     """log.jsonl without what the clock says."""
     lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in TIMES}
+        for line in lines
+    ]
 
 
 def state_of(folder):
@@ -80,15 +117,20 @@ def equal(a, b, tolerance=0.0):
 
 
 def same_run(a, b):
-    """Two folders hold the same run, bit for bit: weights, optimizer, log; and nothing is left lying about."""
+    """Two folders hold the same run, bit for bit: weights, optimizer, log; and nothing is left
+    lying about."""
     assert equal(state_of(a), state_of(b))
     assert rows(a) == rows(b)
-    assert (Path(a) / "model.safetensors").read_bytes() == (Path(b) / "model.safetensors").read_bytes()
+    assert (Path(a) / "model.safetensors").read_bytes() == (
+        Path(b) / "model.safetensors"
+    ).read_bytes()
     assert {file.name for file in Path(a).iterdir()} == {file.name for file in Path(b).iterdir()}
 
 
 def contents(folder):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).iterdir()
+    }
 
 
 def loads(folder):
@@ -96,7 +138,7 @@ def loads(folder):
     folder = Path(folder)
     if (folder / "model.safetensors").exists():
         with safe_open(folder / "model.safetensors", "pt") as tensors:
-            assert all(tensors.get_tensor(name).isfinite().all() for name in tensors.keys())        # noqa: SIM118
+            assert all(tensors.get_tensor(name).isfinite().all() for name in tensors.keys())  # noqa: SIM118
         if (folder / "config.json").exists():
             Transformer.from_pretrained(folder)
     return True
@@ -112,55 +154,99 @@ def unbroken(tiny, tmp_path_factory):
             made[settings] = tmp_path_factory.mktemp("unbroken")
             train(*tiny(made[settings], *settings))
         return made[settings]
+
     return folder
 
 
 # ---------------------------------------------------------------- whole runs
 
+
 @pytest.mark.parametrize("objective", ["mdlm", "bd3lm", "ar"])
 def test_a_run(tiny, text, tmp_path, objective):
-    result = train(*tiny(tmp_path, f"--objective={objective}", "--max_steps=80", "--eval_interval=20", "--sample_tokens=16"))
+    result = train(
+        *tiny(
+            tmp_path,
+            f"--objective={objective}",
+            "--max_steps=80",
+            "--eval_interval=20",
+            "--sample_tokens=16",
+        )
+    )
     assert FILES <= {file.name for file in tmp_path.iterdir()} <= FILES | {"loss.png"}
-    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1      # safetensors alone would make its file private
+    assert (
+        len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+    )  # safetensors alone would make its file private
     value, error, bpb = map(float, LAST_LINE.fullmatch(result.out.splitlines()[-1]).groups())
 
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [20, 40, 60, 80]
     for row in log:
-        assert {"step", "train_loss", "val_nelbo", "val_stderr", "val_bpb", "tokens_per_s", "elapsed_s"} <= row.keys()
-        assert all(math.isfinite(number) for number in row.values()) and row["tokens_per_s"] > 0 and row["val_stderr"] > 0
+        assert {
+            "step",
+            "train_loss",
+            "val_nelbo",
+            "val_stderr",
+            "val_bpb",
+            "tokens_per_s",
+            "elapsed_s",
+        } <= row.keys()
+        assert (
+            all(math.isfinite(number) for number in row.values())
+            and row["tokens_per_s"] > 0
+            and row["val_stderr"] > 0
+        )
     assert [row["elapsed_s"] for row in log] == sorted(row["elapsed_s"] for row in log)
-    assert log[-1]["val_nelbo"] < log[0]["val_nelbo"] - 0.1 and log[-1]["train_loss"] < log[0]["train_loss"] - 0.3 and value < math.log(260) - 1
+    assert (
+        log[-1]["val_nelbo"] < log[0]["val_nelbo"] - 0.1
+        and log[-1]["train_loss"] < log[0]["train_loss"] - 0.3
+        and value < math.log(260) - 1
+    )
 
     model, tokenizer = Transformer.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
     data = TokenDataset(prepare(text, "byte"))
     windows = data.windows("val", 16, 512)
     again = nelbo(model, windows, seed=1337)
-    assert again == pytest.approx((log[-1]["val_nelbo"], log[-1]["val_stderr"]), abs=1e-5) and again == pytest.approx((value, error), abs=1e-4)
+    assert again == pytest.approx(
+        (log[-1]["val_nelbo"], log[-1]["val_stderr"]), abs=1e-5
+    ) and again == pytest.approx((value, error), abs=1e-4)
     assert bpb == pytest.approx(value / math.log(2) / data.bytes_per_token("val"), abs=1e-3)
     assert model.config.causal == model.config.shift == (objective == "ar")
-    assert model.config.block_length == (4 if objective == "bd3lm" else 0) and model.config.mask_token_id == tokenizer.mask_token_id
+    assert (
+        model.config.block_length == (4 if objective == "bd3lm" else 0)
+        and model.config.mask_token_id == tokenizer.mask_token_id
+    )
 
     samples = dict(re.findall(r"^step (\d+): (.*)$", result.out, re.MULTILINE))
     assert list(samples) == ["20", "40", "60", "80"]
-    n = 15 if objective == "ar" else 16                             # with the token that an autoregressive text begins with, 16
-    ids = generate(model, [[]], n, n, n, temperature=1.0, remasking="random", seed=80)[0]
+    canvas = torch.full((1, 16), tokenizer.mask_token_id)
+    if objective == "ar":  # a text begins with one token of start
+        canvas = torch.full((1, 16), model.config.vocab_size)
+        canvas[0, 0] = tokenizer.bos_token_id
+    ids = denoise(model, canvas, 16, temperature=1.0, remasking="random", seed=80)[0]
     assert repr(tokenizer.decode(ids, skip_special_tokens=True)) == samples["80"]
 
 
-@pytest.mark.parametrize("settings", [
-    ("--optimizer=adamw", "--weight_decay=0.1", "--grad_clip=0", "--decay=cosine"),
-    ("--schedule=cosine", "--max_weight=0", "--beta2=0.95", "--warmup=0"),
-    ("--objective=bd3lm", "--block_length=1", "--schedule=polynomial"),
-    ("--objective=bd3lm", "--block_length=16", "--dtype=bfloat16"),
-    ("--tokenizer=bpe", "--vocab_size=300", "--eval_interval=0", "--sample_tokens=64"),
-    ("--seq_len=1", "--batch_size=1", "--sample_tokens=8"),                    # many steps without a masked token
-    ("--warmup=1", "--grad_accum=3"),
-    ("--eval_tokens=1", "--final_eval_tokens=1"),                              # two sequences, or there is no standard error
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--optimizer=adamw", "--weight_decay=0.1", "--grad_clip=0", "--decay=cosine"),
+        ("--schedule=cosine", "--max_weight=0", "--beta2=0.95", "--warmup=0"),
+        ("--objective=bd3lm", "--block_length=1", "--schedule=polynomial"),
+        ("--objective=bd3lm", "--block_length=16", "--dtype=bfloat16"),
+        ("--tokenizer=bpe", "--vocab_size=300", "--eval_interval=0", "--sample_tokens=64"),
+        ("--seq_len=1", "--batch_size=1", "--sample_tokens=8"),  # many steps without a masked token
+        ("--warmup=1", "--grad_accum=3"),
+        (
+            "--eval_tokens=1",
+            "--final_eval_tokens=1",
+        ),  # two sequences, or there is no standard error
+    ],
+)
 def test_other_settings(tiny, tmp_path, settings):
     result = train(*tiny(tmp_path, "--max_steps=8", *settings))
-    assert LAST_LINE.fullmatch(result.out.splitlines()[-1]) and all(math.isfinite(row["val_nelbo"] + row["val_stderr"]) for row in rows(tmp_path))
+    assert LAST_LINE.fullmatch(result.out.splitlines()[-1]) and all(
+        math.isfinite(row["val_nelbo"] + row["val_stderr"]) for row in rows(tmp_path)
+    )
 
 
 def test_equal_seeds_make_equal_runs(tiny, unbroken, tmp_path):
@@ -170,25 +256,16 @@ def test_equal_seeds_make_equal_runs(tiny, unbroken, tmp_path):
     assert not equal(state_of(other), state_of(unbroken())) and rows(other) != rows(unbroken())
     # Evaluations and samples do not disturb the training.
     often, never = unbroken("--eval_interval=1"), unbroken("--eval_interval=0", "--sample_tokens=4")
-    assert equal(state_of(often), state_of(unbroken())) and equal(state_of(never), state_of(unbroken()))
-    assert [row["step"] for row in rows(often)] == list(range(1, STEPS + 1)) and [row["step"] for row in rows(never)] == [STEPS]
-
-
-def test_help():
-    result = run(SCRIPT, "--help")
-    lines = dict(re.findall(r"^  --(\w+)=(.*)$", result.out, re.MULTILINE))
-    assert result.status == 0 and result.out.startswith("Recipe 1")
-    names = ("out_dir dataset tokenizer vocab_size objective block_length n_layers n_heads dim seq_len batch_size grad_accum learning_rate max_steps "
-             "max_minutes eval_interval resume seed device dtype compile").split()          # DESIGN.md
-    assert set(names) <= lines.keys()
-    settings = re.findall(r"^(\w+) = .*  # (.*)$", (ROOT / SCRIPT).read_text().split("settings = override")[0], re.MULTILINE)
-    assert [name for name, _ in settings] == list(lines)
-    for name, comment in settings:
-        told = lines[name].partition(" ")[2]
-        assert told.strip() == comment.strip() and len(comment) > 3, name
+    assert equal(state_of(often), state_of(unbroken())) and equal(
+        state_of(never), state_of(unbroken())
+    )
+    assert [row["step"] for row in rows(often)] == list(range(1, STEPS + 1)) and [
+        row["step"] for row in rows(never)
+    ] == [STEPS]
 
 
 # ---------------------------------------------------------------- kills and resumes
+
 
 @pytest.fixture(scope="module")
 def often(unbroken):
@@ -197,14 +274,21 @@ def often(unbroken):
 
 
 class Killer:
-    """Kills its process at the n-th time that a file is flushed or renamed; half way through the n-th file, if `half`."""
+    """Kills its process at the n-th time that a file is flushed or renamed; half way through the
+    n-th file, if `half`."""
 
     def __init__(self, n, half=""):
         self.n, self.half = n, half
 
     def __call__(self):
-        from data import checkpoints
-        for module, name in ((os, "fsync"), (os, "replace")) if not self.half else ((torch, "save"),) if self.half == "state" else ((checkpoints, "save_file"),):
+        from training import files
+
+        watched = {
+            "": [(os, "fsync"), (os, "replace")],
+            "state": [(torch, "save")],
+            "model": [(files, "save_file")],
+        }
+        for module, name in watched[self.half]:
             setattr(module, name, self.watch(getattr(module, name)))
 
     def watch(self, function):
@@ -217,6 +301,7 @@ class Killer:
                     os.truncate(file if isinstance(file, str) else file.fileno(), 5000)
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
+
         return watched
 
 
@@ -225,10 +310,16 @@ def resumes(folder):
 
 
 def test_killed_at_every_step_of_a_save(tiny, often, tmp_path):
-    """The process dies before each flush and each rename of two saves, then half way through each file; each time it goes on."""
+    """The process dies before each flush and each rename of two saves, then half way through each
+    file; each time it goes on."""
     deaths = [Killer(n) for n in range(1, 17)] + [Killer(2, "state"), Killer(3, "model")]
     for death in deaths:
-        assert run(SCRIPT, *tiny(tmp_path, "--eval_interval=1", *resumes(tmp_path)), before=death).status == -signal.SIGKILL
+        assert (
+            run(
+                SCRIPT, *tiny(tmp_path, "--eval_interval=1", *resumes(tmp_path)), before=death
+            ).status
+            == -signal.SIGKILL
+        )
         assert loads(tmp_path)
     assert (tmp_path / "model.safetensors.tmp").exists()
     assert 2 < state_of(tmp_path)["step"] < STEPS
@@ -244,8 +335,8 @@ def test_killed_at_random_moments(tiny, often, tmp_path):
     for _ in range(12):
         script = Script(SCRIPT, *tiny(tmp_path, "--eval_interval=1", *resumes(tmp_path)))
         before = log.stat().st_size if log.exists() else 0
-        if rng.random() < 0.8:                                      # else during the start
-            script.wait_for(lambda: log.exists() and len(log.read_bytes()) > before)               # noqa: B023
+        if rng.random() < 0.8:  # else during the start
+            script.wait_for(lambda: log.exists() and len(log.read_bytes()) > before)  # noqa: B023
         script.process.join(rng.uniform(0, 0.1))
         script.process.kill()
         kills += script.wait().status == -signal.SIGKILL
@@ -255,15 +346,22 @@ def test_killed_at_random_moments(tiny, often, tmp_path):
     same_run(tmp_path, often)
 
 
-@pytest.mark.parametrize("settings", [(), ("--objective=bd3lm", "--optimizer=adamw", "--grad_accum=2"), ("--objective=ar",)])
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("--objective=bd3lm", "--optimizer=adamw", "--grad_accum=2"), ("--objective=ar",)],
+)
 def test_ctrl_c(tiny, unbroken, tmp_path, settings):
     script = Script(SCRIPT, *tiny(tmp_path, *settings))
     assert script.wait_for(lambda: (tmp_path / "log.jsonl").exists() and rows_so_far(tmp_path) >= 2)
     script.signal(signal.SIGINT)
     result = script.wait()
     assert result.status == 0 and "Traceback" not in result.err
-    stopped = re.fullmatch(r"stopped at step (\d+); --resume=True goes on from here", result.out.splitlines()[-1])
-    assert stopped and 8 <= int(stopped[1]) < STEPS and state_of(tmp_path)["step"] == int(stopped[1])
+    stopped = re.fullmatch(
+        r"stopped at step (\d+); --resume=True goes on from here", result.out.splitlines()[-1]
+    )
+    assert (
+        stopped and 8 <= int(stopped[1]) < STEPS and state_of(tmp_path)["step"] == int(stopped[1])
+    )
     train(*tiny(tmp_path, *settings, "--resume=True"))
     same_run(tmp_path, unbroken(*settings))
 
@@ -279,7 +377,9 @@ def test_a_finished_run_resumes(tiny, unbroken, tmp_path):
     assert LAST_LINE.fullmatch(result.out.splitlines()[-1])
     same_run(tmp_path / "a", unbroken())
     train(*tiny(tmp_path / "a", "--resume=True", f"--max_steps={STEPS + 8}"))
-    assert [row["step"] for row in rows(tmp_path / "a")] == list(range(4, STEPS + 9, 4)) and state_of(tmp_path / "a")["step"] == STEPS + 8
+    assert [row["step"] for row in rows(tmp_path / "a")] == list(
+        range(4, STEPS + 9, 4)
+    ) and state_of(tmp_path / "a")["step"] == STEPS + 8
 
 
 def test_the_clock_goes_on(tiny, tmp_path):
@@ -293,7 +393,10 @@ def test_the_clock_goes_on(tiny, tmp_path):
     train(*tiny(tmp_path, *clock, "--resume=True"))
     after = torch.load(tmp_path / "train_state.pt", weights_only=True)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert 0 < before["elapsed_s"] < 2.4 <= after["elapsed_s"] < 4.4 and before["step"] < after["step"] == log[-1]["step"]
+    assert (
+        0 < before["elapsed_s"] < 2.4 <= after["elapsed_s"] < 4.4
+        and before["step"] < after["step"] == log[-1]["step"]
+    )
     factors = [row["lr_factor"] for row in log if "lr_factor" in row]
     assert all(a > b for a, b in zip(factors[1:], factors[2:])) and factors[-1] < 0.2
     seconds = [row["elapsed_s"] for row in log]
@@ -302,13 +405,27 @@ def test_the_clock_goes_on(tiny, tmp_path):
 
 # ---------------------------------------------------------------- many processes
 
+
 @pytest.mark.parametrize("objective", ["mdlm", "bd3lm", "ar"])
 def test_two_processes_are_one(tiny, unbroken, tmp_path, objective):
-    """The same global batch of 8 sequences: at once, in two steps, on two processes, in two steps on each of them."""
-    settings = (f"--objective={objective}", "--optimizer=adamw", "--learning_rate=1e-3", "--max_steps=12")
+    """The same global batch of 8 sequences: at once, in two steps, on two processes, in two steps
+    on each of them."""
+    settings = (
+        f"--objective={objective}",
+        "--optimizer=adamw",
+        "--learning_rate=1e-3",
+        "--max_steps=12",
+    )
     whole = unbroken(*settings, "--batch_size=8")
-    split = {"accumulated": unbroken(*settings, "--batch_size=4", "--grad_accum=2"), "parallel": tmp_path / "parallel", "both": tmp_path / "both"}
-    for name, more in (("parallel", ("--batch_size=4",)), ("both", ("--batch_size=2", "--grad_accum=2"))):
+    split = {
+        "accumulated": unbroken(*settings, "--batch_size=4", "--grad_accum=2"),
+        "parallel": tmp_path / "parallel",
+        "both": tmp_path / "both",
+    }
+    for name, more in (
+        ("parallel", ("--batch_size=4",)),
+        ("both", ("--batch_size=2", "--grad_accum=2")),
+    ):
         first, second = run_parallel(2, SCRIPT, *tiny(split[name], *settings, *more))
         assert first.status == second.status == 0, (first, second)
         assert LAST_LINE.fullmatch(first.out.splitlines()[-1]) and second.out == second.err == ""
@@ -318,7 +435,9 @@ def test_two_processes_are_one(tiny, unbroken, tmp_path, objective):
 
 
 def test_processes_without_a_masked_token(tiny, tmp_path):
-    results = run_parallel(2, SCRIPT, *tiny(tmp_path, "--seq_len=2", "--batch_size=1", "--max_steps=12"))
+    results = run_parallel(
+        2, SCRIPT, *tiny(tmp_path, "--seq_len=2", "--batch_size=1", "--max_steps=12")
+    )
     assert [result.status for result in results] == [0, 0], results
 
 
@@ -333,14 +452,29 @@ def test_torchrun_resumes(tiny, unbroken, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}", SCRIPT]
-    result = subprocess.run([*command, *tiny(tmp_path / "broken", *settings, "--resume=True")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+        SCRIPT,
+    ]
+    result = subprocess.run(
+        [*command, *tiny(tmp_path / "broken", *settings, "--resume=True")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == first.out.splitlines()[-1]
     same_run(tmp_path / "broken", tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- faults
+
 
 def refused(result, *words):
     """Exit status 2 and one line that holds all the words."""
@@ -350,52 +484,73 @@ def refused(result, *words):
     return True
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ("--wieght_decay=0.1", ["no setting called 'wieght_decay'", "did you mean 'weight_decay'"]),
-    ("--n_layers=1e3", ["n_layers takes an int, got '1e3' (default 0)"]),
-    ("--learning_rate=fast", ["learning_rate takes a float"]),
-    ("--resume=perhaps", ["resume takes True or False"]),
-    ("--seed", ["--seed needs a value: --seed=1337"]),
-    ("seed=1", ["expected --name=value, got 'seed=1'"]),
-    ("--objective=gpt", ["objective must be one of mdlm, bd3lm, ar, got 'gpt'"]),
-    ("--device=tpu", ["device must be auto, cpu, mps or cuda, got 'tpu'"]),
-    ("--dtype=float16", ["dtype must be auto, float32 or bfloat16, got 'float16'"]),
-    ("--compile=maybe", ["auto, True or False, got 'maybe'"]),
-    ("--schedule=quadratic", ["linear, cosine, polynomial"]),
-    ("--optimizer=sgd", ["optimizer must be one of muon, adamw, got 'sgd'"]),
-    ("--decay=sudden", ["decay must be one of linear, cosine, got 'sudden'"]),
-    ("--objective=bd3lm --block_length=5", ["block_length 5 does not divide seq_len 16"]),
-    ("--objective=bd3lm --block_length=0", ["block_length 0"]),
-    ("--objective=ar --seq_len=1", ["seq_len must be at least 2"]),
-    ("--dim=15", ["dim 15 does not divide into 2 heads"]),
-    ("--dim=6", ["head size must be even"]),
-    ("--n_layers=-1", ["n_layers must be at least 1, got -1"]),
-    ("--batch_size=-4", ["batch_size must be at least 1, got -4"]),
-    ("--grad_accum=0", ["grad_accum must be at least 1, got 0"]),
-    ("--max_steps=-1", ["max_steps"]),
-    ("--max_minutes=-1", ["max_minutes"]),
-    ("--learning_rate=0", ["learning_rate must be positive, got 0.0"]),
-    ("--grad_clip=-1", ["grad_clip"]),
-    ("--eval_interval=-1", ["eval_interval"]),
-    ("--max_weight=-1", ["max_weight"]),
-    ("--sample_tokens=-1", ["sample_tokens"]),
-    ("--seed=99999999999999999999", ["seed"]),
-    ("--seq_len=100000", ["the val split of easy", "a sequence 100,000: take a smaller seq_len or more text"]),
-    ("--tokenizer=bytes", ["no tokenizer called 'bytes'", "did you mean 'byte'"]),
-    ("--tokenizer=bpe --vocab_size=200", ["vocab_size is 200"]),
-    ("--dataset=pydoc", ["no data set, file or folder called 'pydoc'", "did you mean 'pydocs'"]),
-    ("--dataset=FOLDER/empty.txt", ["empty.txt is empty"]),
-    ("--dataset=FOLDER/short.txt", ["short.txt", "too short"]),
-    ("--dataset=FOLDER/shorter.txt", ["shorter", "a sequence 16: take a smaller seq_len or more text"]),
-    ("--dataset=FOLDER/latin.txt", ["latin.txt is not UTF-8 text: byte 3 is 0xe9"]),
-    ("--dataset=FOLDER/pictures", ["no text in the folder"]),
-    ("--out_dir=FOLDER/empty.txt/below", ["cannot write to out_dir", "choose another with --out_dir=..."]),
-    ("--out_dir=/proc/nothing", ["cannot write to out_dir /proc/nothing"]),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("--wieght_decay=0.1", ["no setting called 'wieght_decay'", "did you mean 'weight_decay'"]),
+        ("--n_layers=1e3", ["n_layers takes an int, got '1e3' (default "]),
+        ("--learning_rate=fast", ["learning_rate takes a float"]),
+        ("--resume=perhaps", ["resume takes True or False"]),
+        ("--seed", ["--seed needs a value: --seed=1337"]),
+        ("seed=1", ["expected --name=value, got 'seed=1'"]),
+        ("--objective=gpt", ["objective must be one of mdlm, bd3lm, ar, got 'gpt'"]),
+        ("--device=tpu", ["device must be auto, cpu, mps or cuda, got 'tpu'"]),
+        ("--dtype=float16", ["dtype must be auto, float32 or bfloat16, got 'float16'"]),
+        ("--compile=maybe", ["compile takes True or False, got 'maybe'"]),
+        ("--max_steps=0 --max_minutes=0", ["max_steps and max_minutes are both 0"]),
+        ("--schedule=quadratic", ["linear, cosine, polynomial"]),
+        ("--optimizer=sgd", ["optimizer must be one of muon, adamw, got 'sgd'"]),
+        ("--decay=sudden", ["decay must be one of linear, cosine, got 'sudden'"]),
+        ("--objective=bd3lm --block_length=5", ["block_length 5 does not divide seq_len 16"]),
+        ("--objective=bd3lm --block_length=0", ["block_length 0"]),
+        ("--objective=ar --seq_len=1", ["seq_len must be at least 2"]),
+        ("--dim=15", ["dim 15 does not divide into 2 heads"]),
+        ("--dim=6", ["head size must be even"]),
+        ("--n_layers=-1", ["n_layers must be at least 1, got -1"]),
+        ("--batch_size=-4", ["batch_size must be at least 1, got -4"]),
+        ("--grad_accum=0", ["grad_accum must be at least 1, got 0"]),
+        ("--max_steps=-1", ["max_steps"]),
+        ("--max_minutes=-1", ["max_minutes"]),
+        ("--learning_rate=0", ["learning_rate must be positive, got 0.0"]),
+        ("--grad_clip=-1", ["grad_clip"]),
+        ("--eval_interval=-1", ["eval_interval"]),
+        ("--max_weight=-1", ["max_weight"]),
+        ("--sample_tokens=-1", ["sample_tokens"]),
+        ("--seed=99999999999999999999", ["seed"]),
+        (
+            "--seq_len=100000",
+            ["the val split of easy", "a sequence 100,000: take a smaller seq_len or more text"],
+        ),
+        ("--tokenizer=bytes", ["no tokenizer called 'bytes'", "did you mean 'byte'"]),
+        ("--tokenizer=bpe --vocab_size=200", ["vocab_size is 200"]),
+        (
+            "--dataset=pydoc",
+            ["no data set, file or folder called 'pydoc'", "did you mean 'pydocs'"],
+        ),
+        ("--dataset=FOLDER/empty.txt", ["empty.txt is empty"]),
+        ("--dataset=FOLDER/short.txt", ["short.txt", "too short"]),
+        (
+            "--dataset=FOLDER/shorter.txt",
+            ["shorter", "a sequence 16: take a smaller seq_len or more text"],
+        ),
+        ("--dataset=FOLDER/latin.txt", ["latin.txt is not UTF-8 text: byte 3 is 0xe9"]),
+        ("--dataset=FOLDER/pictures", ["no text in the folder"]),
+        (
+            "--out_dir=FOLDER/empty.txt/below",
+            ["cannot write to out_dir", "choose another with --out_dir=..."],
+        ),
+        ("--out_dir=/proc/nothing", ["cannot write to out_dir /proc/nothing"]),
+    ],
+)
 def test_a_mistake_is_one_line(tiny, tmp_path, settings, words):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG")
-    for name, content in (("empty.txt", b""), ("short.txt", b"a"), ("shorter.txt", b"too short a text for that"), ("latin.txt", "Un été.".encode("latin-1") * 99)):
+    for name, content in (
+        ("empty.txt", b""),
+        ("short.txt", b"a"),
+        ("shorter.txt", b"too short a text for that"),
+        ("latin.txt", "Un été.".encode("latin-1") * 99),
+    ):
         (tmp_path / name).write_bytes(content)
     settings = settings.replace("FOLDER", str(tmp_path)).split(" ")
     assert refused(run(SCRIPT, *tiny(tmp_path / "out", *settings)), *words)
@@ -403,30 +558,52 @@ def test_a_mistake_is_one_line(tiny, tmp_path, settings, words):
 
 
 def test_a_real_process_exits_like_that():
-    result = subprocess.run([sys.executable, SCRIPT, "--n_layer=2"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--n_layer=2"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: no setting called 'n_layer'; did you mean 'n_layers'? (--help lists all)\n"
+    assert (
+        result.stderr
+        == "error: no setting called 'n_layer'; did you mean 'n_layers'? (--help lists all)\n"
+    )
 
 
 def test_resuming_what_cannot_be_resumed(tiny, unbroken, text, tmp_path):
     """Each refusal leaves the folder as it was."""
     folder, other = tmp_path / "run", tmp_path / "other.txt"
     other.write_text(text.read_text()[100:])
-    assert refused(run(SCRIPT, *tiny(tmp_path / "none", "--resume=True")), "train_state.pt does not exist: there is nothing to resume; run without --resume first")
+    assert refused(
+        run(SCRIPT, *tiny(tmp_path / "none", "--resume=True")),
+        "train_state.pt does not exist: there is nothing to resume; run without --resume first",
+    )
     shutil.copytree(unbroken(), folder)
     before = contents(folder)
     for setting, *words in (
-            ("--dim=32", "dim was 16", "is 32 now"), ("--n_layers=3", "n_layers was 2"), ("--n_heads=4", "n_heads was 2"), ("--seq_len=8", "seq_len was 16"),
-            ("--objective=ar", "objective was 'mdlm'"), ("--optimizer=adamw", "optimizer was 'muon'"), ("--seed=1", "seed was 1337"),
-            ("--tokenizer=bpe", "tokenizer was 'byte'"), (f"--dataset={other}", "dataset was"), ("--batch_size=8", "was 4", "is 8 now"),
-            ("--grad_accum=2", "was 4", "is 8 now"), ("--weight_decay=0.1", "weight_decay was 0.0"), ("--beta2=0.9", "beta2 was 0.99")):
-        assert refused(run(SCRIPT, *tiny(folder, "--resume=True", setting)), "cannot resume: ", *words), setting
+        ("--dim=32", "dim was 16", "is 32 now"),
+        ("--n_layers=3", "n_layers was 2"),
+        ("--n_heads=4", "n_heads was 2"),
+        ("--seq_len=8", "seq_len was 16"),
+        ("--objective=ar", "objective was 'mdlm'"),
+        ("--optimizer=adamw", "optimizer was 'muon'"),
+        ("--seed=1", "seed was 1337"),
+        ("--tokenizer=bpe", "tokenizer was 'byte'"),
+        (f"--dataset={other}", "dataset was"),
+        ("--batch_size=8", "was 4", "is 8 now"),
+        ("--grad_accum=2", "was 4", "is 8 now"),
+        ("--weight_decay=0.1", "weight_decay was 0.0"),
+        ("--beta2=0.9", "beta2 was 0.99"),
+    ):
+        assert refused(
+            run(SCRIPT, *tiny(folder, "--resume=True", setting)), "cannot resume: ", *words
+        ), setting
         assert contents(folder) == before, setting
     whole = (folder / "train_state.pt").read_bytes()
     for damage in (b"", whole[:100], whole[:-100], b"x" * 1000):
         (folder / "train_state.pt").write_bytes(damage)
         before = contents(folder)
-        assert refused(run(SCRIPT, *tiny(folder, "--resume=True")), "train_state.pt is damaged", "start again")
+        assert refused(
+            run(SCRIPT, *tiny(folder, "--resume=True")), "train_state.pt is damaged", "start again"
+        )
         assert contents(folder) == before
 
 
@@ -440,14 +617,27 @@ def test_damaged_weights(unbroken, tmp_path):
             Transformer.from_pretrained(tmp_path / "run")
 
 
-@pytest.mark.parametrize("settings", [("--learning_rate=inf",), ("--muon_lr=inf", "--eval_interval=3"), ("--optimizer=adamw", "--learning_rate=inf")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--learning_rate=inf",),
+        ("--muon_lr=inf", "--eval_interval=3"),
+        ("--optimizer=adamw", "--learning_rate=inf"),
+    ],
+)
 def test_a_loss_that_is_not_finite(tiny, tmp_path, settings):
     """It ends the run with status 1, and the last checkpoint is one of before."""
     optimizer = [setting for setting in settings if "optimizer" in setting]
     train(*tiny(tmp_path, *optimizer))
-    result = run(SCRIPT, *tiny(tmp_path, "--resume=True", "--max_steps=48", "--eval_interval=1", *settings))
+    result = run(
+        SCRIPT, *tiny(tmp_path, "--resume=True", "--max_steps=48", "--eval_interval=1", *settings)
+    )
     assert result.status == 1 and "Traceback" not in result.err
-    assert re.fullmatch(r"error: (the loss|a weight) is \S+ at step 2\d: lower the learning rate; the last checkpoint is in .*", result.err.splitlines()[-1])
+    assert re.fullmatch(
+        r"error: (the loss|a weight) is \S+ at step 2\d: lower the learning rate; "
+        r"the last checkpoint is in .*",
+        result.err.splitlines()[-1],
+    )
     assert loads(tmp_path) and STEPS <= state_of(tmp_path)["step"] < 28
     assert all(tensor.isfinite().all() for tensor in state_of(tmp_path)["model"].values())
     train(*tiny(tmp_path, "--resume=True", "--max_steps=28", *optimizer))
@@ -455,13 +645,20 @@ def test_a_loss_that_is_not_finite(tiny, tmp_path, settings):
 
 
 def test_a_run_that_was_replaced_is_not_resumed(tiny, tmp_path):
-    """Killed or broken before its first checkpoint, the new run has nothing to resume: least of all the old one."""
+    """Killed or broken before its first checkpoint, the new run has nothing to resume: least of all
+    the old one."""
     train(*tiny(tmp_path))
     result = run(SCRIPT, *tiny(tmp_path, "--seed=7", "--learning_rate=inf", "--muon_lr=inf"))
-    assert result.status == 1 and "replacing the run in" in result.out + result.err and result.err.splitlines()[-1].endswith("no checkpoint was written yet")
+    assert (
+        result.status == 1
+        and "replacing the run in" in result.out + result.err
+        and result.err.splitlines()[-1].endswith("no checkpoint was written yet")
+    )
     refused = run(SCRIPT, *tiny(tmp_path, "--resume=True"))
-    assert refused.status == 2 and "there is nothing to resume" in refused.err.splitlines()[-1], refused
-    assert loads(tmp_path)                                          # the old model can still be sampled
+    assert refused.status == 2 and "there is nothing to resume" in refused.err.splitlines()[-1], (
+        refused
+    )
+    assert loads(tmp_path)  # the old model can still be sampled
 
 
 class Limit:
@@ -477,35 +674,54 @@ class Limit:
 def fails_for_space(result):
     assert result.status == 2 and "Traceback" not in result.err, result
     line = result.err.splitlines()[-1]
-    assert line.startswith("error: cannot write ") and "free some space or choose another folder" in line, line
+    assert (
+        line.startswith("error: cannot write ")
+        and "free some space or choose another folder" in line
+    ), line
     return True
 
 
 def test_no_space_for_a_checkpoint(tiny, unbroken, tmp_path):
-    """A limit on the size of files, which every system has: too small for the state, for the weights, for the log."""
+    """A limit on the size of files, which every system has: too small for the state, for the
+    weights, for the log."""
     shutil.copytree(unbroken(), tmp_path / "run")
     before, size = contents(tmp_path / "run"), (tmp_path / "run" / "train_state.pt").stat().st_size
-    assert fails_for_space(run(SCRIPT, *tiny(tmp_path / "run", "--resume=True", "--max_steps=48"), before=Limit(size - 5000)))
+    assert fails_for_space(
+        run(
+            SCRIPT,
+            *tiny(tmp_path / "run", "--resume=True", "--max_steps=48"),
+            before=Limit(size - 5000),
+        )
+    )
     after = contents(tmp_path / "run")
-    assert {name: after[name] for name in FILES - {"log.jsonl"}} == {name: before[name] for name in FILES - {"log.jsonl"}} and after.keys() == before.keys()
+    assert {name: after[name] for name in FILES - {"log.jsonl"}} == {
+        name: before[name] for name in FILES - {"log.jsonl"}
+    } and after.keys() == before.keys()
     train(*tiny(tmp_path / "run", "--resume=True", "--max_steps=48"))
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(4, 49, 4))
 
 
 def test_a_full_disk(tiny, text, unbroken, tmp_path):
-    """Room for everything; for no second state beside the first; for a state but no weights; for nothing."""
+    """Room for everything; for no second state beside the first; for a state but no weights; for
+    nothing."""
     disk, folder = tmp_path / "disk", tmp_path / "disk" / "run"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("only root can mount a small disk")
     try:
         train(*tiny(folder))
         before = contents(folder)
-        state, weights = ((folder / name).stat().st_size for name in ("train_state.pt", "model.safetensors"))
+        state, weights = (
+            (folder / name).stat().st_size for name in ("train_state.pt", "model.safetensors")
+        )
         for left in (state // 2, 0):
             fill(disk, left)
             assert fails_for_space(run(SCRIPT, *tiny(folder, "--resume=True", "--max_steps=48")))
-            assert {name for name in before if contents(folder)[name] != before[name]} <= {"log.jsonl"}
+            assert {name for name in before if contents(folder)[name] != before[name]} <= {
+                "log.jsonl"
+            }
             (disk / "filler").unlink()
         train(*tiny(folder, "--resume=True"))
         same_run(folder, unbroken())
@@ -516,7 +732,11 @@ def test_a_full_disk(tiny, text, unbroken, tmp_path):
         train(*tiny(folder, "--resume=True"))
         same_run(folder, unbroken())
         fill(disk, 8192)
-        result = run(SCRIPT, *tiny(folder, f"--dataset={text.parent}", "--tokenizer=bpe"), environment={"UNMASK_DATA": str(disk / "data")})
+        result = run(
+            SCRIPT,
+            *tiny(folder, f"--dataset={text.parent}", "--tokenizer=bpe"),
+            environment={"UNMASK_DATA": str(disk / "data")},
+        )
         assert refused(result, "No space left on device")
     finally:
         subprocess.run(["umount", "-l", disk], check=True)

@@ -1,4 +1,5 @@
-"""Small random models with a tokenizer of bytes, made on the spot: enough for everything that does not depend on what the text says."""
+"""Small random models with a tokenizer of bytes, made on the spot: enough for everything that does
+not depend on what the text says."""
 import torch
 
 from data.tokenizer import Tokenizer
@@ -7,16 +8,19 @@ from sampling.sampler import Sampler
 
 
 def tiny_model(seed=0, **settings):
-    """A Transformer whose head is far from uniform, and whose blocks do nothing."""
-    config = {"vocab_size": 260, "dim": 32, "n_layers": 2, "n_heads": 2, "max_len": 128, "mask_token_id": 257, "eos_token_id": 256, **settings}
+    """A Transformer whose head is far from uniform, and whose blocks do nothing: where there are
+    only masks, all positions tie exactly, and the order decides."""
+    config = {"vocab_size": 260, "dim": 32, "n_layers": 2, "n_heads": 2, "max_len": 128,
+              "mask_token_id": 257, "eos_token_id": 256, **settings}
     model = Transformer(Config(**config)).init_weights(seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for block in model.blocks:                                  # exact ties, which the order decides, where there are only masks
+        for block in model.blocks:
             block.attn.o.weight.zero_()
             block.mlp.down.weight.zero_()
-        model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=generator) * 0.3)
-        model.head.weight[128:] *= 0                                # mostly ASCII
+        head = model.head.weight
+        head.copy_(torch.randn(head.shape, generator=generator) * 0.3)
+        head[128:] *= 0                                 # mostly ASCII
     return model
 
 

@@ -1,0 +1,1 @@
+"""What README and docs quote: benchmarks, ablations, results. Nothing else imports from here."""

@@ -1,0 +1,346 @@
+"""What is computed otherwise for speed: norm, attention, the loss over a large vocabulary,
+products.
+
+Nothing here is an idea of its own. Every function equals a plain line of mathematics, written in
+its docstring and computed by that line when `PLAIN` is true; tests/test_kernels.py holds the two
+equal. Read model.py first. Whoever changes the mathematics there sets PLAIN = True and forgets this
+file.
+
+Shapes as in model.py: B batch, S queries, T keys, V vocabulary, D width, H heads, G key/value
+heads, C head size, N rows.
+"""
+import contextlib
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.weak import WeakIdKeyDictionary
+
+PLAIN = False       # True: everything below is computed by its plain line
+
+# --------------------------------------------------------------------------------------------------
+# Norm
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension of x [..., D]."""
+    weight = weight.to(x.dtype)
+    if PLAIN:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
+    if on_cpu and not torch.compiler.is_compiling():
+        return HandRMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class HandRMSNorm(torch.autograd.Function):
+    """`rms_norm` and its gradient by hand.
+
+        n = x / rms(x)      y = n * weight
+        dx = (g * weight - n * mean(g * weight * n)) / rms(x)      dweight = sum over rows of g * n
+
+    On a CPU torch composes them of a dozen operations, which take four times as long for [2048,
+    128].
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        precise = torch.promote_types(x.dtype, torch.float32)       # float64 stays float64
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()                     # 1 / rms(x)
+        n = (x * scale).to(x.dtype)
+        ctx.save_for_backward(n, scale, weight)
+        return n * weight
+
+    @staticmethod
+    def backward(ctx, g):
+        n, scale, weight = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (g * n).flatten(0, -2).sum(0)
+        g = g * weight
+        grad_x = (g - n * (g * n).mean(-1, keepdim=True)) * scale.to(g.dtype)
+        return grad_x, grad_weight, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attend(q, k, v, visible=None, causal=False):
+    """softmax(q k^T / sqrt(C)) v over the keys that a query sees: [B, H, S, C].
+
+    q [B, H, S, C], k and v [B, G, T, C]: H / G query heads share a key/value head.
+    visible     None: all keys; bool broadcastable to [B, H, S, T]; a BlockMask (flex_attention); or
+                what `tiled` makes of a bool mask.
+    causal      with visible None: a query sees the keys up to its own position.
+    """
+    H, S, C = q.shape[1:]
+    G, T = k.shape[1:3]
+    if isinstance(visible, BlockMask):
+        return flex_attention(q, k, v, block_mask=visible, enable_gqa=H != G)
+    if isinstance(visible, list):
+        return attend_tiles(q, k, v, visible)
+    small_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S * T <= 2**16
+    if PLAIN or small_bf16 and torch.is_grad_enabled():
+        # Training short sequences in bfloat16 on a CPU, torch's fused kernel takes up to three
+        # times as long as the formula.
+        return attend_by_formula(q, k, v, visible, causal)
+    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=H != G)
+
+
+def attend_by_formula(q, k, v, visible=None, causal=False):
+    """The plain form of `attend`."""
+    H, S, C = q.shape[1:]
+    G, T = k.shape[1:3]
+    if H != G:
+        k = k.repeat_interleave(H // G, dim=1)                                        # [B, H, T, C]
+        v = v.repeat_interleave(H // G, dim=1)
+    if causal:
+        visible = torch.ones(S, T, dtype=torch.bool, device=q.device).tril()
+    scores = (q * C**-0.5) @ k.transpose(-1, -2)                                      # [B, H, S, T]
+    if visible is not None:
+        # Not -inf: a query that sees nobody, as padding may, would become NaN.
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1) @ v
+
+
+_tiles = WeakIdKeyDictionary()      # mask -> its tiles, for as long as somebody keeps the mask
+
+
+def remember_tiles(visible):
+    """The same mask, bool [1, S, T], which `tiled` will know again.
+
+    Block diffusion's mask over [x_t, x_0] hides three quarters of all pairs. On a CPU such a mask
+    is cut into tiles of 128 queries with the keys that any of them sees; what nobody sees costs
+    nothing.
+    """
+    tiles = find_tiles(visible[0])
+    saved = sum(shown.numel() for _, _, shown in tiles) < 0.75 * visible.numel()
+    if saved and visible.device.type == "cpu":
+        _tiles[visible] = tiles
+    return visible
+
+
+def tiled(visible):
+    """A mask, bool [1 or B, S, T], as `attend` takes it: its tiles, or bool [1 or B, 1, S, T]."""
+    if PLAIN or visible not in _tiles:
+        return visible[:, None]
+    return _tiles[visible]
+
+
+def find_tiles(visible, size=128):
+    """[(queries, a slice; keys, slices; bool of their sizes), ...] of a mask [S, T]."""
+    S, T = visible.shape
+    tiles = []
+    for start in range(0, S, size):
+        queries = slice(start, min(start + size, S))
+        seen = visible[queries].any(0)                                                  # [T]
+        edges = F.pad(seen, (1, 1)).int().diff().nonzero()[:, 0].tolist()        # in turn: from, to
+        keys = [slice(begin, end) for begin, end in zip(edges[::2], edges[1::2])]
+        tiles.append((queries, keys, visible[queries][:, seen]))
+    return tiles
+
+
+def attend_tiles(q, k, v, tiles):
+    """`attend` for the tiles of a mask, which together are all queries in order."""
+    parts = []
+    for queries, keys, visible in tiles:
+        some_k = torch.cat([k[:, :, part] for part in keys], dim=2)
+        some_v = torch.cat([v[:, :, part] for part in keys], dim=2)
+        parts.append(attend(q[:, :, queries], some_k, some_v, visible))
+    return torch.cat(parts, dim=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss over a large vocabulary
+
+
+def linear_cross_entropy(hidden, weight, bias, targets, row_weights, chunk):
+    """(sum_n w_n * nll_n, with its gradient; nll [N], for reading only), in nats:
+
+        nll_n = logsumexp(z_n) - z_n[target_n],     z = hidden @ weight.T + bias
+
+    hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N], row_weights [N]. `chunk` rows
+    of the logits z [N, V] exist at once (float32; twice as many in bfloat16).
+    """
+    if PLAIN:
+        logits = F.linear(hidden, weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = F.cross_entropy(logits, targets, reduction="none")
+        return (nll * row_weights).sum(), nll.detach()
+    if not torch.is_grad_enabled():  # the function cannot know, and would make gradients for nobody
+        weight = weight.detach()
+        bias = None if bias is None else bias.detach()
+    return LinearCrossEntropy.apply(hidden, weight, bias, targets, row_weights, chunk)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """`linear_cross_entropy` without ever holding the logits.
+
+    Each chunk of rows makes its logits, reads its losses off, turns the logits in place into their
+    own gradient, softmax(z) - onehot(target), and adds that to the gradients of hidden and weight,
+    all in the forward pass, where the logits are at hand. To compute them again in the backward
+    pass would cost a third more.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, row_weights, chunk):
+        device, dtype = hidden.device, hidden.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        precise = torch.promote_types(dtype, torch.float32)         # of sums and of nll
+        ctx.dtypes = hidden.dtype, weight.dtype, precise
+        # A frozen head (LoRA) needs no gradient of the size of the vocabulary.
+        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        with torch.autocast(device.type, enabled=False):
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            N, V, step = len(targets), len(weight), max(1, chunk * 4 // dtype.itemsize)
+            nll = torch.empty(N, dtype=precise, device=device)
+            grad_h = torch.empty_like(hidden) if need_h else None
+            grad_w = torch.zeros(weight.shape, dtype=precise, device=device) if need_w else None
+            grad_b = torch.zeros(V, dtype=precise, device=device) if need_b else None
+            buffer = torch.empty(min(step, N), V, dtype=dtype, device=device)
+            for start in range(0, N, step):
+                rows = slice(start, start + step)
+                target, row_weight = targets[rows, None], row_weights[rows, None]       # [step, 1]
+                p = buffer[:len(target)]                                                # [step, V]
+                torch.mm(hidden[rows], weight.T, out=p)
+                if bias is not None:
+                    p += bias
+                torch.softmax(p, dim=-1, out=p)                                         # in place
+                nll[rows] = -p.gather(1, target)[:, 0].to(precise).log()
+                if need_h or need_w or need_b:
+                    p.scatter_add_(1, target, p.new_full(target.shape, -1))            # d nll / d z
+                if need_h:
+                    grad_h[rows] = (p @ weight) * row_weight.to(dtype)                  # [step, D]
+                if need_w:
+                    weighted = hidden[rows] * row_weight.to(dtype)
+                    if dtype == precise:
+                        grad_w.addmm_(p.T, weighted)
+                    else:
+                        grad_w.add_(p.T @ weighted)
+                if need_b:
+                    grad_b += (p.to(precise) * row_weight).sum(0)
+            # Where exp underflows to 0 the loss is computed the long way.
+            largest = {torch.float16: 9, torch.float64: 700}.get(dtype, 80)
+            for rows in (nll > largest).nonzero()[:, 0].split(step):
+                logits = F.linear(hidden[rows], weight, None if bias is None else bias.to(dtype))
+                nll[rows] = F.cross_entropy(logits.to(precise), targets[rows], reduction="none")
+        ctx.grads = grad_h, grad_w, grad_b
+        ctx.mark_non_differentiable(nll)
+        return (nll * row_weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of this loss were used already: call backward once")
+        grads = ctx.grads
+        if ctx.dtypes[2] == torch.float64:                          # gradcheck goes backward often
+            grads = [None if grad is None else grad.clone() for grad in grads]
+        else:
+            ctx.grads = None
+        scaled = []
+        for grad, dtype in zip(grads, ctx.dtypes):
+            scaled.append(None if grad is None else grad.mul_(grad_loss).to(dtype))
+        return *scaled, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing from a large vocabulary
+
+
+def sample_tokens(logits, temperature, uniform):
+    """Token ids [N] from softmax(logits / temperature), logits [N, V], by inverting the
+    distribution function at uniform float64 [N]: equal to diffusion.sample_tokens, which adds up
+    all V entries.
+
+    First the piece of 512 entries is found, then the entry in it. Pieces are summed in float32,
+    which copies nothing, and added up in float64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    N, V = logits.shape
+    p = (logits / temperature).softmax(dim=-1)
+    if V % 512:
+        p = F.pad(p, (0, -V % 512))
+    p = p.view(N, -1, 512)                                                        # [N, pieces, 512]
+    cumulative = p.sum(-1).double().cumsum(-1)                                      # [N, pieces]
+    target = uniform.to(logits.device, torch.float64)[:, None] * cumulative[:, -1:]
+    piece = torch.searchsorted(cumulative, target, right=True)                      # [N, 1]
+    piece = piece.clamp(max=cumulative.shape[1] - 1)
+    before = cumulative.gather(1, (piece - 1).clamp(min=0))
+    before = torch.where(piece > 0, before, 0.0)
+    inside = p[torch.arange(N, device=p.device), piece[:, 0]].double()              # [N, 512]
+    entry = torch.searchsorted(inside.cumsum(-1), target - before, right=True)
+    index = torch.arange(512, device=p.device)
+    last = torch.where(inside > 0, index, 0).amax(-1, keepdim=True)
+    entry = torch.minimum(entry, last)      # rounding must not lead past the last possible one
+    return (piece * 512 + entry)[:, 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Products of few rows with the same weights again and again
+
+
+def pack(model, limit=2**31):
+    """Let the nn.Linear layers of a model on a CPU read copies of their matrices in oneDNN's order,
+    up to `limit` bytes of them. Returns the layers that were changed, for `unpack`.
+
+    MKL puts a matrix in its own order for every product, which for few rows takes longer than the
+    product (V 126464, D 256, 16 rows, two threads: 26 ms in place of 7). A copy takes as long to
+    make as three products. While a layer is packed its weights must not be trained, moved or
+    copied. Compiled models keep their own products.
+    """
+    if PLAIN or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return []
+    if torch.is_autocast_enabled("cpu"):
+        return []
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return []
+    dtypes = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtypes.add(torch.bfloat16)
+    changed = []
+    for linear in linear_layers(model):
+        weight = linear.weight.detach()
+        plain = type(linear.weight.data) is torch.Tensor and "forward" not in vars(linear)
+        fits = weight.device.type == "cpu" and weight.dtype in dtypes and weight.nbytes <= limit
+        if plain and fits:
+            limit -= weight.nbytes
+            linear.forward = PackedProduct(weight, linear.bias)
+            changed.append(linear)
+    return changed
+
+
+def unpack(linears):
+    """Undo `pack`."""
+    for linear in linears:
+        vars(linear).pop("forward", None)
+
+
+@contextlib.contextmanager
+def packed(model, limit=2**31):
+    """`pack` for as long as this lasts; nothing if the model is packed already."""
+    changed = pack(model, limit)
+    try:
+        yield
+    finally:
+        unpack(changed)
+
+
+def linear_layers(model):
+    """The nn.Linear layers of a model, the last one, its head, first: it is the largest."""
+    return [module for module in model.modules() if type(module) is nn.Linear][::-1]
+
+
+class PackedProduct:
+    """x @ weight.T + bias, with the matrix in oneDNN's order."""
+
+    def __init__(self, weight, bias):
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.bias = bias
+
+    def __call__(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

@@ -1,0 +1,1 @@
+"""Published checkpoints: found, read, turned into a `model.Transformer`, and written again."""

@@ -1,0 +1,60 @@
+"""A Transformer becomes a checkpoint folder, in our own layout or in its family's."""
+import shutil
+from pathlib import Path
+
+import torch
+
+from pretrained.config import publish_config, read_config, read_json
+from pretrained.tensors import tensor_table
+from training.files import save_model, write_checkpoint, write_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json")
+
+
+def save(model, folder, state=None):
+    """See Transformer.save_pretrained. state: the model's tensors where the model itself holds but
+    a part of them (FSDP2)."""
+    save_model(model, folder, state)
+    copy_from_source(model, folder, TOKENIZER_FILES)
+
+
+def export(model, folder):
+    """See Transformer.export_pretrained."""
+    config = publish_config(model.config, model.embed.weight.dtype)
+    tensors, parameters = {}, model.state_dict()
+    for theirs, ours, transposed in tensor_table(model):
+        if ours == ["head.weight"] and model.config.tie_embeddings:
+            continue
+        tensor = torch.cat([parameters[name] for name in ours])
+        tensors[theirs] = tensor.T if transposed else tensor
+    write_checkpoint(folder, config, tensors)
+    # The family's own code, which some folders hold, is copied and never run.
+    copy_from_source(model, folder, (*TOKENIZER_FILES, "*.py"))
+
+
+def copy_from_source(model, folder, patterns):
+    """Copy what stands beside the weights in the checkpoint that the model was loaded from."""
+    folder, source = Path(folder), getattr(model, "source", None)
+    if source is None or source.resolve() == folder.resolve():
+        return
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    generation = folder / "generation_config.json"
+    if (source / generation.name).exists() and model.config.ends != read_config(source)[0].ends:
+        write_ends(generation, model.config.ends)
+
+
+def write_ends(path, ends):
+    """Write the ends of a model that has others than its source into the copy of its
+    generation_config.json, which `transformers` reads first."""
+    raw = read_json(path)
+    raw["eos_token_id"] = None
+    if len(ends) == 1:
+        raw["eos_token_id"] = ends[0]
+    if len(ends) > 1:
+        raw["eos_token_id"] = list(ends)
+    write_json(path, raw)

@@ -1,0 +1,129 @@
+"""Where a checkpoint lies: a folder, the hub's cache; or, of an adapter, the folder of its base."""
+import difflib
+import re
+from pathlib import Path
+
+from pretrained.config import read_json
+
+# The .py of a published folder are copied on export, never run.
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.py"]
+
+
+def find_checkpoint(path_or_hub_id, weights=True):
+    """The local folder of a checkpoint; a hub id is downloaded (without weights: all but them), or
+    found in the cache. Raises FileNotFoundError."""
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is a file: pass the folder that holds config.json")
+    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", str(path_or_hub_id)):
+        raise FileNotFoundError(f"there is no folder {path_or_hub_id}")
+    wanted = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted,
+                                      ignore_patterns=["*/*"]))
+    # The hub's errors have no common class, and whatever it was, the advice is the same.
+    except Exception as error:
+        raise FileNotFoundError(
+            f"there is no folder {path_or_hub_id}, and it could not be fetched from the hub "
+            f"({type(error).__name__}): {similar_folder(folder)}pass a local folder with "
+            "config.json and .safetensors, or connect and check the name") from None
+
+
+def similar_folder(folder):
+    """Advice for a name that was mistyped: a checkpoint below this folder with one like it."""
+    here = []
+    for pattern in ("*/config.json", "*/*/config.json"):
+        here += [str(file.parent) for file in Path().glob(pattern)]
+    near = difflib.get_close_matches(str(folder), here, 1, 0.8)
+    return f"did you mean {near[0]}? Else " if near else ""
+
+
+def weight_files(folder):
+    """The .safetensors files of a checkpoint folder. Raises FileNotFoundError or ValueError."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if index.exists():
+        return indexed_files(index)
+    if list(folder.glob("*.bin")) + list(folder.glob("*.pt*")):
+        raise FileNotFoundError(
+            f"{folder} holds pickled weights only, which are never opened here: convert them with "
+            "transformers, AutoModelForCausalLM (or ...MaskedLM).from_pretrained(folder)"
+            ".save_pretrained(new_folder)")
+    raise FileNotFoundError(f"{folder} holds no model.safetensors")
+
+
+def indexed_files(index):
+    """The shards that a model.safetensors.index.json names. Raises FileNotFoundError or
+    ValueError."""
+    folder, shards = index.parent, read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index} is not an index of shards (no weight_map)")
+    for shard in shards.values():
+        is_name = isinstance(shard, str) and Path(shard).name == shard
+        if not is_name or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index} names the shard {shard!r}: only .safetensors files of the "
+                             "same folder are read")
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{index} names the shard {shard}, which is missing from "
+                                    f"{folder}")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def has_weights(folder):
+    """Whether a folder holds the weights of a model, of whatever kind."""
+    patterns = ("model*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+    return any(list(Path(folder).glob(pattern)) for pattern in patterns)
+
+
+# --------------------------------------------------------------------------------------------------
+# Adapters: they stand for the model that they make of their base
+
+
+def adapter_base(folder):
+    """The checkpoint that an adapter in `folder` belongs to; None: the folder holds a model.
+
+    A config.json beside an adapter, which some tools write, makes it no model: weights do. Raises
+    ValueError for an adapter whose base is not known.
+    """
+    folder = Path(folder)
+    path = folder / "adapter_config.json"
+    if not path.exists() or (folder / "config.json").exists() and has_weights(folder):
+        return None
+    pass_both = "pass the model, and this folder with --adapter="
+    settings = read_json(path)
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path} does not name its base: {pass_both}")
+    if (folder / base).is_dir():                        # it moves with the adapter
+        base = folder / base
+    if Path(base).expanduser().resolve() == folder.resolve():
+        raise ValueError(f"{path} names its own folder as its base: {pass_both}")
+    is_local = Path(base).expanduser().is_dir()
+    if settings.get("revision") not in (None, "main") and not is_local:
+        raise ValueError(f"{path} belongs to revision {settings['revision']!r} of {base}, and only "
+                         f"the newest is fetched: download that one, {pass_both}")
+    return base
+
+
+def model_folder(path_or_hub_id):
+    """The local folder of a checkpoint that is a model of its own. ValueError for an adapter."""
+    folder = find_checkpoint(path_or_hub_id)
+    if adapter_base(folder) is not None:
+        raise ValueError(f"{path_or_hub_id} is an adapter: --merge it into its base first and "
+                         "start from the result")
+    return folder
+
+
+def tokenizer_folder(path_or_hub_id):
+    """The local folder of a checkpoint's tokenizer: an adapter may leave it to its base."""
+    folder = find_checkpoint(path_or_hub_id)
+    vocabularies = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
+    if any((folder / name).exists() for name in vocabularies):
+        return folder
+    base = adapter_base(folder)
+    return folder if base is None else tokenizer_folder(base)

@@ -1,0 +1,612 @@
+"""Generate and infill: what diffusion.denoise does, for many prompts at once, with caches and more
+rules.
+
+The rows of a batch differ in length and advance independently: each gets, token for token, what it
+would get alone. `Sampling` is how to sample, `Engine` the loop, `Row` where a row stands, `Passes`
+and `CachedPasses` what the model is fed. Read `denoise` first: it is all of this but batch, caches
+and the further rules, and tests hold the two equal.
+
+Shapes: B rows, A of them with a step to do, T positions of the canvas, N predictions, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+import kernels
+from common import stream
+from diffusion import (
+    BLIND,
+    REMASKING,
+    STEP_SCHEDULES,
+    config_of,
+    entropy,
+    mask_token_id,
+    row_logits,
+)
+from model import Cache, Transformer
+from sampling.rules import (
+    REMASK_SCHEDULES,
+    filter_logits,
+    keep_best,
+    keep_confident,
+    keep_entropy_bound,
+    keep_factor,
+    perturb,
+    reverse_step,
+)
+
+
+def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, temperature=0.0,
+             remasking="low_confidence", threshold=None, factor=None, cache=None, cfg_scale=0.0,
+             schedule=None, seed=None, on_step=None, **more):
+    """Continue each prompt by max_new_tokens: list of token lists -> list of token lists, prompt
+    and completion.
+
+    Blocks of block_length are denoised from left to right, in `steps` steps over all blocks
+    together (LLaDA, section 2.4 and appendix B.4). Prompts may differ in length; each gets what it
+    would get alone. An empty prompt generates unconditionally. What the arguments mean and which
+    `more` there are: `Sampling`.
+
+    A block-diffusion model uses its own block_length, blocks counted from the end of the prompt. It
+    stops behind the block that holds an end of text; an autoregressive model, which decodes token
+    by token with an exact cache, behind the end of text itself.
+    Raises ValueError for arguments that cannot be, naming them.
+    """
+    config = config_of(model)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if config.causal:
+        block_length = 1
+    elif config.block_length:
+        block_length = config.block_length
+    elif not 1 <= block_length <= max_new_tokens:
+        raise ValueError(f"block_length must be between 1 and max_new_tokens = {max_new_tokens}, "
+                         f"got {block_length}")
+    mask_id = mask_or_none(model)
+    for i, prompt in enumerate(prompts):
+        if mask_id in list(prompt):
+            raise ValueError(f"prompt {i} contains the mask token at position "
+                             f"{list(prompt).index(mask_id)}: use infill to fill it")
+    how = Sampling(
+        steps=steps, block_length=block_length, temperature=temperature, remasking=remasking,
+        threshold=threshold, factor=factor, cache=cache, cfg_scale=cfg_scale, schedule=schedule,
+        seed=seed, on_step=on_step, **more)
+    begins = [list(prompt) for prompt in prompts]
+    if config.causal:                                  # something must stand before the first token
+        begins = [begin or [first_token(config)] for begin in begins]
+    canvases = [begin + [mask_id] * max_new_tokens for begin in begins]
+    engine = Engine(model, canvases, [len(begin) for begin in begins], how, stop_early=True)
+    answers = []
+    for prompt, begin, answer in zip(prompts, begins, engine.run()):
+        answers.append(answer[len(begin) - len(prompt):])
+    return answers
+
+
+def infill(model, sequences, steps=128, block_length=None, **more):
+    """Fill every mask token of each sequence, wherever it stands; `more` arguments as in
+    `generate`.
+
+    Blocks are counted from a sequence's start; block_length None: one block. Raises ValueError for
+    a sequence without a mask token.
+    """
+    config = config_of(model)
+    if config.causal:
+        raise ValueError("an autoregressive model cannot fill in the middle: it sees nothing right "
+                         "of a gap")
+    for i, sequence in enumerate(sequences):
+        if mask_token_id(model) not in list(sequence):
+            raise ValueError(f"sequence {i} has no mask token: there is nothing to fill")
+    if block_length is not None and block_length < 1:
+        raise ValueError(f"block_length must be at least 1, got {block_length}")
+    longest = max(map(len, sequences), default=1)
+    block_length = config.block_length or min(block_length or longest, longest)
+    how = Sampling(steps=steps, block_length=block_length, **more)
+    return Engine(model, sequences, [0] * len(sequences), how).run()
+
+
+def mask_or_none(model):
+    """The id that stands for a mask on the canvas. An autoregressive model has none and never reads
+    it: there it is vocab_size."""
+    config = config_of(model)
+    return config.vocab_size if config.causal else mask_token_id(model)
+
+
+def first_token(config):
+    """What an autoregressive model begins an empty text with. Raises ValueError."""
+    for token in (config.bos_token_id, config.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError("an autoregressive model without a bos or eos token cannot start from an "
+                     "empty prompt")
+
+
+# --------------------------------------------------------------------------------------------------
+# How to sample
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """How to sample: the keyword arguments of `generate` and `infill`."""
+    steps: int                  # denoising steps, over all blocks together
+    block_length: int           # tokens denoised together
+    temperature: float = 0.0    # 0: the most probable token; else softmax(logits / temperature)
+    remasking: str = "low_confidence"   # which predictions a step keeps: a key of REMASKING
+    threshold: float = None     # keep all with at least this score; then `steps` counts no more
+    factor: float = None        # Fast-dLLM's rule in place of a number a step: keep_factor
+    entropy_bound: float = None     # EB-Sampler's rule in place of a number: keep_entropy_bound
+    cache: str = None           # "prefix", "dual" (Fast-dLLM: approximate), "block" (exact)
+    cfg_scale: float = 0.0      # logits of the prompt masked plus (1 + cfg_scale) times the
+    #                             difference that the prompt makes (LLaDA, eq. 16)
+    schedule: str = None        # tokens a step, a key of STEP_SCHEDULES; None: the model's own
+    seed: int = None            # row r draws from the stream (seed, r); a list: from (seed[r], 0),
+    #                             what it draws alone; None: another one each time
+    on_step: callable = None    # called with a `Step` after each denoising step
+    top_p: float = None         # draw from the most probable tokens only, see filter_logits;
+    top_k: int = None           # confidence is then read from what is left
+    alg_temp: float = None      # draw the positions to keep, see perturb (Dream)
+    remask: float = 0.0         # eta > 0, with "ancestral": what was written in the block may be
+    remask_schedule: str = "cap"    # masked again (ReMDM); a key of REMASK_SCHEDULES
+    suppress: list = ()         # tokens that are never written (LLaDA, B.4: logits_eos_inf)
+    defer: list = ()            # tokens that are written last (LLaDA, B.4: confidence_eos_eot_inf)
+
+    def __post_init__(self):
+        if 0 < self.temperature < 1e-6:     # 0 in all that float32 can tell, and does not overflow
+            self.temperature = 0.0
+
+    @property
+    def blind(self):
+        """Whether positions are chosen before the model is asked."""
+        return self.remasking in BLIND
+
+    @property
+    def adaptive(self):
+        """The rule by which the predictions decide how many of them a step keeps, or None."""
+        for name in ("threshold", "factor", "entropy_bound"):
+            if getattr(self, name) is not None:
+                return name
+        return None
+
+    def check(self, config, sequences):
+        """Raises ValueError for what cannot be, naming it."""
+        self.check_ranges()
+        self.check_tokens(config, sequences)
+        self.check_combinations(config)
+        longest = max(map(len, sequences), default=0)
+        if longest > config.max_len:
+            raise ValueError(f"{longest} tokens, prompt and completion, exceed the model's context "
+                             f"of {config.max_len}")
+        if isinstance(self.seed, list | tuple) and len(self.seed) != len(sequences):
+            raise ValueError(f"a list of seeds has one for each row, {len(sequences)}, got "
+                             f"{self.seed}")
+
+    def check_ranges(self):
+        limits = {"temperature": (0, None), "cfg_scale": (0, None), "entropy_bound": (0, None),
+                  "alg_temp": (0, None), "threshold": (0, 1), "top_p": (0, 1), "remask": (0, 1),
+                  "top_k": (1, None), "steps": (1, 10**6)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is None or low <= value <= (high or math.inf) and value < math.inf:
+                continue
+            if high:
+                raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+            if low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+            raise ValueError(f"{name} must not be negative, got {value}")
+        if self.factor is not None and not self.factor > 0:
+            raise ValueError(f"factor must be positive, got {self.factor}")
+        choices = {"remasking": REMASKING, "cache": (None, "prefix", "dual", "block"),
+                   "schedule": (None, *STEP_SCHEDULES), "remask_schedule": REMASK_SCHEDULES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got "
+                                 f"{getattr(self, name)!r}")
+
+    def check_tokens(self, config, sequences):
+        # The canvas of an autoregressive model may hold vocab_size, which stands for a mask.
+        canvas_size = config.vocab_size + 1 if config.causal else config.vocab_size
+        sizes = [(tokens, canvas_size) for tokens in sequences]
+        sizes += [(tokens, config.vocab_size) for tokens in (self.suppress, self.defer)]
+        for tokens, size in sizes:
+            for token in tokens:
+                if not 0 <= token < size:
+                    raise ValueError(f"token {token} is outside the vocabulary of "
+                                     f"{config.vocab_size}")
+
+    def check_combinations(self, config):
+        names = ("threshold", "factor", "entropy_bound")
+        rules = [name for name in names if getattr(self, name) is not None]
+        if self.alg_temp:
+            rules.append("alg_temp")
+        exact = config.causal or config.block_length or self.cache == "block"
+        if len(rules) > 1:
+            raise ValueError(f"{' and '.join(rules)} exclude each other")
+        if self.adaptive in ("threshold", "factor") and self.remasking != "low_confidence":
+            raise ValueError("threshold and factor need low_confidence")
+        if self.blind and (rules or self.defer):
+            raise ValueError(f"{(rules or ['defer'])[0]} needs a rule that asks the model, not "
+                             f"{self.remasking}")
+        if self.remask and (self.remasking != "ancestral" or config.causal):
+            raise ValueError("remask needs remasking ancestral, and no autoregressive model")
+        if self.cache in ("prefix", "dual") and exact:
+            raise ValueError(f"cache {self.cache!r} is for bidirectional models; this one takes "
+                             "'block'")
+        if self.cfg_scale > 0 and (self.cache or exact):
+            raise ValueError("cfg_scale works without a cache and for bidirectional models only")
+
+    def distribution(self, logits, config):
+        """(logits [N, V], temperature): what tokens are drawn and confidence is read from."""
+        if self.suppress:
+            logits[:, list(self.suppress)] = -torch.inf
+        filtered = self.top_p is not None or self.top_k is not None
+        if not (filtered or config.confidence_at_temperature):
+            return logits, self.temperature
+        logits = filter_logits(logits / (self.temperature or 1), self.top_p, self.top_k)
+        return logits, float(self.temperature > 0)
+
+    def score(self, logits, chosen):
+        """float64 [N]: what the rule says of the chosen tokens; deferred ones come last."""
+        rule = REMASKING[self.remasking]
+        if not self.defer:
+            return rule(logits, chosen).double()
+        deferred = torch.tensor(self.defer, device=logits.device)
+        # LLaDA reads the others' confidence without the deferred tokens, too.
+        score = rule(logits.index_fill(1, deferred, -torch.inf), chosen).double()
+        return score.masked_fill(torch.isin(chosen, deferred), -1e9)
+
+    def keep(self, score, eligible, count, logits, draw):
+        """bool [A, T]: the predictions that stay. count int [A], for rules that do not decide that
+        themselves; draw(): uniform numbers [A, T]."""
+        if self.threshold is not None:
+            return keep_confident(score, eligible, self.threshold)
+        if self.factor is not None:
+            return keep_factor(score, eligible, self.factor)
+        if self.entropy_bound is not None:
+            entropies = torch.zeros_like(score)
+            entropies[eligible] = -entropy(logits, None).double().cpu()
+            return keep_entropy_bound(score, entropies, eligible, self.entropy_bound)
+        if self.alg_temp:
+            score = perturb(score, self.alg_temp, draw())
+        return keep_best(score, eligible, count)
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclass
+class Step:
+    """What `on_step` gets after each denoising step. Rows may stand at different steps."""
+    number: int                 # forward passes so far
+    tokens: torch.Tensor        # int64 [B, T], mask tokens where still open
+    revealed: torch.Tensor      # bool [B, T]: written by this step
+    confidence: torch.Tensor    # float64 [B, T]: the score (of blind rules the probability) of what
+    #                             was revealed, 0 elsewhere
+    lengths: torch.Tensor       # int64 [B]: the rest of a row is padding
+
+
+class Engine:
+    """One run: the canvas of all rows, and for each of them the step at which it stands."""
+
+    def __init__(self, model, sequences, begins, how, stop_early=False):
+        """begins: where each row's first block begins. stop_early: an end of text ends a row whose
+        order is left to right. Raises ValueError."""
+        self.model, self.how, self.config = model, how, config_of(model)
+        how.check(self.config, sequences)
+        B, self.mask_id = len(sequences), mask_or_none(model)
+        self.lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        self.T = max(map(len, sequences), default=0)
+        self.canvas = torch.zeros(B, self.T, dtype=torch.int64)
+        for b, sequence in enumerate(sequences):
+            self.canvas[b, :len(sequence)] = torch.tensor(list(sequence))
+        position = torch.arange(self.T)
+        self.shown = position < self.lengths[:, None]                                   # [B, T]
+        self.is_masked = (self.canvas == self.mask_id) & self.shown
+        self.given = self.shown & ~self.is_masked
+        # Which block a position lies in; negative left of the first.
+        self.block_of = (position - torch.tensor(begins)[:, None]) // how.block_length  # [B, T]
+        self.cache = "block" if self.config.causal else how.cache
+        self.left_to_right = self.cache == "block" or self.config.block_length > 0
+        self.ends = torch.tensor(())
+        if stop_early and self.left_to_right:
+            self.ends = torch.tensor(self.config.ends)
+        self.rows = self.make_rows()
+        self.streams = row_streams(how.seed, B)
+        self.passes = 0
+        self.sureness = torch.zeros(B, self.T, dtype=torch.float64)     # score when written
+
+    def make_rows(self):
+        schedule = STEP_SCHEDULES[self.how.schedule or self.config.step_schedule]
+        by_steps = not (self.config.causal or self.how.adaptive)
+        rows = []
+        for b in range(len(self.canvas)):
+            block_of = self.block_of[b][self.is_masked[b]]
+            blocks, masks = block_of.unique(return_counts=True)
+            if by_steps and self.how.steps < len(blocks):
+                raise ValueError(f"{self.how.steps} steps are too few for {len(blocks)} blocks: "
+                                 "each needs at least one")
+            rows.append(Row(b, zip(blocks.tolist(), masks.tolist()), self.how, schedule))
+        return rows
+
+    @torch.no_grad()
+    def run(self):
+        """The filled sequences, a list of lists."""
+        kind = CachedPasses if self.cache else Passes
+        self.look = kind(self)
+        with kernels.packed(self.model):
+            work = self.advance()
+            while work:                                 # finished rows cost nothing
+                self.step(work)
+                work = self.advance()
+        return [row[:length].tolist() for row, length in zip(self.canvas, self.lengths)]
+
+    def advance(self):
+        """The rows that have a step to do, each moved on to it."""
+        current = torch.tensor([row.block for row in self.rows])                        # [B]
+        left = (self.is_masked & (self.block_of == current[:, None])).sum(1).tolist()
+        return [row for row in self.rows if row.advance(left[row.index])]
+
+    def step(self, work):
+        """One denoising step of the rows at work: choose, predict, keep, write."""
+        rows = torch.tensor([row.index for row in work])                                # [A]
+        block = torch.tensor([row.block for row in work])                               # [A]
+        inside = (self.block_of[rows] == block[:, None]) & self.shown[rows]             # [A, T]
+        eligible = inside & self.is_masked[rows]
+        again = torch.zeros_like(inside)
+        if self.how.blind:
+            eligible, again = self.choose_blindly(work, rows, inside, eligible)
+        predicted, score, keep = self.canvas[rows], torch.zeros(inside.shape).double(), eligible
+        looked = bool(eligible.any())
+        if looked:
+            logits, chosen = self.predict(work, rows, eligible, block)
+            predicted[eligible] = chosen.cpu()
+            conf = self.how.remask_schedule == "conf"
+            if not self.how.blind or self.how.on_step is not None or conf:
+                score[eligible] = self.how.score(logits, chosen).cpu()
+            if not self.how.blind:
+                count = torch.tensor([row.count for row in work])
+                keep = self.how.keep(score, eligible, count, logits,
+                                     lambda: draw(self.streams, rows, eligible))
+        self.write(rows, keep, predicted, again, score)
+        if len(self.ends):
+            for row in work:
+                self.stop_at_end(row)
+        if self.how.on_step is not None and looked:
+            self.report(rows, keep, score)
+
+    def choose_blindly(self, work, rows, inside, masked):
+        """(masks to write, written tokens to mask again), bool [A, T] each, before the model is
+        asked."""
+        written = inside & ~self.given[rows] & ~masked
+        u = draw(self.streams, rows, masked | written if self.how.remask else masked)
+        if self.how.remasking == "random":
+            return keep_best(u, masked, torch.tensor([row.count for row in work])), written & False
+        chances = torch.tensor([row.chances for row in work], dtype=torch.float64)      # [A, 2]
+        write, sigma = chances[:, :1], chances[:, 1:]
+        if self.how.remask_schedule == "conf":
+            unsure = torch.where(written, -self.sureness[rows], -torch.inf)
+            sigma = sigma * unsure.softmax(dim=1)
+        return masked & (u < write), written & (u < sigma)
+
+    def predict(self, work, rows, eligible, block):
+        """(logits [N, V], tokens [N]) at the `eligible` positions of these rows."""
+        logits = self.look(rows, eligible, block)
+        self.passes += 1
+        if self.mask_id < logits.shape[1]:
+            # The mask itself may be predicted, and the position stays open; but not in a last step.
+            final = torch.tensor([row.final for row in work])[eligible.nonzero()[:, 0]]
+            logits[:, self.mask_id].masked_fill_(final.to(logits.device), -torch.inf)
+        logits, temperature = self.how.distribution(logits, self.config)
+        u = None
+        if temperature > 0:
+            u = draw(self.streams, rows, eligible)[eligible]
+        return logits, kernels.sample_tokens(logits, temperature, u)
+
+    def write(self, rows, keep, predicted, again, score):
+        tokens = torch.where(keep, predicted, self.canvas[rows])
+        self.canvas[rows] = torch.where(again, self.mask_id, tokens)
+        self.is_masked[rows] = (self.canvas[rows] == self.mask_id) & self.shown[rows]
+        if self.how.remask_schedule == "conf":
+            self.sureness[rows] = torch.where(keep, score, self.sureness[rows])
+
+    def stop_at_end(self, row):
+        """If the row's block is finished and holds an end of text, it is the row's last."""
+        b = row.index
+        inside = (self.block_of[b] == row.block) & self.shown[b]
+        if (self.is_masked[b] & inside).any() or self.how.remask and not row.final:
+            return
+        if torch.isin(self.canvas[b][inside], self.ends).any():
+            self.shown[b] &= self.block_of[b] <= row.block
+            self.lengths[b] = int(self.shown[b].sum())
+            row.blocks = []
+
+    def report(self, rows, keep, score):
+        revealed = torch.zeros_like(self.is_masked)
+        confidence = torch.zeros(revealed.shape, dtype=torch.float64)
+        revealed[rows] = keep
+        confidence[rows] = torch.where(keep, score, 0)
+        self.how.on_step(Step(self.passes, self.canvas.clone(), revealed, confidence,
+                              self.lengths.clone()))
+
+
+class Row:
+    """Where one row stands: its block, and the step in it. Rows advance independently."""
+
+    def __init__(self, index, blocks, how, schedule):
+        """blocks: (number, masks in it) of each block that holds masks, from the left."""
+        self.index, self.how, self.schedule = index, how, schedule
+        self.blocks = list(blocks)      # those not begun yet
+        self.steps = math.ceil(how.steps / max(len(self.blocks), 1))    # for each block
+        self.block = 0          # the one it works on
+        self.start = 0          # masks that it had at first
+        self.done = 0           # its steps that are done
+        self.count = 0          # predictions that the step keeps, if the schedule says so
+        self.final = False      # the block's last step: all is written
+        self.chances = (1.0, 0.0)   # "ancestral": of writing a mask, of masking again
+        if self.blocks:
+            self.block, self.start = self.blocks.pop(0)
+
+    def advance(self, left):
+        """Move on to the next step that changes anything; false when the row is done. left: the
+        masks of its block."""
+        while True:
+            block_is_done = not left
+            if self.how.remask:                         # then every step may change something
+                block_is_done = self.done >= self.steps
+            if block_is_done and not self.blocks:
+                return False
+            if block_is_done:
+                self.block, left = self.blocks.pop(0)
+                self.start, self.done = left, 0
+            self.plan(left)
+            self.done += 1
+            if self.count or self.how.remask:
+                return True
+
+    def plan(self, left):
+        """What the step number `done` does, with `left` masks in the block."""
+        budget = self.start if self.how.adaptive else self.steps
+        self.final, self.count = self.done >= budget - 1, left
+        if self.how.remasking == "ancestral":
+            self.chances = reverse_step(self.done, self.steps, self.how.remask,
+                                        self.how.remask_schedule)
+        elif not (self.final or self.how.adaptive):
+            self.count = self.schedule(self.start, left, self.done, self.steps)
+
+
+def row_streams(seed, B):
+    """A generator for each row; `seed` as in `Sampling`."""
+    if seed is None:
+        seed = torch.Generator().seed()
+    pairs = [(seed, b) for b in range(B)]
+    if isinstance(seed, list | tuple):
+        pairs = [(own, 0) for own in seed]
+    return [stream("sampling", own, b) for own, b in pairs]
+
+
+def draw(streams, rows, where):
+    """Uniform numbers at `where` [A, T], every row's from its own stream, float64; 1 elsewhere."""
+    u = torch.ones(where.shape, dtype=torch.float64)
+    numbers = []
+    for b, n in zip(rows.tolist(), where.sum(1).tolist()):
+        numbers.append(torch.rand(n, generator=streams[b], dtype=torch.float64))
+    u[where] = torch.cat(numbers)
+    return u
+
+
+# --------------------------------------------------------------------------------------------------
+# What the model is fed
+
+
+class Passes:
+    """Forward passes without a cache: the whole canvas of the rows at work."""
+
+    def __init__(self, engine):
+        self.engine, self.model, self.config = engine, engine.model, engine.config
+        self.shift = int(self.config.shift or self.config.causal)
+        self.device = next(self.model.parameters()).device
+
+    def __call__(self, rows, eligible, block):
+        """Logits float32 [N, V] that predict the tokens at `eligible` [A, T] of these rows [A],
+        whose current blocks are [A]."""
+        e, scale = self.engine, self.engine.how.cfg_scale
+        width = int(e.lengths[rows].max())
+        tokens, shown = e.canvas[rows, :width], e.shown[rows, :width]
+        mask = None
+        if e.left_to_right:                             # a block never sees the blocks behind it
+            block_of = e.block_of[rows, :width]
+            mask = block_of[:, None, :] <= block_of[:, :, None]                         # [A, S, T]
+        if not shown.all():                             # nor anybody the padding of a shorter row
+            mask = shown if mask is None else mask & shown[:, None, :]
+        where = eligible[:, :width].nonzero()
+        if not scale:
+            return self.logits(tokens, where, 0, mask)
+        given = e.given[rows, :width]
+        without = torch.where(given, e.mask_id, tokens)
+        conditional = self.logits(tokens, where, 0, mask)
+        unconditional = self.logits(without, where, 0, mask)
+        return unconditional + (scale + 1) * (conditional - unconditional)
+
+    def logits(self, tokens, where, begin, mask=None, **how):
+        """Logits [N, V] for the (row, position) pairs `where` [N, 2] of tokens [A, S], which begin
+        at position `begin` [A]."""
+        column = (where[:, 1] - self.shift).clamp(min=0)
+        flat = (where[:, 0] * tokens.shape[1] + column).to(self.device)
+        tokens = tokens.clamp(max=self.config.vocab_size - 1).to(self.device)
+        if mask is not None:
+            how["attention_mask"] = mask.to(self.device)
+        if not isinstance(self.model, Transformer):
+            return row_logits(self.model, tokens, flat, **how)
+        logits = self.model(tokens, select=flat, **how)     # the same; it takes rows by index
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class CachedPasses(Passes):
+    """Forward passes that feed some positions and attend to keys and values of all.
+
+    "prefix" and "dual" (Fast-dLLM, 2505.22618): when a row enters a block, all of it is fed; in the
+    block's further steps only what stands from its begin on, or it alone. Other keys are as old as
+    the block: an approximation. "block", where a block never sees those behind it: finished blocks
+    are final, so what is fed is what is not final yet. Exact.
+    """
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        B, self.T, self.kind = len(engine.canvas), engine.T, engine.cache
+        dtype = next(self.model.parameters()).dtype
+        self.cache = Cache(self.config, B, self.T, self.device, dtype)
+        self.entered = torch.full((B,), -1)     # prefix, dual: the block whose keys are all fresh
+        self.final = torch.zeros(B, dtype=torch.int64)    # block: so many of a row's keys are final
+
+    def __call__(self, rows, eligible, block):
+        e = self.engine
+        inside = (e.block_of[rows] == block[:, None]) & e.shown[rows]                   # [A, T]
+        begin = inside.int().argmax(1)                                                  # [A]
+        end = torch.where(inside, torch.arange(self.T) + 1, 0).amax(1)
+        if self.kind == "block":
+            return self.refresh_unfinished(rows, eligible, begin, end)
+        begin = (begin - self.shift).clamp(min=0)
+        if self.kind == "prefix":
+            end = e.lengths[rows]
+        enters = self.entered[rows] != block
+        self.entered[rows] = block
+        begin, end = torch.where(enters, 0, begin), torch.where(enters, e.lengths[rows], end)
+        if enters.all() or not enters.any():
+            return self.refresh(rows, eligible, begin, end)
+        # Rows that enter a block are fed in a pass of their own: it is much wider.
+        row_of, logits = eligible.nonzero()[:, 0], None
+        for group in (enters, ~enters):
+            part = self.refresh(rows[group], eligible[group], begin[group], end[group])
+            if logits is None:
+                logits = part.new_empty(len(row_of), part.shape[1])
+            logits[group[row_of].to(logits.device)] = part
+        return logits
+
+    def refresh_unfinished(self, rows, eligible, begin, end):
+        causal = self.config.causal
+        logits = self.refresh(rows, eligible, self.final[rows], begin if causal else end)
+        # A blind rule may write nothing in a row's step, which then feeds nothing.
+        fed = eligible.any(1)
+        final = begin
+        if not causal:                                  # the row before predicts the first token
+            final = (begin - self.shift).clamp(min=0)
+        self.final[rows[fed]] = final[fed]
+        return logits
+
+    def refresh(self, rows, eligible, begin, end):
+        """Feed positions begin..end [A] of each row, write their keys and values to the cache,
+        attend to all of it that is to be seen."""
+        e = self.engine
+        positions = begin[:, None] + torch.arange(int((end - begin).max()))             # [A, S]
+        # A row with fewer of them repeats its last one, which writes the same keys again.
+        positions = torch.minimum(positions, end[:, None] - 1)
+        tokens = e.canvas[rows[:, None], positions]
+        mask = e.shown[rows]                                                            # [A, T]
+        if self.kind == "block" and not self.config.causal:
+            block_of = e.block_of[rows[:, None], positions]                             # [A, S]
+            mask = (e.block_of[rows][:, None, :] <= block_of[:, :, None]) & mask[:, None, :]
+        self.cache.rows = None if len(rows) == len(e.canvas) else rows.to(self.device)
+        where = eligible.nonzero()
+        where[:, 1] -= begin[where[:, 0]]
+        return self.logits(tokens, where, begin, mask, cache=self.cache,
+                           positions=positions.to(self.device))

@@ -1,0 +1,112 @@
+"""kernels.py: each fast form equals its plain line, in values and in gradients."""
+import pytest
+import torch
+
+import diffusion
+import kernels
+from model import Config, Transformer
+
+SHAPE = dict(vocab_size=700, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_len=512,
+             mask_token_id=699)
+KINDS = {
+    "ours": {},
+    "causal": dict(causal=True),
+    "learned positions": dict(positions="learned", norm="layer", norm_bias=True, qk_norm=False),
+    "local": dict(local_window=6, global_every=2),
+    "tied": dict(tie_embeddings=True, head_bias=True),
+}
+
+
+def random_model(dtype=torch.float32, **options):
+    model = Transformer(Config(**SHAPE | options)).init_weights(1).to(dtype)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+def random_tokens(B=2, T=24):
+    return torch.randint(0, 699, (B, T), generator=torch.Generator().manual_seed(0))
+
+
+def both_ways(monkeypatch, run):
+    """What `run()` returns by the plain lines and by the fast forms."""
+    results = []
+    for plain in (True, False):
+        monkeypatch.setattr(kernels, "PLAIN", plain)
+        results.append(run())
+    return results
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_whole_model_is_the_same_by_the_plain_lines(kind, dtype, monkeypatch):
+    model, tokens = random_model(dtype, **KINDS[kind]), random_tokens()
+    padding = torch.ones(2, 24, dtype=torch.bool)
+    padding[1, 15:] = False
+    select = (torch.rand(2, 24, generator=torch.Generator().manual_seed(2)) < 0.5) & padding
+    weights = torch.rand(int(select.sum()), generator=torch.Generator().manual_seed(3), dtype=dtype)
+
+    def run():
+        model.zero_grad()
+        total, nll = model.weighted_nll(tokens, select, tokens[select], weights, padding)
+        total.backward()
+        with torch.no_grad():
+            logits = model(tokens, padding)[padding]
+        return total.detach(), nll, logits, *[p.grad for p in model.parameters()]
+
+    for plain, fast in zip(*both_ways(monkeypatch, run)):
+        assert plain.dtype == fast.dtype
+        tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+        assert (plain - fast).abs().max() <= tolerance * plain.abs().max().clamp(min=1e-3)
+
+
+def test_tiles_of_a_block_mask_equal_the_mask(monkeypatch):
+    """350 tokens do not divide into tiles of 128; many of the pairs are never computed."""
+    visible = diffusion.block_attention(350, 7, torch.device("cpu"))
+    tiles = kernels.tiled(visible)
+    assert isinstance(tiles, list)
+    assert sum(shown.numel() for _, _, shown in tiles) < 0.6 * visible.numel()
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 700, 8, generator=draw) for heads in (4, 2, 2))
+    expected = kernels.attend_by_formula(q, k, v, visible[:, None])
+    torch.testing.assert_close(kernels.attend(q, k, v, tiles), expected)
+    monkeypatch.setattr(kernels, "PLAIN", True)
+    assert torch.equal(kernels.tiled(visible), visible[:, None])
+
+
+def test_a_mask_without_large_holes_is_no_tiles():
+    visible = torch.rand(1, 300, 300, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert kernels.tiled(kernels.remember_tiles(visible)).shape == (1, 1, 300, 300)
+
+
+@pytest.mark.parametrize("V", [7, 512, 1300])
+def test_fast_drawing_equals_plain_drawing(V):
+    draw = torch.Generator().manual_seed(V)
+    logits = 3 * torch.randn(200, V, generator=draw)
+    uniform = torch.rand(200, generator=draw, dtype=torch.float64)
+    for temperature in (0, 0.3, 1.0, 2.0):
+        plain = diffusion.sample_tokens(logits, temperature, uniform)
+        assert torch.equal(kernels.sample_tokens(logits, temperature, uniform), plain)
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    ends = kernels.sample_tokens(logits[:2], 1.0, edges)
+    assert ends[0] == 0 and (ends < V).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products_equal_the_plain_ones(dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no bfloat16 products in oneDNN")
+    model, tokens = random_model(dtype, qkv_bias=True, head_bias=True), random_tokens()
+    largest = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    tolerance = dict(rtol=largest, atol=largest)
+    with torch.no_grad():
+        expected = model(tokens)
+        linears = kernels.pack(model)
+        assert len(linears) == 2 * 7 + 1
+        torch.testing.assert_close(model(tokens), expected, **tolerance)
+        with kernels.packed(model):                     # packed already: nothing to do or to undo
+            torch.testing.assert_close(model(tokens), expected, **tolerance)
+        assert "forward" in vars(model.head)
+        kernels.unpack(linears)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model(tokens).requires_grad

@@ -1,0 +1,2 @@
+"""What surrounds a training loop: optimizers, resume state, log and progress, adapters,
+sharding."""

@@ -1,0 +1,319 @@
+"""Low-rank adapters, LoRA (Hu et al. 2021, arXiv 2106.09685, eq. 3): the matrices stay as they are,
+a thin product beside each learns.
+
+    y = x W^T + alpha / rank * (x A^T) B^T
+
+    W [out, in] frozen, A [rank, in] random at first, B [out, rank] zero at first
+
+Adapters are stored in PEFT's layout under the family's published names, so PEFT reads ours and we
+read PEFT's.
+"""
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import stream
+from pretrained.config import read_json
+from pretrained.families import FAMILIES
+from pretrained.hub import find_checkpoint
+from pretrained.tensors import (
+    is_head,
+    open_tensors,
+    own_rows,
+    put_rows,
+    read_headers,
+    tensor_table,
+)
+from training.files import write_json, write_tensors
+
+TARGETS = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "gate": "mlp.gate",
+           "up": "mlp.up", "down": "mlp.down"}
+ADAPTER = ("lora_A", "lora_B")
+
+
+class LoRALinear(nn.Linear):
+    """An nn.Linear, frozen, and its adapter in float32: `lora_A` [rank, in] and `lora_B`
+    [out, rank]. Its `weight` keeps its name."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        nn.Module.__init__(self)                        # nn.Linear's own would make weights
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.scale = alpha / rank if rank else 0.0
+        with torch.device(base.weight.device):
+            self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features))
+            self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)                                         # [..., out]
+        if not self.rank:
+            return y
+        x = F.dropout(x, self.dropout, self.training)
+        low = F.linear(x, self.lora_A.to(x.dtype))                                     # [..., rank]
+        return torch.add(y, F.linear(low, self.lora_B.to(x.dtype)), alpha=self.scale)
+
+
+def lora_layers(model):
+    """{our module name: LoRALinear}"""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, LoRALinear)}
+
+
+def replace_module(model, name, module):
+    """Put a module in the place of the one called `name`."""
+    parent, _, leaf = name.rpartition(".")
+    old = model.get_submodule(name)
+    setattr(model.get_submodule(parent), leaf, module.train(old.training))
+
+
+def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
+    """Freeze `model` and put a LoRALinear in place of each of its matrices in `targets` ("q,v";
+    names as in TARGETS). Returns it.
+
+    Works on a model without memory (the meta device) too. The adapters are zero: `init_lora` makes
+    them ready to learn. Raises ValueError for an unknown target, a rank beyond a matrix, or a
+    dropout outside [0, 1).
+    """
+    names = [name.strip() for name in targets.split(",")]
+    for name in names:
+        if name not in TARGETS:
+            raise ValueError(f"lora_targets is a list of {', '.join(TARGETS)}, got {name!r}")
+    if not 0 <= dropout < 1 or alpha <= 0:
+        raise ValueError(f"lora_dropout must be in [0, 1) and lora_alpha positive, got {dropout} "
+                         f"and {alpha}")
+    model.requires_grad_(False)
+    for layer in range(len(model.blocks)):
+        for name in names:
+            place = f"blocks.{layer}.{TARGETS[name]}"
+            if name == "gate" and model.blocks[layer].mlp.gate is None:
+                continue
+            linear = model.get_submodule(place)
+            largest = min(linear.weight.shape)
+            if not 0 <= rank <= largest:
+                raise ValueError(f"lora_rank {rank} does not fit {place}, a matrix of "
+                                 f"{linear.out_features} x {linear.in_features}: from 0 to "
+                                 f"{largest} is possible")
+            replace_module(model, place, LoRALinear(linear, rank, alpha, dropout))
+    return model
+
+
+def init_lora(model, seed=0):
+    """A ~ U(-1, 1) / sqrt(in), B = 0, as PEFT begins: at first the adapted model is the base."""
+    generator = stream("adapters", seed)
+    for name, layer in lora_layers(model).items():
+        A = 2 * torch.rand(layer.rank, layer.in_features, generator=generator) - 1
+        A = A / math.sqrt(layer.in_features)
+        B = torch.zeros(layer.out_features, layer.rank)
+        device = layer.weight.device
+        put_rows(model, f"{name}.lora_A", A[slice(*own_rows(layer.lora_A))].to(device))
+        put_rows(model, f"{name}.lora_B", B[slice(*own_rows(layer.lora_B))].to(device))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add the adapters into their matrices, W + alpha / rank * B A in float32, and make them plain
+    nn.Linear again. Returns the model."""
+    for name, layer in lora_layers(model).items():
+        merged = torch.addmm(layer.weight.float(), layer.lora_B.float(), layer.lora_A.float(),
+                             alpha=layer.scale)
+        layer.weight.copy_(merged)
+        with torch.device("meta"):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        replace_module(model, name, plain)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."                       # PEFT wraps the model twice
+# The keys of PEFT's LoraConfig (0.21) that may have any value. They said where adapters went, how
+# they began and were trained, which the stored tensors show or no longer need; the `..._config` of
+# an initialisation counts only where init_lora_weights names it.
+HARMLESS = {
+    "peft_type", "r", "lora_alpha", "bias", "init_lora_weights",    # checked one by one below
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "runtime_config", "lora_dropout", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "megatron_core", "ensure_weight_tying",
+    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+# Initialisations of A and B that leave the base's weights as they are. Others (pissa, olora, corda,
+# loftq, lora_ga, ...) take the product of A and B out of them: what is stored then belongs to
+# weights that are stored nowhere.
+PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")             # and true, false, null
+# Keys and parts of tensors' names of an adapter that learned more than matrices of the blocks.
+WHOLE_KEYS = ("modules_to_save", "trainable_token_indices")
+WHOLE_TENSORS = r"lora_embedding_[AB]|trainable_tokens|modules_to_save|base_layer\.(weight|bias)"
+MERGE_THERE = "merge it with PEFT (merge_and_unload, save_pretrained) and load the result"
+LEARNED_MORE = ("this adapter learned the embedding, the head or other whole modules too, perhaps "
+                "for a vocabulary of another size; only LoRA on the matrices of the blocks can be "
+                f"read: {MERGE_THERE}")
+
+
+def holds_a_run(folder):
+    """Whether an adapter or a model lies in a folder."""
+    return (Path(folder) / WEIGHTS).exists() or (Path(folder) / "config.json").exists()
+
+
+def name_of_base(init_from, base, folder):
+    """How an adapter in `folder` names the checkpoint `base` that it belongs to, which `init_from`
+    led to: "base", the run's own folder, which moves with it; an absolute path for any other local
+    folder; else the hub id."""
+    if Path(base) == Path(folder) / "base":
+        return "base"
+    if Path(init_from).expanduser().is_dir():
+        return str(Path(base).resolve())
+    return init_from
+
+
+def published_modules(model):
+    """{our module name: its published name}, of the matrices in TARGETS. ValueError where the
+    family stores several as one."""
+    names = {}
+    pattern = rf"blocks\.\d+\.({'|'.join(re.escape(place) for place in TARGETS.values())})\.weight"
+    for theirs, ours, transposed in tensor_table(model):
+        if not re.fullmatch(pattern, ours[0]):
+            continue
+        if len(ours) > 1 or transposed:
+            raise ValueError(f"adapters of {model.config.family} models cannot be stored: {theirs} "
+                             "holds several of our matrices, or one transposed")
+        names[ours[0].removesuffix(".weight")] = theirs.removesuffix(".weight")
+    return names
+
+
+def save_adapter(model, folder, base, state=None):
+    """Write adapter_model.safetensors and adapter_config.json, which names `base`, the checkpoint
+    that the adapter belongs to.
+
+    state: the model's tensors by name where the model itself holds but a part of them (FSDP2).
+    """
+    folder, names, layers = Path(folder), published_modules(model), lora_layers(model)
+    tensors = {}
+    for name, layer in layers.items():
+        for key in ADAPTER:
+            tensor = state[f"{name}.{key}"] if state else getattr(layer, key)
+            tensors[f"{PEFT_PREFIX}{names[name]}.{key}.weight"] = tensor.detach().float()
+    layer = next(iter(layers.values()))
+    settings = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": str(base),
+        "r": layer.rank,
+        "lora_alpha": layer.alpha,
+        "lora_dropout": layer.dropout,
+        "target_modules": pattern_of([names[name] for name in layers]),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / SETTINGS, settings)
+
+
+def pattern_of(names):
+    """A pattern of full module names, for every layer: a LLaDA's head and the last matrix of its
+    blocks are both called ff_out, so the last part of a name would not do."""
+    in_all_layers = set()
+    for name in names:
+        in_all_layers.add(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)))
+    return "|".join(sorted(in_all_layers))
+
+
+def read_settings(folder):
+    """adapter_config.json of an adapter that is a plain LoRA. Raises FileNotFoundError and
+    ValueError."""
+    path = Path(folder) / SETTINGS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {SETTINGS}: is it the folder of an adapter?")
+    settings = read_json(path)
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {settings.get('peft_type')!r}, only LORA can be "
+                         "read")
+    for key in WHOLE_KEYS:
+        if settings.get(key):
+            raise ValueError(f"{path}: {key} = {settings[key]!r}: {LEARNED_MORE}")
+    check_init(path, settings.get("init_lora_weights", True))
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias = {settings['bias']!r} is not supported: {MERGE_THERE}")
+    for key, value in settings.items():
+        is_off = value is None or value is False or value in ("", [], {})
+        if not is_off and key not in HARMLESS:
+            raise ValueError(f"{path}: {key} = {value!r} is not supported, only plain LoRA is: "
+                             f"{MERGE_THERE}")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    is_rank = type(rank) is int and rank >= 0
+    if not is_rank or type(alpha) not in (int, float) or not 0 <= alpha < 1e30:
+        raise ValueError(f"{path}: r must be a whole number and lora_alpha a number, got {rank!r} "
+                         f"and {alpha!r}")
+    return settings
+
+
+def check_init(path, init):
+    """ValueError for an initialisation that changes the base's weights, or may."""
+    if init is None or type(init) is bool:
+        return
+    if isinstance(init, str) and init.lower() in PLAIN_INITS:
+        return
+    raise ValueError(f"{path}: init_lora_weights = {init!r} is not supported: it changes the "
+                     "base's own weights, or may. Save the adapter with "
+                     f"path_initial_model_for_weight_conversion, or {MERGE_THERE}")
+
+
+def load_adapter(model, folder):
+    """Put the adapter in `folder` on `model`, ours or PEFT's. Returns the model, adapted.
+    ValueError if it belongs to another."""
+    folder = find_checkpoint(folder)
+    settings = read_settings(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}")
+    found = match_adapter(model, folder / WEIGHTS, settings["r"])
+    with open_tensors(folder / WEIGHTS) as tensors:
+        for name, pair in found.items():
+            linear = model.get_submodule(name)
+            layer = LoRALinear(linear, settings["r"], settings["lora_alpha"], 0.0)
+            for key in ADAPTER:
+                getattr(layer, key).data.copy_(tensors.get_tensor(pair[key]))
+            replace_module(model, name, layer)
+    return model
+
+
+def match_adapter(model, file, rank):
+    """{our module name: {"lora_A": name in the file, "lora_B": name in the file}}. ValueError for
+    what does not belong to this model, or is more than a LoRA of its blocks."""
+    ours = {theirs: name for name, theirs in published_modules(model).items()}
+    family = model.config.family
+    prefix = FAMILIES[family].prefix
+    embedding_and_head = {theirs for theirs, parts, _ in tensor_table(model)
+                          if parts[0].startswith("embed") or is_head(parts)}
+    found = {}
+    for name, tensor in read_headers([file]).items():
+        match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB])(?:\.default)?\.weight",
+                             name)
+        place = match[1] if match else name.removeprefix(PEFT_PREFIX)
+        if match and place not in ours:
+            place = prefix + place                      # trained without the head
+        spellings = {place, place + ".weight", prefix + place}
+        if re.search(WHOLE_TENSORS, name) or embedding_and_head & spellings:
+            raise ValueError(f"{file} holds {name}: {LEARNED_MORE}")
+        if not match or place not in ours:
+            raise ValueError(f"{file}: {name} has no place in this {family} model: the adapter "
+                             "belongs to another one")
+        linear = model.get_submodule(ours[place])
+        asked = [rank, linear.in_features] if match[2] == "lora_A" else [linear.out_features, rank]
+        if list(tensor.shape) != asked:
+            raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, this model and r = "
+                             f"{rank} ask for {asked}: the adapter belongs to another model")
+        found.setdefault(ours[place], {})[match[2]] = name
+    if not found:
+        raise ValueError(f"{file} lacks half of the adapter of any matrix")
+    for name, pair in found.items():
+        if len(pair) < 2:
+            raise ValueError(f"{file} lacks half of the adapter of {name}")
+    return found

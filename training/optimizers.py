@@ -1,0 +1,124 @@
+"""Muon by hand, AdamW, the learning rate, gradients over processes."""
+import math
+
+import torch
+import torch.distributed as dist
+
+from common import matrix_dtype
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal: of each matrix's momentum U S V^T only U V^T is
+    applied (Jordan et al. 2024).
+
+    Five steps of a Newton-Schulz iteration, X <- aX + b(XX^T)X + c(XX^T)^2 X, drive the singular
+    values to about 1. Matrices of one shape are stacked and go through it together, which takes
+    half the time of one after the other (torch.optim.Muon).
+    """
+
+    def __init__(self, matrices, lr=0.02, momentum=0.9, weight_decay=0.0):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}                             # (rows <= columns) -> [(matrix, update), ...]
+            for p in group["params"]:
+                if p.grad is not None:
+                    update = wide(self.momentum(p, group["momentum"]))
+                    by_shape.setdefault(update.shape, []).append((p, update))
+            for pairs in by_shape.values():
+                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates):
+                    if p.shape[0] > p.shape[1]:
+                        update = update.T
+                    scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * scale)
+
+    def momentum(self, p, beta):
+        """Nesterov's look ahead: the gradient moved towards the running mean of gradients."""
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["momentum_buffer"].lerp_(p.grad, 1 - beta)
+        return p.grad.lerp(state["momentum_buffer"], beta)
+
+
+def wide(matrix):
+    """The matrix, or its transpose if it has more rows than columns."""
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def orthogonal(matrices, steps=5):
+    """Roughly U V^T of each of the matrices U S V^T, [N, rows, columns] with rows <= columns, in
+    bfloat16 where that is fast."""
+    x = matrices.to(matrix_dtype(matrices.device, "auto"))
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)               # singular values at most 1
+    for _ in range(steps):
+        a = x @ x.mT                                                # [N, rows, rows]
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x
+
+
+def make_optimizers(model, kind, learning_rate, muon_lr=0.0, beta2=0.99, weight_decay=0.0):
+    """[optimizer, ...] of what learns in a Transformer: Muon for the matrices of its blocks and
+    AdamW for the rest, or (kind "adamw") AdamW for all. Only the matrices of the blocks decay."""
+    in_blocks = set(model.blocks.parameters())
+    matrices, others = [], []
+    for p in model.parameters():
+        if p.requires_grad and p.ndim == 2 and p in in_blocks:
+            matrices.append(p)
+        elif p.requires_grad:
+            others.append(p)
+    how = dict(lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)
+    if kind == "muon":
+        muon = Muon(matrices, muon_lr, weight_decay=weight_decay)
+        return [muon, torch.optim.AdamW(others, **how)]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others}]
+    return [torch.optim.AdamW(groups, **how)]
+
+
+def set_learning_rate(optimizers, factor):
+    """Every parameter's learning rate: `factor` times the peak that its optimizer was made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * factor
+
+
+def learning_rate_factor(progress, warmup=0.02, decay="linear", decay_from=0.0):
+    """What the peak learning rate is multiplied by at `progress` in [0, 1]: up over `warmup`,
+    level, down to 0 from `decay_from` on, in a straight line or a cosine."""
+    if progress >= 1:
+        return 0.0
+    if progress < warmup:
+        return progress / warmup
+    left = min(1.0, (1 - progress) / (1 - max(decay_from, warmup)))
+    if decay == "cosine":
+        return 0.5 - 0.5 * math.cos(math.pi * left)
+    return left
+
+
+def average_gradients(model, bucket_bytes=2**26):
+    """Make every gradient its mean over all processes, in a few large messages."""
+    if not dist.is_initialized():
+        return
+    bucket, size = [], 0
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for number, gradient in enumerate(gradients, 1):
+        bucket.append(gradient)
+        size += gradient.nbytes
+        if size >= bucket_bytes or number == len(gradients):
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for g, mean in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(mean.view_as(g))
+            bucket, size = [], 0
+
+
+def clip_gradients(model, largest):
+    """Scale all gradients together so that their norm is at most `largest`; 0: leave them."""
+    if largest:
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], largest)
