@@ -298,7 +298,7 @@ while run.goes_on():
         o.zero_grad(set_to_none=True)
     run.end_step(tokens=batch.tokens.numel() * slices)
 
+if merge and run.main and not run.stopped:
+    run.say(write_merged(out_dir, merge))
 run.finish()
-if merge and run.main and run.finished:
-    print(write_merged(out_dir, merge))
 common.end_process()
