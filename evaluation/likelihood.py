@@ -68,7 +68,7 @@ def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, estimator=
 
 
 def check(config, requests, num_samples, estimator, cfg_scale):
-    longest = max((len(request.prefix) + len(request.target) for request in requests), default=0)
+    longest = max((request.length for request in requests), default=0)
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if estimator not in ESTIMATORS:
@@ -87,6 +87,7 @@ class Request:
 
     def __init__(self, prefix, target):
         self.prefix, self.target = prefix, target
+        self.length = len(prefix) + len(target)
         self.designs = []       # of each block of the target, in order
 
     def choose_sets(self, config, num_samples, estimator, generator):
@@ -108,9 +109,6 @@ class Request:
             value, variance, start = value - nats, variance + error**2, start + L
         return value, math.sqrt(variance)
 
-    def __len__(self):
-        return len(self.prefix) + len(self.target)
-
 
 def block_sizes(config, start, L):
     """How many of the L tokens from position `start` on lie in each block."""
@@ -126,10 +124,10 @@ def block_sizes(config, start, L):
 def batches(requests, batch_size):
     """All (request, row) pairs in passes of at most batch_size tokens, the longest texts first."""
     work = [(request, row) for request in requests for row in range(len(request.masks))]
-    work.sort(key=lambda pair: -len(pair[0]))
+    work.sort(key=lambda pair: -pair[0].length)
     passes = []
     for pair in work:
-        if not passes or (len(passes[-1]) + 1) * len(passes[-1][0][0]) > batch_size:
+        if not passes or (len(passes[-1]) + 1) * passes[-1][0][0].length > batch_size:
             passes.append([])
         passes[-1].append(pair)
     return passes
@@ -137,14 +135,14 @@ def batches(requests, batch_size):
 
 def ask(model, config, batch, device, cfg_scale):
     """The nll of the targets, a float32 [L] for each (request, row)."""
-    B, T = len(batch), max(len(request) for request, _ in batch)
+    B, T = len(batch), max(request.length for request, _ in batch)
     tokens = torch.zeros(B, T, dtype=torch.int64)
     mask, given = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.bool)
     for b, (request, row) in enumerate(batch):
-        tokens[b, :len(request)] = torch.tensor(request.prefix + request.target)
+        tokens[b, :request.length] = torch.tensor(request.prefix + request.target)
         given[b, :len(request.prefix)] = True
-        mask[b, len(request.prefix):len(request)] = request.masks[row]
-    lengths = torch.tensor([len(request) for request, _ in batch])
+        mask[b, len(request.prefix):request.length] = request.masks[row]
+    lengths = torch.tensor([request.length for request, _ in batch])
     shown = None
     if (lengths < T).any():
         shown = (torch.arange(T) < lengths[:, None]).to(device)
@@ -155,7 +153,7 @@ def ask(model, config, batch, device, cfg_scale):
         nll = masked_nll(model, tokens, mask, shown).cpu()
     answers = []
     for b, (request, _) in enumerate(batch):
-        answers.append(nll[b, len(request.prefix):len(request)].clone())
+        answers.append(nll[b, len(request.prefix):request.length].clone())
     return answers
 
 
