@@ -118,6 +118,13 @@ def mask_token_id(model):
     return token
 
 
+def canvas_mask_id(model):
+    """The id that stands for a mask on a canvas to be filled. An autoregressive model has no mask
+    token and never reads it: there it is vocab_size."""
+    config = config_of(model)
+    return config.vocab_size if config.causal else mask_token_id(model)
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses
 
@@ -558,7 +565,7 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
     config = config_of(model)
     block_length = 1 if config.causal else config.block_length or block_length or tokens.shape[1]
     schedule = STEP_SCHEDULES[schedule or config.step_schedule]
-    mask_id = config.vocab_size if config.causal else mask_token_id(model)
+    mask_id = canvas_mask_id(model)
     block_of = (torch.arange(tokens.shape[1]) - prompt_len) // block_length             # [T]
     canvas = tokens.cpu().clone()
     for x, generator in zip(canvas, streams(seed, len(canvas))):                        # x [T]

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 import torch
 
 import kernels
-from common import stream
 from diffusion import (
     BLIND,
     REMASKING,
     STEP_SCHEDULES,
+    canvas_mask_id,
     config_of,
     entropy,
     mask_token_id,
     row_logits,
+    streams,
 )
 from model import Cache, Transformer
 from sampling.rules import (
@@ -63,7 +64,7 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, tem
     elif not 1 <= block_length <= max_new_tokens:
         raise ValueError(f"block_length must be between 1 and max_new_tokens = {max_new_tokens}, "
                          f"got {block_length}")
-    mask_id = mask_or_none(model)
+    mask_id = canvas_mask_id(model)
     for i, prompt in enumerate(prompts):
         if mask_id in list(prompt):
             raise ValueError(f"prompt {i} contains the mask token at position "
@@ -103,13 +104,6 @@ def infill(model, sequences, steps=128, block_length=None, **more):
     block_length = config.block_length or min(block_length or longest, longest)
     how = Sampling(steps=steps, block_length=block_length, **more)
     return Engine(model, sequences, [0] * len(sequences), how).run()
-
-
-def mask_or_none(model):
-    """The id that stands for a mask on the canvas. An autoregressive model has none and never reads
-    it: there it is vocab_size."""
-    config = config_of(model)
-    return config.vocab_size if config.causal else mask_token_id(model)
 
 
 def first_token(config):
@@ -293,7 +287,7 @@ class Engine:
         order is left to right. Raises ValueError."""
         self.model, self.how, self.config = model, how, config_of(model)
         how.check(self.config, sequences)
-        B, self.mask_id = len(sequences), mask_or_none(model)
+        B, self.mask_id = len(sequences), canvas_mask_id(model)
         self.lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
         self.T = max(map(len, sequences), default=0)
         self.canvas = torch.zeros(B, self.T, dtype=torch.int64)
@@ -476,12 +470,9 @@ class Row:
 
 def row_streams(seed, B):
     """A generator for each row; `seed` as in `Sampling`."""
-    if seed is None:
-        seed = torch.Generator().seed()
-    pairs = [(seed, b) for b in range(B)]
     if isinstance(seed, list | tuple):
-        pairs = [(own, 0) for own in seed]
-    return [stream("sampling", own, b) for own, b in pairs]
+        return [streams(own, 1)[0] for own in seed]
+    return streams(seed, B)
 
 
 def draw(streams, rows, where):

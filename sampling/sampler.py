@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 
 from data.tokenizer import Tokenizer
+from diffusion import canvas_mask_id
 from model import Transformer
 from pretrained.hub import find_checkpoint, tokenizer_folder
-from sampling.engine import generate, infill, mask_or_none
+from sampling.engine import generate, infill
 from training.lora import load_adapter, merge_lora
 
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")        # [MASK], or [MASK:12] for twelve tokens
@@ -48,7 +49,7 @@ class Sampler:
         if self.config.mask_token_id is None and not self.config.causal:
             raise ValueError(f"neither the config nor the tokenizer of {name} has a mask token: "
                              "convert it first (convert_bert.py, convert_ar.py)")
-        self.mask_id = mask_or_none(model)
+        self.mask_id = canvas_mask_id(model)
         self.head, self.tail = tokenizer.frame()
         self.opening = []
         if self.config.causal:
