@@ -61,7 +61,8 @@ def read_rows(file, name, shape, first, last):
 
 def tensor_table(model):
     """[(published name, our parameters, stored transposed)]: the family's table written out for
-    every layer of this model."""
+    every layer and expert of this model. The matrix of an expert is a slice of a parameter of ours:
+    "blocks.1.mlp.gates.weight.3", see `stack_of`."""
     parameters = model.state_dict(keep_vars=True)
     table = []
     for ours, theirs in FAMILIES[model.config.family].tensors.items():
@@ -70,13 +71,26 @@ def tensor_table(model):
         theirs = theirs.removesuffix(" ^T")
         layers = range(model.config.n_layers) if "*" in theirs else [0]
         for layer in map(str, layers):
-            name = theirs.replace("*", layer)
+            name = theirs.replace("*", layer, 1)
             names = [our.replace("*", layer) for our in ours]
             for suffix in ("", ".weight", ".bias"):     # "": the table has the name in full
-                if names[0] + suffix in parameters:
-                    parts = [our + suffix for our in names]
+                if names[0] + suffix not in parameters:
+                    continue
+                parts = [our + suffix for our in names]
+                if "*" in name:
+                    for expert in map(str, range(model.config.n_experts)):
+                        table.append((name.replace("*", expert) + suffix, [f"{parts[0]}.{expert}"],
+                                      False))
+                else:
                     table.append((name + suffix, parts, transposed and suffix == ".weight"))
     return table
+
+
+def stack_of(our):
+    """("blocks.1.mlp.gates.weight", 3) of "blocks.1.mlp.gates.weight.3", the matrix of an expert;
+    (our, None) of a whole parameter."""
+    name, _, last = our.rpartition(".")
+    return (name, int(last)) if last.isdecimal() else (our, None)
 
 
 def is_head(ours):
