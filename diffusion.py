@@ -636,8 +636,8 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
 
 
 def edits(model, x, inside, block_of, edit_threshold):
-    """(positions, tokens) [N] that are written anew in a row x [T], where another token than the one
-    that stands there is predicted with more than edit_threshold (LLaDA2.1); None: none.
+    """(positions, tokens) [N] that are written anew in a row x [T], where another token than the
+    one that stands there is predicted with more than edit_threshold (LLaDA2.1); None: none.
 
     inside  bool [T], where that may happen; masks are left to the other rule. The rule is asked in
             every step of a block and then, when its masks are gone, until it changes nothing or for

@@ -360,6 +360,11 @@ def describe(path_or_hub_id):
     heads = f"{config.n_heads} heads of {config.head_dim} ({config.n_kv_heads} key/value heads)"
     lines = [f"{folder}: family {config.family}, {n:,} parameters, {embedding:,} of them in the "
              f"embedding{head}"]
+    if config.n_experts:
+        active = n - model.expert_parameters() * (config.n_experts - config.experts_per_token) \
+            // config.n_experts
+        lines.append(f"a token uses {active:,} of them: {config.experts_per_token} of "
+                     f"{config.n_experts} experts of width {config.expert_dim} a layer")
     lines.append(f"{config.n_layers} layers of width {config.dim}, {heads}, MLP "
                  f"{config.hidden_dim}, vocabulary {config.vocab_size}, context {config.max_len}")
     lines.append(f"weights: float32 {n * 4 / 1e9:.3f} GB, bfloat16 and float16 "

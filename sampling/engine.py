@@ -48,9 +48,9 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=None, t
     and completion.
 
     Blocks of block_length (None: 32) are denoised from left to right, in `steps` steps over all
-    blocks together (LLaDA, section 2.4 and appendix B.4). Prompts may differ in length; each gets what it
-    would get alone. An empty prompt generates unconditionally. What the arguments mean and which
-    `more` there are: `Sampling`.
+    blocks together (LLaDA, section 2.4 and appendix B.4). Prompts may differ in length; each gets
+    what it would get alone. An empty prompt generates unconditionally. What the arguments mean and
+    which `more` there are: `Sampling`.
 
     A block-diffusion model uses its own block_length, blocks counted from the end of the prompt.
     LLaDA2 takes any (None: its own), counted from position 0, so that its first block may begin
