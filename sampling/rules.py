@@ -22,9 +22,11 @@ def keep_best(score, eligible, count):
     return eligible & (rank(score, eligible) < count[:, None])
 
 
-def keep_confident(score, eligible, threshold, count):
-    """The `count` [B] best eligible positions, and all whose score is at least `threshold`
-    (Fast-dLLM, 2505.22618, algorithm 1; count is 1 there)."""
+def keep_confident(score, eligible, threshold, count=None):
+    """All eligible positions whose score is at least `threshold`, and the `count` [B] best in any
+    case; None: the best (Fast-dLLM, 2505.22618, algorithm 1)."""
+    if count is None:
+        count = torch.ones(len(score), dtype=torch.int64)
     return keep_best(score, eligible, count) | eligible & (score >= threshold)
 
 
