@@ -26,6 +26,7 @@ from pretrained.load import describe
 from pretrained.tensors import tensor_table
 from pretrained.tiny import tiny_model
 from sampling.engine import generate, infill
+from sampling.sampler import Sampler
 from training.balance import balance_loss, expert_loads, move_biases
 from training.lora import add_lora, init_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from training.memory import plan_memory
@@ -643,3 +644,33 @@ def test_the_plan_counts_experts():
     whole = plan_memory(config, 64, 2, lora_rank=0, dtype=torch.float32)
     parameters = sum(p.numel() for p in Transformer(config).parameters())
     assert whole.parameters == parameters and whole.trained == parameters - 6    # the router's bias
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def test_from_text_to_text(tmp_path):
+    """Mask and end of text from the tokenizer, as in the published folders; blocks, threshold and
+    editing from the family, one token a step at least; and what is said counts."""
+    tiny("llada21").export_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for name in ("mask_token_id", "eos_token_id", "bos_token_id"):
+        raw.pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    Tokenizer.bytes().save_pretrained(tmp_path)
+    sampler = Sampler.load(tmp_path)
+    assert (sampler.config.mask_token_id, sampler.config.eos_token_id) == (257, 256)
+    settings = dict(steps=0, block_length=0, temperature="auto", remasking="auto", cache="auto",
+                    cfg_scale=0.0, schedule="", seed=1)
+    arguments = sampler.arguments(21, settings)
+    assert arguments["block_length"] == 32 and arguments["cache"] == "block"
+    assert arguments["threshold"] is None and "edit_threshold" not in arguments
+    prompt, steps = sampler.encode_prompt("Once"), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        [row] = sampler.run([prompt], arguments, on_step=steps.append)
+        again = generate(sampler.model, [prompt], 21, block_length=32, threshold=0.95, minimum=1,
+                         edit_threshold=0.9)
+    assert again == [row] and steps[-1].lengths.tolist() == [len(row)] == [25]
+    said = sampler.arguments(21, settings | dict(threshold=0.5, edit_threshold=0.0, block_length=8))
+    assert [said[name] for name in ("threshold", "edit_threshold", "block_length")] == [0.5, 0.0, 8]
