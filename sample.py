@@ -128,8 +128,11 @@ def text_of(sample):
     if prompt:
         _, used, _ = sampler.decode(sample[len(tokens):])
         return sampler.tokenizer.decode(sample[:len(tokens) + used], skip_special_tokens=True)
-    # What is written out of nothing may hold several texts.
-    return "\n\n".join(text.strip("\n") for text in sampler.split(sample) if text.strip())
+    # What is written out of nothing may hold several texts, the last one cut off by the canvas.
+    texts = [text.strip("\n") for text in sampler.split(sample) if text.strip()]
+    if len(texts) > 1 and sample[-1] not in sampler.ends:
+        texts.pop()
+    return "\n\n".join(texts)
 
 
 new_tokens = count * num_samples

@@ -59,6 +59,7 @@ batch_size = 64 if _on_gpu else 16  # sequences a step and process; a CPU likes 
 grad_accum = 1              # steps of batch_size sequences before each update
 optimizer = "muon"          # muon (AdamW for embeddings, head and norms) or adamw
 learning_rate = 3e-3        # AdamW's peak
+embedding_lr = 0.1          # AdamW's for the embedding, whose numbers are of size 1
 muon_lr = 0.02              # Muon's peak
 weight_decay = 0.0          # of the blocks' matrices
 beta2 = 0.99                # AdamW's second moment
@@ -79,7 +80,7 @@ common.check(
     settings,
     at_least_1=["n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum", "eval_tokens",
                 "final_eval_tokens"],
-    positive=["learning_rate", "muon_lr"],
+    positive=["learning_rate", "embedding_lr", "muon_lr"],
     not_negative=["max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes",
                   "eval_interval", "sample_tokens"],
     objective=["mdlm", "bd3lm", "ar"], schedule=list(SCHEDULES), optimizer=["muon", "adamw"],
@@ -115,7 +116,8 @@ if compile:
     model.compile_blocks()
 
 # ---- optimizer -----------------------------------------------------------------------------------
-optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay)
+optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay,
+                             embedding_lr)
 must_match = {name: settings[name] for name in (
     "objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "tokenizer", "optimizer",
     "weight_decay", "beta2", "seed")}

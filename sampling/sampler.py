@@ -36,8 +36,9 @@ class Sampler:
 
     head, tail  lists of ids that the checkpoint puts around a text ([CLS] and [SEP], BOS); often
                 empty
-    opening     list of one id: what an autoregressive model continues where there is no text; else
-                empty
+    opening     list of one id: what stands before a text that has no beginning given, in an
+                autoregressive model and in our own family, trained on one text behind the other;
+                else empty
     ends        set of ids that end a text
     """
 
@@ -52,7 +53,7 @@ class Sampler:
         self.mask_id = canvas_mask_id(model)
         self.head, self.tail = tokenizer.frame()
         self.opening = []
-        if self.config.causal:
+        if self.config.causal or self.config.family == "unmask":
             roles = [self.config.bos_token_id, self.config.eos_token_id]
             self.opening = [token for token in roles if token is not None][:1]
         self.ends = {*self.config.ends, tokenizer.eos_token_id} - {None}
