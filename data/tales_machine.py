@@ -9,7 +9,7 @@ import collections
 import functools
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from data.tales_events import EVENTS, FRESH, OPEN, URGENT, Event, feeling_fact
 
@@ -43,10 +43,7 @@ class Option:
     roles: tuple            # ((role, letter), ...)
     new: tuple              # the letters that were not there before
     named: tuple            # the letters of the roles that its sentences may name
-
-    def letters(self):
-        """{role: letter}"""
-        return dict(self.roles)
+    letters: dict = field(compare=False, hash=False)    # roles, as a dictionary
 
 
 def is_role(word):
@@ -97,7 +94,16 @@ def parse_event(event):
                 roles, named, needed, tuple(sorted(relevant)))
 
 
-RULES = tuple(parse_event(event) for event in EVENTS)
+def without_unread(rules):
+    """The rules without the facts that none of them asks for: fewer facts make fewer states."""
+    read = {"end"} | OPEN
+    for rule in rules:
+        read |= rule.needed | {fact[0] for fact in rule.forbids}
+    for rule in rules:
+        yield replace(rule, adds=tuple(fact for fact in rule.adds if fact[0] in read))
+
+
+RULES = tuple(without_unread([parse_event(event) for event in EVENTS]))
 RULE_OF = {rule.event.name: rule for rule in RULES}
 
 
@@ -221,7 +227,8 @@ def complete(rule, letters, by_predicate):
             continue
         new = tuple(letter for letter in values if letter not in known)
         roles = tuple((role, bound[role]) for role in rule.roles)
-        yield Option(rule.event, roles, new, tuple(bound[role] for role in rule.named))
+        named = tuple(bound[role] for role in rule.named)
+        yield Option(rule.event, roles, new, named, dict(roles))
 
 
 def holds(pattern, letters, by_predicate):
@@ -241,7 +248,7 @@ def matches(pattern, fact, letters):
 def after(state, option):
     """The facts after an event, a frozenset."""
     rule = RULE_OF[option.event.name]
-    letters = option.letters()
+    letters = option.letters
     facts = set(state)
     if rule.event.kind != "side":
         facts = {fact for fact in facts if fact[0] not in FRESH}

@@ -3,12 +3,10 @@
 The machine (tales_machine.py) knows what may happen to a, b and t; a Scene knows that a is Tom, that
 t is the red kite, and who was spoken of last, which decides whom "he" and "it" can mean.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from data.tales_machine import START, after, options
-from data.tales_world import THINGS, gender
-
-NO_WORDS = {}
+from data.tales_world import GENDER, THINGS
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +27,7 @@ class Scene:
     def referent(self, of_gender):
         """The letter that he or she means here, None if nobody."""
         for letter in self.persons:
-            if gender(self.words[letter]) == of_gender:
+            if GENDER[self.words[letter]] == of_gender:
                 return letter
         return None
 
@@ -46,7 +44,7 @@ class Scene:
 
     def follow(self, option, pattern, words):
         """The Scene after a sentence; `words`: those of new letters, and "C" for a colour."""
-        letters = option.letters()
+        letters = option.letters
         known = self.words | {letter: words[letter] for letter in option.new}
         colour = words.get("C")
         if colour:
@@ -56,20 +54,19 @@ class Scene:
         if pattern.persons:
             persons = tuple(letters[role] for role in pattern.persons)
         things = tuple(letters[role] for role in pattern.things)
-        return replace(self, state=after(self.state, option), words=known, persons=persons,
-                       things=things, animals=bool(pattern.animals),
-                       told=(*self.told, (option, colour)))
+        return Scene(after(self.state, option), known, persons, things, bool(pattern.animals),
+                     (*self.told, (option, colour)))
 
 
 def objection(scene, option, pattern, words):
     """Why a pattern cannot tell an option here, or None. `words`: what the sentence says of each
     role: a name, {"noun", "adjective", "use"}, a place, an animal, a colour; roles it is silent
     about are missing."""
-    letters = option.letters()
+    letters = option.letters
     known = scene.words
     for role, of_gender in pattern.genders:
         name = words.get(role) or known.get(letters[role])
-        if name is None or gender(name) != of_gender:
+        if name is None or GENDER[name] != of_gender:
             return f"{name} is no {of_gender}"
     for role in pattern.pronouns:
         if scene.referent(dict(pattern.genders)[role]) != letters[role]:

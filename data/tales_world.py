@@ -7,6 +7,7 @@ happens: that is the table in tales_events.py.
 GIRLS = ("Mia", "Lily", "Anna", "Rosa", "Emma", "Zoe", "Nina", "Clara", "Ivy", "Ruth")
 BOYS = ("Tom", "Ben", "Max", "Leo", "Sam", "Finn", "Hugo", "Paul", "Oscar", "Jack")
 NAMES = GIRLS + BOYS
+GENDER = {name: "girl" for name in GIRLS} | {name: "boy" for name in BOYS}
 PRONOUNS = {"girl": {"he": "she", "him": "her", "his": "her"},
             "boy": {"he": "he", "him": "him", "his": "his"}}
 
@@ -59,11 +60,6 @@ FRAMES_WITH_ACT = ("{W} {act}, because {why}.",)
 FRAMES_ALONE = ("That made {W:him} {mood}.",
                 "How {mood} {W} was!")
 FRAMES_OF_BOTH = ("{W} was so {mood} that {W} {act}.",)
-
-
-def gender(name):
-    """"girl" or "boy"."""
-    return "girl" if name in GIRLS else "boy"
 
 
 def with_article(adjective, noun):
