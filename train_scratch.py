@@ -41,7 +41,7 @@ compile = _on_gpu           # torch.compile; on a CPU it takes half a minute to 
 threads = 0                 # CPU threads; 0: torch's choice
 wandb = ""                  # a project of Weights & Biases that gets the rows of log.jsonl as well
 # data
-dataset = "pydocs"    # pydocs, pystdlib, shakespeare, tinystories, fineweb_edu, openwebtext; a path
+dataset = "tales"     # tales, pydocs, pystdlib, shakespeare, tinystories, fineweb_edu; a path
 tokenizer = "bpe"           # bpe (trained on the data), byte, gpt2
 vocab_size = 2048           # pieces of the bpe tokenizer, special tokens included
 # model

@@ -20,10 +20,12 @@ from data.files import did_you_mean, file_digest, file_name, short_hash, split_f
 from data.hub import fineweb_edu, openwebtext, shakespeare, tinystories
 from data.loader import SPLITS, TokenDataset
 from data.python_docs import pydocs, pystdlib
+from data.tales import tales
 from data.tokenizer import Tokenizer, check_vocab_size
 from data.writer import RENDERING, make_dataset, write_conversations, write_dataset
 
 DATASETS = {
+    "tales": tales,
     "pydocs": pydocs,
     "pystdlib": pystdlib,
     "shakespeare": shakespeare,
@@ -35,7 +37,7 @@ STREAMED = (tinystories, fineweb_edu, openwebtext)
 MAX_TOKENS = 100_000_000        # of a streamed data set, unless max_tokens says otherwise
 
 
-def prepare(dataset="pydocs", tokenizer="bpe", vocab_size=2048, max_tokens=None, root=None):
+def prepare(dataset="tales", tokenizer="bpe", vocab_size=2048, max_tokens=None, root=None):
     """The folder (a Path) of a prepared data set, for TokenDataset and Tokenizer.from_pretrained;
     made if need be.
 
