@@ -117,10 +117,10 @@ class TokenDataset:
 
         An epoch cuts the split, from a random offset, into windows of T tokens and visits them in a
         random order, each once. Where all documents have one length and T is that length, or a
-        multiple, windows are whole documents. No two ranks see the same window in a step, unless a step takes
-        more windows than there are. With gradient accumulation pass micro_step * world_size + rank
-        as rank, and grad_accum * world_size as world_size. Raises ValueError when the split is
-        shorter than T.
+        multiple of it, there is no offset: windows are whole documents. No two ranks see the same
+        window in a step, unless a step takes more windows than there are. With gradient
+        accumulation pass micro_step * world_size + rank as rank, and grad_accum * world_size as
+        world_size. Raises ValueError when the split is shorter than T.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} but world_size {world_size}: pass the number of "

@@ -224,8 +224,9 @@ class Tokenizer:
         try:
             return [self._characters[character] for character in text]
         except KeyError as error:
+            known = "".join(sorted(self._characters))
             raise ValueError(f"this text cannot be encoded: the tokenizer has no "
-                             f"{error.args[0]!r}, only {''.join(sorted(self._characters))}") from None
+                             f"{error.args[0]!r}, only {known}") from None
 
     def _encode(self, backend, texts, add_special_tokens, parse_special):
         try:
