@@ -364,10 +364,10 @@ def verdict(grid):
 
 def grid_shape(tokenizer):
     """The Shape of the grids that a tokenizer is for, or None: its tokens are the digits alone."""
-    pieces = set(tokenizer.backend.get_vocab(with_added_tokens=False))
     for shape in SHAPES.values():
-        if pieces == set(shape.digits):
-            return shape
+        if tokenizer.vocab_size == shape.size + 1:                      # and the mask
+            pieces = tokenizer.backend.get_vocab(with_added_tokens=False)
+            return shape if set(pieces) == set(shape.digits) else None
     return None
 
 
