@@ -79,6 +79,8 @@ device, *_ = common.init_process(device, threads)
 
 # ---- model ---------------------------------------------------------------------------------------
 sampler = Sampler.load(checkpoint, device, common.weights_dtype(device, dtype), adapter)
+if chat and sampler.grid is not None:
+    raise ValueError(f"{checkpoint} writes grids, it cannot chat: give it a puzzle by --infill")
 if chat:
     from sampling.chat import converse
     converse(sampler, settings)

@@ -103,7 +103,7 @@ data = TokenDataset(data_folder)
 text = Tokenizer.from_pretrained(data_folder)
 T = data.document_length or seq_len     # documents that all have one length are not cut
 if objective == "bd3lm" and (block_length < 1 or T % block_length):
-    raise ValueError(f"block_length {block_length} does not divide the {T} tokens of a sequence")
+    raise ValueError(f"block_length {block_length} does not divide seq_len {T}")
 val_tokens = max(eval_tokens, final_eval_tokens, 2 * T)
 val_windows = data.windows("val", T, val_tokens)                                    # [N, T]
 data.batch("train", batch_size, T, seed, 0)         # fail early: less text than one sequence

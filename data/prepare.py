@@ -171,12 +171,13 @@ def digits_tokenizer(name, tokenizer, vocab_size):
     """("digits", the Tokenizer) of a set of Sudoku grids. ValueError where another tokenizer was
     asked for."""
     digits = Tokenizer.characters(SHAPES[name].digits)
-    if tokenizer != "bpe":
+    equal = tokenizer == "bpe"                          # the default: nothing was asked for
+    if tokenizer not in ("bpe", "byte", "gpt2"):
         _, asked = find_tokenizer(tokenizer, vocab_size)
-        if asked.backend.to_str() != digits.backend.to_str():
-            raise ValueError(f"{name} has a tokenizer of its own, a token for each of its digits: "
-                             "leave --tokenizer away (a checkpoint with another cannot read "
-                             "grids)")
+        equal = asked.backend.to_str() == digits.backend.to_str()
+    if not equal:
+        raise ValueError(f"{name} has a tokenizer of its own, a token for each of its digits: "
+                         "leave --tokenizer away (a checkpoint with another cannot read grids)")
     return "digits", digits
 
 

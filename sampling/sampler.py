@@ -142,7 +142,9 @@ class Sampler:
 
     def encode_chat(self, messages):
         """The tokens of a conversation, [{"role": "user", "content": "..."}, ...], in the
-        checkpoint's own format."""
+        checkpoint's own format. Raises ValueError for a model of grids."""
+        if self.grid is not None:
+            raise ValueError(f"{self.name} writes grids, it cannot chat")
         return self.tokenizer.apply_chat_template(messages)
 
     @functools.cached_property

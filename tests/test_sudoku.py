@@ -200,7 +200,7 @@ def test_grids_have_a_tokenizer_of_their_own(tmp_path):
     folder = prepare("sudoku4")
     assert prepare("sudoku4", str(folder)) == folder, "as eval.py asks for a checkpoint's"
     assert prepare("sudoku4", Tokenizer.characters("1234")) == folder
-    for tokenizer in ("byte", Tokenizer.characters("123456")):
+    for tokenizer in ("byte", "gpt2", Tokenizer.characters("123456")):
         with pytest.raises(ValueError, match="sudoku4 has a tokenizer of its own"):
             prepare("sudoku4", tokenizer)
 
@@ -286,7 +286,7 @@ def test_mistakes_with_grids(tmp_path):
         assert result.status == 2 and result.err.startswith("error: ") and message in result.err
     settings = (*TINY, f"--out_dir={tmp_path}", "--objective=bd3lm", "--block_length=3")
     result = run("train_scratch.py", *settings)
-    assert "block_length 3 does not divide the 16 tokens" in result.err
+    assert "block_length 3 does not divide seq_len 16" in result.err
 
 
 def test_a_puzzle_in_and_a_grid_out(trained, tmp_path):
@@ -330,6 +330,7 @@ def test_a_puzzle_without_a_solution_is_answered(trained):
     (["--infill=1..1" + "." * 12], "no grid has these givens: 1 stands twice in row 1"),
     (["--infill=[MASK:3]"], "the puzzle has '[' at character 0"),
     (["--max_new_tokens=5"], "this model writes whole grids, 16 cells"),
+    (["--chat"], "writes grids, it cannot chat"),
     (["--prompt=a"], "the tokenizer has no 'a'"),
 ])
 def test_mistakes_are_told_in_one_line(trained, arguments, message):
