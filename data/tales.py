@@ -37,7 +37,7 @@ from data.tales_world import ADJECTIVES, ANIMALS, COLOURS, GENDER, NAMES, PLACES
 TRAIN_TALES = 50_000
 VAL_TALES = 1_500
 TELLINGS = 4                # of one plan in the data, about
-SENTENCES = (4, 12)         # fewest and most sentences of a tale
+SENTENCES = (4, 10)         # fewest and most sentences of a tale
 MAX_PIECES = 118            # words and punctuation marks of a tale at most
 HELD_OUT = 0.04             # share of all (name, thing, event) that training never sees
 SETTING = {"known", "at", "person", "happened"}     # facts that make no cause
@@ -102,34 +102,41 @@ def walk(rng):
     """One attempt at a plan, None if it comes to no ending in time."""
     state, steps, used = START, [], set()
     while len(steps) < SENTENCES[1]:
-        possible = [option for option in options(state) if option.event.name not in used]
-        kind = next_kind(possible, steps, rng)
-        possible = [option for option in possible if kind_of(option) == kind]
-        if not possible:
+        by_kind = choices(state)
+        kind = next_kind(by_kind, len(steps), rng)
+        if kind not in by_kind:
             return None
-        step = rng.choices(possible, [option.event.weight for option in possible])[0]
-        used.add(step.event.name)
-        steps.append(step)
-        if kind == "end":
-            return steps
-        state = after(state, step)
+        step = rng.choices(*by_kind[kind])[0]
+        if step.event.name not in used:         # else draw again: nothing happens twice
+            used.add(step.event.name)
+            steps.append(step)
+            if kind == "end":
+                return steps
+            state = after(state, step)
+        elif rng.random() < 0.2:                # perhaps there is nothing else
+            return None
     return None
 
 
-def kind_of(option):
-    """"side", "end" or "plot", which is everything else."""
-    return option.event.kind if option.event.kind in ("side", "end") else "plot"
+@functools.lru_cache(maxsize=None)
+def choices(state):
+    """{"side", "end" or "plot": (Options, their weights)} of a state."""
+    by_kind = {}
+    for option in options(state):
+        kind = option.event.kind if option.event.kind in ("side", "end") else "plot"
+        found, weights = by_kind.setdefault(kind, ([], []))
+        found.append(option)
+        weights.append(option.event.weight)
+    return by_kind
 
 
-def next_kind(possible, steps, rng):
+def next_kind(by_kind, length, rng):
     """Which kind of event comes next: feelings after half of what causes them, an ending when it is
-    time for one."""
-    kinds = {kind_of(option) for option in possible}
-    if "side" in kinds and rng.random() < 0.45:
+    time for one. Sad endings, which have small weights, come less often."""
+    if "side" in by_kind and rng.random() < 0.4:
         return "side"
-    chance = {4: 0.2, 5: 0.5, 6: 0.8}.get(len(steps), float(len(steps) > 6))
-    best = max((option.event.weight for option in possible if kind_of(option) == "end"), default=0)
-    if rng.random() < chance * min(best, 1):        # sad endings are rare
+    chance = {4: 0.3, 5: 0.7}.get(length, float(length > 5))
+    if "end" in by_kind and rng.random() < chance * min(1, max(by_kind["end"][1])):
         return "end"
     return "plot"
 
@@ -138,8 +145,9 @@ def word(plot, rng):
     """(Scenes after each sentence, sentences) of a plan in words; None where they come out badly."""
     words = choose_words(rng)
     scene, scenes, texts, counts = Scene(words={}), [], [], Counter()
-    for option in plot:
-        found = say(scene, option, words, texts, counts, rng)
+    for i, option in enumerate(plot):
+        late = i > len(plot) - 4
+        found = say(scene, option, words, texts, counts, late, rng)
         if found is None:
             return None
         one, text = found
@@ -191,13 +199,13 @@ def new_words(option, one, words):
     return found
 
 
-def say(scene, option, words, texts, counts, rng):
+def say(scene, option, words, texts, counts, late, rng):
     """(Pattern, sentence) that tells an option here; None if no way was found."""
     words = words | scene.words
     letters = option.letters
     for _ in range(6):
         way = choose_way(option, letters, counts, rng)
-        one = choose_pattern(scene, option, way, words, counts, rng)
+        one = choose_pattern(scene, option, way, words, counts, late, rng)
         if one is not None:
             text = write(one, letters, words)
             if not repeats(text, texts, scene):
@@ -214,9 +222,9 @@ def choose_way(option, letters, counts, rng):
     return way
 
 
-def choose_pattern(scene, option, way, words, counts, rng):
+def choose_pattern(scene, option, way, words, counts, late, rng):
     """A Pattern of a way with as many pronouns as are clear here and to the teller's taste; None if
-    they do not go together."""
+    they do not go together. late: what was not mentioned twice now has to be."""
     letters = option.letters
     persons, things = roles_of(way, "ABD"), roles_of(way, "TU")
     genders = tuple(GENDER[words[letters[role]]] for role in persons)
@@ -228,9 +236,13 @@ def choose_pattern(scene, option, way, words, counts, rng):
     they = "{AB}" in way and scene.may_say_they(letters) and rng.random() < 0.7
     forms = []
     for role in things:
-        seen = counts[letters[role], "adjective"]
-        form = "full" if rng.random() < (0.15 if seen > 1 else 0.6) else "noun"
-        if rng.random() < 0.25 and scene.may_say_it(letters[role]):
+        letter = letters[role]
+        if counts[letter, "adjective"] > 1:
+            share = 0.15
+        else:
+            share = 1 if late else 0.4
+        form = "full" if rng.random() < share else "noun"
+        if counts[letter] > 2 and rng.random() < 0.3 and scene.may_say_it(letter):
             form = "it"
         forms.append(form)
     one = pattern(option.event, way, genders, tuple(pronouns), they, tuple(forms))
@@ -509,13 +521,13 @@ def describe(result, scenes, texts):
 def tales():
     """short tales from a grammar whose world can be checked: 4 MB, embedded"""
     for split, number, seed in (("train", TRAIN_TALES, 1), ("val", VAL_TALES, 2)):
-        for tale in tell_many(number, random.Random(seed)):
-            yield split, tale.text
+        for text in texts_of_tales(number, random.Random(seed)):
+            yield split, text
             yield split, None
 
 
-def tell_many(number, rng):
-    """So many Tales, none with a held-out combination; a plan, which takes longest to find, serves
+def texts_of_tales(number, rng):
+    """So many tales, none with a held-out combination; a plan, which takes longest to find, serves
     for some of them, with other names, things, places and words."""
     while number > 0:
         plot = plan(rng)
@@ -523,7 +535,7 @@ def tell_many(number, rng):
             worded = word(plot, rng)
             if worded is None or has_held_out(worded[0][-1]):
                 continue
-            yield make_tale(*worded)
+            yield " ".join(worded[1])
             number -= 1
             if number == 0:
                 return
