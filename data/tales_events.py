@@ -147,7 +147,7 @@ INTRODUCTIONS = (
         "Their friend {D:name} was {P:at}, too.",
         "A {D:kid} called {D:name} came along.",
         "Then a {D:kid} called {D:name} walked by.",
-        "After a while {D:name} came {P:to} as well."), weight=0.08),
+        "After a while {D:name} came {P:to} as well."), weight=0.3),
     Event("second", "intro", "B wants T, A has T, A owns T, A with B, not two",
           "two, B has U, B owns U, B first U, B ready U", (
         "{B} had {U:a}.",
@@ -188,13 +188,13 @@ WISHES = (
         "{B} thought that {T} was wonderful.",
         "{B} could not stop looking at {T}.",
         "\"What a fine {T:noun}!\" said {B:name}.",
-        "{B} wanted to {T:use} {T}, too."), weight=7),
+        "{B} wanted to {T:use} {T}, too."), weight=8),
     Event("ask", "plot", "B wants T, A has T, A owns T, A with B, whole T", "B asked A T", (
         "\"May I have {T:the} for a while?\" asked {B:name}.",
         "\"{A:name}, may I {T:use} {T:the}?\" asked {B:name}.",
         "{B} asked {A:him} for {T}.",
         "{B} asked {A:him} to lend {B:him} {T}.",
-        "\"Please lend me {T:the},\" said {B:name} to {A:him}."), weight=4),
+        "\"Please lend me {T:the},\" said {B:name} to {A:him}."), weight=8),
     Event("lend", "plot", "B asked A T",
           "no B asked A T, no B wants T, no A has T, B has T, A lent B T, B tried T, B owes A", (
         "\"Yes, of course,\" said {A:name} and gave {B:him} {T}.",
@@ -202,7 +202,7 @@ WISHES = (
         "\"You may {T:use} it until tomorrow,\" said {A:name} to {B:him}.",
         "So {A} lent {T} to {B:him} for a while.",
         "\"Yes, but I want it back,\" said {A:name} and gave {T} to {B:him}."),
-        moods=("B glad: {A} had lent {B:him} {T} | now {B} could {T:use} {T}",), weight=2),
+        moods=("B glad: {A} had lent {B:him} {T} | now {B} could {T:use} {T}",), weight=3),
     Event("refuse", "plot", "B asked A T", "no B asked A T, no B wants T, A refused B T", (
         "\"No, {T:the} is mine,\" said {A:name}.",
         "But {A} did not want to lend {B:him} {T}.",
@@ -217,7 +217,7 @@ WISHES = (
         "\"All right, take it for a while,\" said {A:name} to {B:him} at last and gave {B:him} {T}.",
         "After a while {A} changed {A:his} mind and lent {T} to {B:him}.",
         "\"I am sorry, here is {T:the},\" said {A:name} and gave it to {B:him}."),
-        moods=("B glad: {A} had lent {B:him} {T} after all | {A} had changed {A:his} mind",)),
+        moods=("B glad: {A} had lent {B:him} {T} after all | {A} had changed {A:his} mind",), weight=1.5),
     Event("share", "plot", "B wants T, A has T, A owns T, A with B, whole T, not B tried T",
           "no B wants T, A shared B T, B tried T", (
         "\"Let us {T:use} it together,\" said {A:name}, and {B} ran to get {T}.",
@@ -340,7 +340,7 @@ PROMISES = (
         "\"I will bring {T:the} back tomorrow,\" {B} promised.",
         "\"I promise to give {T:the} back,\" said {B:name}.",
         "{B} promised {A} to take good care of {T}.",
-        "{B} gave {B:his} word that {A} would get {T} back."), weight=2),
+        "{B} gave {B:his} word that {A} would get {T} back."), weight=3.5),
     Event("use", "quiet", "A lent B T, B has T, whole T, not B used T", "B used T", (
         "{B} was allowed to {T:use} {T} all day.",
         "{B} began to {T:use} {T} at once.",
@@ -363,7 +363,7 @@ PROMISES = (
         "{A} waited and waited, but {B} had forgotten {B:his} promise.",
         "But {B} forgot that {T} was not {B:his} own.",
         "A week later {B} still had {T} and did not think of {B:his} promise."),
-        moods=("A sad angry: {B} had forgotten {B:his} promise | {B} had not brought {T} back",)),
+        moods=("A sad angry: {B} had forgotten {B:his} promise | {B} had not brought {T} back",), weight=2.5),
     Event("remind", "plot", "B forgot T, B promised A T, A with B", "no B forgot T, B minds T", (
         "\"Where is my {T:noun}?\" {A} asked {B:him}.",
         "\"{B:name}, you still have my {T:noun},\" said {A:name}.",
@@ -403,13 +403,13 @@ WRONGS = (
         "So {B} took {T} without asking again.",
         "{B} took {T} out of {A:name}'s bag and hid it in {B:his} own.",
         "Then {B} did a bad thing and stole {T}."),
-        moods=("A angry sad: {B} had taken {T} | {B} had stolen {T}",), weight=1.5),
+        moods=("A angry sad: {B} had taken {T} | {B} had stolen {T}",), weight=4),
     Event("accuse", "plot", "B took A T, B has T, A with B, not B denied T", "B accused A T", (
         "\"Give {T:the} back!\" {A} shouted at {B:him}.",
         "\"You are a thief, {B:name}!\" said {A:name}.",
         "{A} saw {T} in {B:his} hands and wanted it back.",
         "\"{B:name}, did you take my {T:noun}?\" asked {A:name}.",
-        "\"Why did you take {T:the}?\" {A} asked {B:him}."), weight=1.5),
+        "\"Why did you take {T:the}?\" {A} asked {B:him}."), weight=3),
     Event("deny", "plot", "B accused A T, B took A T, B has T",
           "no B accused A T, B denied T", (
         "\"I do not have it,\" said {B:name}, but that was a lie.",
@@ -475,7 +475,7 @@ WRONGS = (
         "\"You have broken my {T:noun}!\" {A} shouted at {B:him}.",
         "{A} said that {B} was a fool, and they quarreled.",
         "\"It was your fault!\" said {A:name} to {B:him}.",
-        "{AB} did not speak to each other, because {T} was broken."), weight=0.7),
+        "{AB} did not speak to each other, because {T} was broken."), weight=1),
     Event("apologise", "plot", "B wronged A T, A with B, not B begged A T, not A cross B T, "
                                "not B vowed A T",
           "B begged A T", (
@@ -483,13 +483,13 @@ WRONGS = (
         "{B} said to {A:him} that {B} was sorry.",
         "\"Please forgive me, {A:name},\" said {B:name}.",
         "\"I did not want to break {T:the},\" said {B:name} to {A:him}.",
-        "{B} asked {A:him} to forgive {B:him}."), weight=0.7),
+        "{B} asked {A:him} to forgive {B:him}."), weight=1.5),
     Event("vow", "plot", "B wronged A T, T broken, A with B, not B vowed A T", "B vowed A T", (
         "\"I will mend {T:the},\" {B} promised.",
         "{B} promised {A} to mend {T}.",
         "\"Tomorrow {T:the} will be as good as before,\" {B} promised.",
         "\"Do not cry, I can mend {T:the},\" said {B:name} to {A:him}.",
-        "{B} gave {B:his} word that {B} would mend {T}."), weight=1.5),
+        "{B} gave {B:his} word that {B} would mend {T}."), weight=2),
     Event("mend_vowed", "plot", "B vowed A T, T broken, B has T",
           "no B vowed A T, no T broken, no B wronged A T, no A cross B T, no A lent B T, "
           "no B promised A T, no B has T, A has T", (
@@ -573,7 +573,7 @@ MISHAPS = (
         "{B} brought some water, and they cleaned {T} together.",
         "\"I will help you,\" said {B:name} to {A:him} and cleaned {T}.",
         "{B} took a cloth and made {T} clean for {A:him}."),
-        moods=("A glad: {B} had cleaned {T} for {A:him} | {T:the} was clean again",)),
+        moods=("A glad: {B} had cleaned {T} for {A:him} | {T:the} was clean again",), weight=1.5),
     Event("idea", "plot", "A has T, A owns T, calm, not painted T", "A idea T", (
         "{A} thought that {T} could look better.",
         "But {A} did not like the colour of {T}.",
@@ -625,7 +625,7 @@ LOSSES = (
         "{A} looked under the bed and behind the door, but {T} was not there.",
         "{A} turned the whole house upside down, but {A} could not find {T}.",
         "All evening {A} looked for {T}.",
-        "{A} asked everybody about {T}, but nobody had seen it."), weight=0.7),
+        "{A} asked everybody about {T}, but nobody had seen it."), weight=1.2),
     Event("go_back", "plot", "A missed T, T lies P, A at W", "no A at W, A at P", (
         "So {A} ran {P:to} to look for {T}.",
         "{A} thought for a while and went back {P:to}.",
@@ -701,20 +701,20 @@ HIDING = (
         "Then {A} went {P:to} and hid {T} there.",
         "So that {B} would not get {T}, {A} hid it {P:at}.",
         "{A} was afraid for {T} and hid it {P:at}.",
-        "\"You will never find it,\" {A} told {B:him} and hid {T} {P:at}."), weight=2),
+        "\"You will never find it,\" {A} told {B:him} and hid {T} {P:at}."), weight=1.5),
     Event("hunt", "plot", "A hid T, A refused B T, not B hunted T", "B hunted T", (
         "{B} looked for {T} everywhere.",
         "{B} wanted to know where {T} was.",
         "\"Where is {T:the}?\" asked {B:name}.",
         "All day {B} looked for {T}.",
-        "{B} asked {A:him} again and again where {T} was.")),
+        "{B} asked {A:him} again and again where {T} was."), weight=3),
     Event("hint", "plot", "A hid T, B hunted T, A refused B T, T lies P, A with B",
           "no A refused B T, B told T", (
         "\"Look {P:at},\" said {A:name} at last.",
         "At last {A} told {B:him} to look {P:at}.",
         "\"{T:The} is {P:at},\" said {A:name} to {B:him}.",
         "Then {A} felt sorry and told {B:him} that {T} was {P:at}.",
-        "\"If you go {P:to}, you will find {T:the},\" said {A:name} to {B:him}.")),
+        "\"If you go {P:to}, you will find {T:the},\" said {A:name} to {B:him}."), weight=2),
     Event("find_hidden", "plot", "B told T, A hid T, A owns T, T lies P, A at W, B at W",
           "no B told T, no A hid T, no T lies P, no A at W, no B at W, A at P, B at P, B has T, "
           "A lent B T, B tried T, B owes A", (
@@ -731,7 +731,7 @@ HIDING = (
         "{B} looked {P:at}, found {T} and ran away with it.",
         "But {B} was clever, found {T} {P:at} and kept it.",
         "In the night {B} took {T} out of its place {P:at}."),
-        moods=("A angry sad: {B} had taken {T}",)),
+        moods=("A angry sad: {B} had taken {T}",), weight=1.5),
     Event("fetch", "plot", "A hid T, A refused B T, T lies P, A with B",
           "no A hid T, no A refused B T, no T lies P, A has T, A shared B T, B tried T", (
         "In the end {A} got {T} from its place {P:at} and shared it with {B:him}.",
@@ -750,7 +750,7 @@ ANIMALS_COME = (
         "{A} put {T} down, and at once {X:a} ran {P:to} with it.",
         "Out of nowhere came {X:a} and carried {T} {P:to}."),
         moods=("A sad angry: {X} had taken {T}",
-               "A scared: {X} was so big and wild"), weight=0.6),
+               "A scared: {X} was so big and wild"), weight=1),
     Event("chase", "plot", "X snatched T, A owns T, X at P, A at W, not X away", "no A at W, A at P", (
         "{A} ran after {X} {P:to}.",
         "{A} followed {X} {P:to}.",
@@ -824,7 +824,7 @@ ANIMALS_COME = (
         "{X} had found {T} {P:at} and carried it to {A:him}.",
         "But {X} had seen {T} {P:at} and brought it to {A:him}.",
         "{X} wanted to thank {A:him} and got {T}, which lay {P:at}."),
-        moods=("A glad: {X} had found {T} | {A} had {T} back",), weight=4),
+        moods=("A glad: {X} had found {T} | {A} had {T} back",), weight=6),
 )
 
 SLEEPING = (
@@ -834,7 +834,7 @@ SLEEPING = (
         "{A} lay down, put {T} beside {A:him} and slept.",
         "After lunch {A} fell asleep with {T} in {A:his} arms.",
         "It was so warm and quiet that {A} fell asleep and dropped {T}.",
-        "{A} closed {A:his} eyes, and soon {A} was asleep with {T} beside {A:him}."), weight=1.5),
+        "{A} closed {A:his} eyes, and soon {A} was asleep with {T} beside {A:him}."), weight=3),
     Event("take_asleep", "plot", "A asleep, A has T, A owns T, A with B",
           "no A has T, B has T, B took A T", (
         "{B} saw that {A} was asleep and took {T}.",
@@ -874,7 +874,7 @@ MEETINGS = (
         "{A} asked {B:him} to come {P:to} the next day.",
         "\"Meet me {P:at} in the afternoon,\" said {A:name} to {B:him}.",
         "\"Let us {T:use} {T:the} {P:at} tomorrow,\" said {A:name} to {B:him}.",
-        "{A} wanted to meet {B:him} {P:at} and show {B:him} {T}."), weight=6),
+        "{A} wanted to meet {B:him} {P:at} and show {B:him} {T}."), weight=3),
     Event("accept", "plot", "A invited B P", "no A invited B P, B coming A P", (
         "\"Yes, I will come,\" {B} promised.",
         "{B} promised to be {P:at} in time.",
@@ -902,7 +902,7 @@ MEETINGS = (
         "But {B} stayed in bed, and {A} was alone {P:at}.",
         "But nobody came {P:to}, for {B} had forgotten it.",
         "Hours went by {P:at}, but {B} did not come."),
-        moods=("A sad angry: {B} had not come | {B} had forgotten to come",)),
+        moods=("A sad angry: {B} had not come | {B} had forgotten to come",), weight=1),
     Event("excuse", "plot", "A alone, A at P, A owns T, B at W, B person",
           "no A alone, no B at W, B at P, B begged A T", (
         "In the evening {B} came {P:to} and said that {B} was sorry.",
