@@ -22,9 +22,10 @@ import torch
 from data.loader import TokenDataset
 from data.prepare import prepare
 from data.sudoku import SHAPES, draw
+from data.tales_copying import hidden_things
 from data.tokenizer import Tokenizer
-from diffusion import (SCHEDULES, ar_loss, block_loss, denoise, mask_tokens, mdlm_loss, nelbo,
-                       sample_t)
+from diffusion import (SCHEDULES, ar_loss, block_loss, canvas_mask_id, denoise, mask_tokens,
+                       masked_nll, mdlm_loss, nelbo, sample_t)
 from model import Config, Transformer
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
@@ -108,6 +109,7 @@ if objective == "bd3lm" and (block_length < 1 or T % block_length):
 val_tokens = max(eval_tokens, final_eval_tokens, 2 * T)
 val_windows = data.windows("val", T, val_tokens)                                    # [N, T]
 data.batch("train", batch_size, T, seed, 0)         # fail early: less text than one sequence
+things = hidden_things(data.val, text, T) if dataset == "tales" else None
 
 # ---- model ---------------------------------------------------------------------------------------
 config = Config(
@@ -140,13 +142,24 @@ def evaluate(tokens):
     return value, error, data.bytes_per_token("val")
 
 
+@torch.no_grad()
+def look_back():
+    """Of tales: the probability of a hidden thing that other mentions tell. A model that has not
+    learned to look back gives each thing the same, 0.05."""
+    if things is None:
+        return {}
+    nll = masked_nll(model, things.tokens.to(device), things.hidden)                    # [N, T]
+    return {"restored": (nll.cpu() * things.target).sum(1).neg().exp().mean().item()}
+
+
 def show_sample():
     """One text out of nothing, as far as the model has come."""
     length = data.document_length or min(sample_tokens, T)
-    canvas = torch.full((1, length), config.mask_token_id)
-    if objective == "ar":
-        canvas = torch.full_like(canvas, config.vocab_size)
-        canvas[0, 0] = val_windows[0, 0] if config.bos_token_id is None else config.bos_token_id
+    canvas = torch.full((1, length), canvas_mask_id(model))
+    if config.bos_token_id is not None:                 # a text begins where another has ended
+        canvas[0, 0] = config.bos_token_id
+    elif objective == "ar":
+        canvas[0, 0] = val_windows[0, 0]
     ids = denoise(model, canvas.to(device), length, temperature=1.0, remasking="random",
                   seed=run.step)[0]
     if _grids:
@@ -168,7 +181,8 @@ while run.goes_on():
     factor = learning_rate_factor(run.progress, warmup, decay)
     if run.evaluates():
         run.save()                              # first: a resumed run repeats what a kill cut short
-        run.log(*evaluate(final_eval_tokens if run.finished else eval_tokens), factor)
+        values = evaluate(final_eval_tokens if run.finished else eval_tokens)
+        run.log(*values, factor, **look_back())
         if sample_tokens and run.main:
             show_sample()
         run.bar.begin_window()

@@ -29,7 +29,16 @@ import torch.nn.functional as F  # noqa: E402
 import model as model_module  # noqa: E402
 from data.loader import TokenDataset  # noqa: E402
 from data.prepare import prepare  # noqa: E402
-from diffusion import ar_loss, mask_tokens, mdlm_loss, nelbo, sample_t  # noqa: E402
+from data.tales_copying import hidden_things  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from diffusion import (  # noqa: E402
+    ar_loss,
+    mask_tokens,
+    masked_nll,
+    mdlm_loss,
+    nelbo,
+    sample_t,
+)
 from model import Config, Transformer  # noqa: E402
 from training.optimizers import (  # noqa: E402
     learning_rate_factor,
@@ -71,8 +80,9 @@ class Recipe:
 
 FAN_IN_ZEROS = dict(matrix_std=None, embedding_std=1.0, zero_outputs=True)
 PLAIN = dict(
-    optimizer="adamw", lr=1e-3, embedding_lr=1e-3, decay="cosine", t="uniform", max_weight=None, matrix_std=0.02,
-    embedding_std=0.02, zero_outputs=False, weight_decay=0.1, batch=32, config=dict(qk_norm=False))
+    optimizer="adamw", lr=1e-3, embedding_lr=1e-3, decay="cosine", t="uniform", max_weight=None,
+    matrix_std=0.02, embedding_std=0.02, zero_outputs=False, weight_decay=0.1, batch=32,
+    config=dict(qk_norm=False))
 ARMS = {
     "recipe": {},
     "old": dict(FAN_IN_ZEROS, momentum=0.95),
@@ -242,18 +252,20 @@ def recipe_of(arm):
     return dataclasses.replace(Recipe(), **changes)
 
 
-def run(arm, text, seed, updates, minutes=0.0):
+def run(arm, dataset, seed, updates, minutes=0.0):
     """A line of OUT. minutes 0: so many updates, of the recipe's batch or as many tokens."""
     recipe = recipe_of(arm)
     torch.manual_seed(seed)
-    data = TokenDataset(prepare(text, "byte"))
+    folder = prepare(dataset)
+    data, tokenizer = TokenDataset(folder), Tokenizer.from_pretrained(folder)
+    things = hidden_things(data.val, tokenizer, T) if dataset == "tales" else None
     model = build_model(recipe, data, seed)
     optimizers = build_optimizers(recipe, model)
     average = copy.deepcopy(model) if recipe.ema else None
     if recipe.softcap:
         model = SoftCap(model, recipe.softcap)
     updates = updates * Recipe.batch // recipe.batch    # equal tokens, which is about equal minutes
-    begin, step, progress = time.perf_counter(), 0, 0.0
+    begin, step, progress, restored = time.perf_counter(), 0, 0.0, []
     while progress < 1:
         factor = learning_rate_factor(progress, recipe.warmup, recipe.decay, recipe.decay_from)
         set_learning_rate(optimizers, factor)
@@ -265,11 +277,20 @@ def run(arm, text, seed, updates, minutes=0.0):
         progress = step / updates
         if minutes:
             progress = (time.perf_counter() - begin) / 60 / minutes
+        if things is not None and progress >= (len(restored) + 1) / 10:
+            restored.append(round(look_back(average or model, things), 3))
     speed = step * recipe.batch * T / (time.perf_counter() - begin)
     model = (average or model).eval()
     value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
     return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4),
-                tokens_per_s=round(speed), updates=step)
+                tokens_per_s=round(speed), updates=step, restored=restored)
+
+
+@torch.no_grad()
+def look_back(model, things):
+    """The mean probability of things that other mentions in the tale tell."""
+    nll = masked_nll(model, things.tokens, things.hidden)                               # [N, T]
+    return (nll * things.target).sum(1).neg().exp().mean().item()
 
 
 def update(recipe, model, optimizers, tokens, progress, generator):
@@ -288,7 +309,7 @@ def move_average(average, model, share):
         mean.lerp_(p, 1 - share)
 
 
-def main(text, out, arms, seeds, length="1000"):
+def main(dataset, out, arms, seeds, length="800"):
     updates, minutes = 0, 0.0
     if length.endswith("min"):
         minutes = float(length.removesuffix("min"))
@@ -297,7 +318,7 @@ def main(text, out, arms, seeds, length="1000"):
         torch.set_num_threads(1)
     for seed in seeds.split(","):
         for arm in arms.split(","):
-            result = run(arm, text, int(seed), updates, minutes)
+            result = run(arm, dataset, int(seed), updates, minutes)
             print(json.dumps(result), flush=True)
             with open(out, "a") as file:
                 file.write(json.dumps({**result, "minutes": minutes}) + "\n")

@@ -16,10 +16,8 @@ N texts each, written together behind an end of text; seeds are 0 if not given. 
 by its standard error. Variety is the entropy of names, things and events over that of as many tales
 of the data: far below 1 the rule repeats itself. Steps are one a token unless they vary.
 """
-import json
 import math
 import random
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +33,7 @@ from data.prepare import prepare  # noqa: E402
 from data.tales import check, split_sentences, tell, variety  # noqa: E402
 from data.tales_copying import hidden_things  # noqa: E402
 from diffusion import masked_nll  # noqa: E402
-from experiments.results import Curve, draw, is_done, log_of, train  # noqa: E402
+from experiments.results import Curve, draw, log_of, train  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
 
 RULES = ("random", "low_confidence", "margin", "entropy")
@@ -153,7 +151,7 @@ def copying(*checkpoints):
 def restored(model, things):
     """The probability [N] of each hidden thing."""
     nll = masked_nll(model, things.tokens, things.hidden)                               # [N, T]
-    return nll[things.target].neg().exp()
+    return (nll * things.target).sum(1).neg().exp()
 
 
 # --------------------------------------------------------------------------------------------------
