@@ -34,9 +34,9 @@ from data.tokenizer import Tokenizer  # noqa: E402
 from diffusion import (  # noqa: E402
     ar_loss,
     mask_tokens,
-    masked_nll,
     mdlm_loss,
     nelbo,
+    restored,
     sample_t,
 )
 from model import Config, Transformer  # noqa: E402
@@ -265,7 +265,7 @@ def run(arm, dataset, seed, updates, minutes=0.0):
     if recipe.softcap:
         model = SoftCap(model, recipe.softcap)
     updates = updates * Recipe.batch // recipe.batch    # equal tokens, which is about equal minutes
-    begin, step, progress, restored = time.perf_counter(), 0, 0.0, []
+    begin, step, progress, looks_back = time.perf_counter(), 0, 0.0, []
     while progress < 1:
         factor = learning_rate_factor(progress, recipe.warmup, recipe.decay, recipe.decay_from)
         set_learning_rate(optimizers, factor)
@@ -277,20 +277,14 @@ def run(arm, dataset, seed, updates, minutes=0.0):
         progress = step / updates
         if minutes:
             progress = (time.perf_counter() - begin) / 60 / minutes
-        if things is not None and progress >= (len(restored) + 1) / 10:
-            restored.append(round(look_back(average or model, things), 3))
+        if things is not None and progress >= (len(looks_back) + 1) / 10:
+            share = restored(average or model, things.tokens, things.hidden, things.target)
+            looks_back.append(round(share.mean().item(), 3))
     speed = step * recipe.batch * T / (time.perf_counter() - begin)
     model = (average or model).eval()
     value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
     return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4),
-                tokens_per_s=round(speed), updates=step, restored=restored)
-
-
-@torch.no_grad()
-def look_back(model, things):
-    """The mean probability of things that other mentions in the tale tell."""
-    nll = masked_nll(model, things.tokens, things.hidden)                               # [N, T]
-    return (nll * things.target).sum(1).neg().exp().mean().item()
+                tokens_per_s=round(speed), updates=step, restored=looks_back)
 
 
 def update(recipe, model, optimizers, tokens, progress, generator):

@@ -32,7 +32,7 @@ from data.loader import TokenDataset  # noqa: E402
 from data.prepare import prepare  # noqa: E402
 from data.tales import check, split_sentences, tell, variety  # noqa: E402
 from data.tales_copying import hidden_things  # noqa: E402
-from diffusion import masked_nll  # noqa: E402
+from diffusion import restored  # noqa: E402
 from experiments.results import Curve, draw, log_of, train  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
 
@@ -138,20 +138,13 @@ def copying(*checkpoints):
         for visible in (1, 2, 3, None):
             things = hidden_things(data.val, sampler.tokenizer, sampler.config.max_len, 256,
                                    visible)
-            found = restored(sampler.model, things)                                     # [N]
+            found = restored(sampler.model, things.tokens, things.hidden, things.target)
             near = found[things.distance < FAR]
             far = found[things.distance >= FAR]
             name = "all" if visible is None else str(visible)
             print(f"{checkpoint}: {name:3} other mentions: {found.mean():.3f} "
                   f"(near {near.mean():.3f}, {len(near)} tales; far {far.mean():.3f}, {len(far)})",
                   flush=True)
-
-
-@torch.no_grad()
-def restored(model, things):
-    """The probability [N] of each hidden thing."""
-    nll = masked_nll(model, things.tokens, things.hidden)                               # [N, T]
-    return (nll * things.target).sum(1).neg().exp()
 
 
 # --------------------------------------------------------------------------------------------------
