@@ -65,10 +65,11 @@ class Step:
 
 @dataclass
 class Tale:
-    """A tale and its history. `facts` hold at its end: ("has", "Tom", "kite")."""
+    """A tale and its history."""
     text: str
-    steps: list
-    facts: set = field(default_factory=set)
+    steps: list             # a Step for each sentence
+    facts: set              # what holds at its end: ("has", "Tom", "kite")
+    things: dict            # {noun: its adjective at the end}, the main thing first
 
 
 def tell(rng, held_out=False):
@@ -140,11 +141,11 @@ def next_kind(by_kind, length, rng):
 
 
 def word(plot, rng, held_out=False):
-    """(Scenes after each sentence, sentences) of a plan in words; None where they come out badly."""
+    """(the last Scene, sentences) of a plan in words; None where they come out badly."""
     words = choose_words(rng)
     while has_held_out(plot, words) != held_out:
         words = choose_words(rng)
-    scene, scenes, texts, counts = Scene(words={}), [], [], Counter()
+    scene, texts, counts = Scene(words={}), [], Counter()
     for i, option in enumerate(plot):
         late = i > len(plot) - 4
         found = say(scene, option, words, texts, counts, late, rng)
@@ -153,10 +154,9 @@ def word(plot, rng, held_out=False):
         one, text = found
         texts.append(text)
         scene = scene.follow(option, one, new_words(option, one, words))
-        scenes.append(scene)
         count_mentions(one, option, counts)
     pieces = sum(len(PIECE.findall(text)) for text in texts)
-    return (scenes, texts) if pieces <= MAX_PIECES and well_knit(counts, scene) else None
+    return (scene, texts) if pieces <= MAX_PIECES and well_knit(counts, scene) else None
 
 
 def count_mentions(one, option, counts):
@@ -309,29 +309,32 @@ def has_held_out(plot, words):
     return False
 
 
-def make_tale(scenes, texts):
-    """The Tale of these sentences: its text, steps and facts."""
+def make_tale(scene, texts):
+    """The Tale that ends in a Scene: its text, steps and facts."""
     steps, start = [], 0
-    before, origin = START, {}
-    for i, (scene, text) in enumerate(zip(scenes, texts)):
-        option, colour = scene.told[-1]
+    state, origin = START, {}
+    for i, ((option, colour), text) in enumerate(zip(scene.told, texts)):
         roles = {role: plain(scene.words, letter) for role, letter in option.roles}
         if colour:
             roles["C"] = colour
-        causes = set()
-        for fact in needed_facts(option):
-            if fact in origin and fact[0] not in SETTING:
-                causes.add(origin[fact])
-        causes = tuple(sorted(j for j in causes if steps[j].kind in ("plot", "quiet")))
         steps.append(Step(text, option.event.name, option.event.kind, roles, start,
-                          start + len(text), causes))
-        for fact in scene.state - before:
-            origin[fact] = i
-        before = scene.state
+                          start + len(text), causes_of(option, origin, steps)))
         start += len(text) + 1
-    words = scenes[-1].words
-    facts = {tuple(plain(words, part) for part in fact) for fact in scenes[-1].state}
-    return Tale(" ".join(texts), steps, facts)
+        before, state = state, after(state, option)
+        for fact in state - before:
+            origin[fact] = i
+    facts = {tuple(plain(scene.words, part) for part in fact) for fact in state}
+    things = {word[0]: word[1] for word in scene.words.values() if isinstance(word, tuple)}
+    return Tale(" ".join(texts), steps, facts, things)
+
+
+def causes_of(option, origin, steps):
+    """The indices of the earlier plot sentences to which an option owes a fact that it needs."""
+    causes = set()
+    for fact in needed_facts(option):
+        if fact in origin and fact[0] not in SETTING:
+            causes.add(origin[fact])
+    return tuple(sorted(i for i in causes if steps[i].kind in ("plot", "quiet")))
 
 
 def needed_facts(option):
@@ -393,8 +396,15 @@ def check(text):
             problem = f"sentence {i + 1}, {sentence!r}: {reason}"
     if not problem:
         problem = whole(texts, text, scenes)
+    scene = scenes[0]
+    if not problem:
+        scene = next(scene for scene in scenes if ("end",) in scene.state)
     result = Check(len(texts), grammatical, not problem, problem)
-    describe(result, scenes, texts)
+    result.names = [scene.words[letter] for letter in "abc" if letter in scene.words]
+    result.things = [scene.words[letter][0] for letter in "tu" if letter in scene.words]
+    result.events = [option.event.name for option, _ in scene.told]
+    if result.consistent:
+        result.tale = make_tale(scene, texts)
     return result
 
 
@@ -519,14 +529,6 @@ def unmet(scene, one, words):
                 word = words.get(role)
                 return f"nobody spoke of {word.get('noun') if isinstance(word, dict) else word}"
     return ""
-
-
-def describe(result, scenes, texts):
-    """Add to a Check what the text is about, as far as it could be read."""
-    scene = scenes[0]
-    result.names = [scene.words[letter] for letter in "abc" if letter in scene.words]
-    result.things = [scene.words[letter][0] for letter in "tu" if letter in scene.words]
-    result.events = [option.event.name for option, _ in scene.told]
 
 
 # --------------------------------------------------------------------------------------------------
