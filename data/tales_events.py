@@ -182,7 +182,7 @@ QUIET = (
 )
 
 WISHES = (
-    Event("admire", "plot", "A has T, A owns T, A with B, calm, not B tried T",
+    Event("admire", "plot", "A has T, A owns T, A with B, calm, not B tried T, not B first T",
           "B wants T", (
         "{B} liked {T} at once.",
         "{B} thought that {T} was wonderful.",
