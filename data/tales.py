@@ -10,7 +10,9 @@ the ending agree with what was told before. Both use one table of events (tales_
 teller walks through it forwards, the checker looks for a walk that says the same words. It never
 sees the tale that a text was made from.
 """
+import argparse
 import functools
+import math
 import random
 import re
 import sys
@@ -65,21 +67,29 @@ class Step:
 
 @dataclass
 class Tale:
-    """A tale and its history. `facts` hold at its end: ("has", "Tom", "kite")."""
+    """A tale and its history."""
     text: str
-    steps: list
-    facts: set = field(default_factory=set)
+    steps: list             # a Step for each sentence
+    facts: set              # what holds at its end: ("has", "Tom", "kite")
+    things: dict            # {noun: its adjective at the end}, the main thing first
 
 
 def tell(rng, held_out=False):
     """A Tale, of random.Random alone. held_out: with a (name, thing, event) that `tales` never has;
     without it, none of them."""
     while True:
-        plot = plan(rng)
-        for _ in range(4):
-            worded = word(plot, rng, held_out)
-            if worded is not None:
-                return make_tale(*worded)
+        tale = tell_plan(plan(rng), rng, held_out)
+        if tale is not None:
+            return tale
+
+
+def tell_plan(plot, rng, held_out=False):
+    """A Tale of a plan, None if it comes out too long or otherwise badly."""
+    for _ in range(4):
+        worded = word(plot, rng, held_out)
+        if worded is not None:
+            return make_tale(*worded)
+    return None
 
 
 def plan(rng):
@@ -140,11 +150,11 @@ def next_kind(by_kind, length, rng):
 
 
 def word(plot, rng, held_out=False):
-    """(Scenes after each sentence, sentences) of a plan in words; None where they come out badly."""
+    """(the last Scene, sentences) of a plan in words; None where they come out badly."""
     words = choose_words(rng)
     while has_held_out(plot, words) != held_out:
         words = choose_words(rng)
-    scene, scenes, texts, counts = Scene(words={}), [], [], Counter()
+    scene, texts, counts = Scene(words={}), [], Counter()
     for i, option in enumerate(plot):
         late = i > len(plot) - 4
         found = say(scene, option, words, texts, counts, late, rng)
@@ -153,10 +163,9 @@ def word(plot, rng, held_out=False):
         one, text = found
         texts.append(text)
         scene = scene.follow(option, one, new_words(option, one, words))
-        scenes.append(scene)
         count_mentions(one, option, counts)
     pieces = sum(len(PIECE.findall(text)) for text in texts)
-    return (scenes, texts) if pieces <= MAX_PIECES and well_knit(counts, scene) else None
+    return (scene, texts) if pieces <= MAX_PIECES and well_knit(counts, scene) else None
 
 
 def count_mentions(one, option, counts):
@@ -309,29 +318,32 @@ def has_held_out(plot, words):
     return False
 
 
-def make_tale(scenes, texts):
-    """The Tale of these sentences: its text, steps and facts."""
+def make_tale(scene, texts):
+    """The Tale that ends in a Scene: its text, steps and facts."""
     steps, start = [], 0
-    before, origin = START, {}
-    for i, (scene, text) in enumerate(zip(scenes, texts)):
-        option, colour = scene.told[-1]
+    state, origin = START, {}
+    for i, ((option, colour), text) in enumerate(zip(scene.told, texts)):
         roles = {role: plain(scene.words, letter) for role, letter in option.roles}
         if colour:
             roles["C"] = colour
-        causes = set()
-        for fact in needed_facts(option):
-            if fact in origin and fact[0] not in SETTING:
-                causes.add(origin[fact])
-        causes = tuple(sorted(j for j in causes if steps[j].kind in ("plot", "quiet")))
         steps.append(Step(text, option.event.name, option.event.kind, roles, start,
-                          start + len(text), causes))
-        for fact in scene.state - before:
-            origin[fact] = i
-        before = scene.state
+                          start + len(text), causes_of(option, origin, steps)))
         start += len(text) + 1
-    words = scenes[-1].words
-    facts = {tuple(plain(words, part) for part in fact) for fact in scenes[-1].state}
-    return Tale(" ".join(texts), steps, facts)
+        before, state = state, after(state, option)
+        for fact in state - before:
+            origin[fact] = i
+    facts = {tuple(plain(scene.words, part) for part in fact) for fact in state}
+    things = {word[0]: word[1] for word in scene.words.values() if isinstance(word, tuple)}
+    return Tale(" ".join(texts), steps, facts, things)
+
+
+def causes_of(option, origin, steps):
+    """The indices of the earlier plot sentences to which an option owes a fact that it needs."""
+    causes = set()
+    for fact in needed_facts(option):
+        if fact in origin and fact[0] not in SETTING:
+            causes.add(origin[fact])
+    return tuple(sorted(i for i in causes if steps[i].kind in ("plot", "quiet")))
 
 
 def needed_facts(option):
@@ -393,8 +405,15 @@ def check(text):
             problem = f"sentence {i + 1}, {sentence!r}: {reason}"
     if not problem:
         problem = whole(texts, text, scenes)
+    scene = scenes[0]
+    if not problem:
+        scene = next(scene for scene in scenes if ("end",) in scene.state)
     result = Check(len(texts), grammatical, not problem, problem)
-    describe(result, scenes, texts)
+    result.names = [scene.words[letter] for letter in "abc" if letter in scene.words]
+    result.things = [scene.words[letter][0] for letter in "tu" if letter in scene.words]
+    result.events = [option.event.name for option, _ in scene.told]
+    if result.consistent:
+        result.tale = make_tale(scene, texts)
     return result
 
 
@@ -521,12 +540,68 @@ def unmet(scene, one, words):
     return ""
 
 
-def describe(result, scenes, texts):
-    """Add to a Check what the text is about, as far as it could be read."""
-    scene = scenes[0]
-    result.names = [scene.words[letter] for letter in "abc" if letter in scene.words]
-    result.things = [scene.words[letter][0] for letter in "tu" if letter in scene.words]
-    result.events = [option.event.name for option, _ in scene.told]
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A word of a text that could be another one of its kind: "person", "thing", "place", "animal"
+    or "property"."""
+    kind: str
+    word: str
+    start: int              # characters
+    end: int
+    others: int             # how often the word stands elsewhere in the text
+
+
+def mentions(text):
+    """All Mentions of a text, in its order."""
+    found = [(match.lastgroup, match[0], match.span()) for match in MENTION.finditer(text)]
+    counts = Counter((kind, word) for kind, word, _ in found)
+    return [Mention(kind, word, start, end, counts[kind, word] - 1)
+            for kind, word, (start, end) in found]
+
+
+def is_certain(text, mention):
+    """Whether a mention follows from the rest of a consistent tale: no other word of its kind in
+    its place would make one."""
+    for word in KINDS_OF_WORDS[mention.kind]:
+        if word != mention.word:
+            if check(text[:mention.start] + word + text[mention.end:]).consistent:
+                return False
+    return True
+
+
+def variety(texts):
+    """{"names", "things", "events": entropy in nats} of what some texts are about: each name and
+    thing counts once a text, an event once a sentence of the grammar. Of no text all are 0."""
+    names, things, events = Counter(), Counter(), Counter()
+    for text in texts:
+        words = {(mention.kind, mention.word) for mention in mentions(text)}
+        names.update(word for kind, word in words if kind == "person")
+        things.update(word for kind, word in words if kind == "thing")
+        for sentence in split_sentences(text):
+            found = read(sentence)
+            if found:
+                events[found[0][0].event.name] += 1
+    return {"names": entropy(names), "things": entropy(things), "events": entropy(events)}
+
+
+def entropy(counts):
+    """Of a Counter, in nats."""
+    total = sum(counts.values())
+    return sum(-count / total * math.log(count / total) for count in counts.values())
+
+
+KINDS_OF_WORDS = {"person": NAMES, "thing": NOUNS, "place": PLACE_NAMES, "animal": ANIMALS,
+                  "property": ADJECTIVES}
+MENTION = re.compile("|".join((
+    *(rf"(?P<{kind}>\b(?:{'|'.join(KINDS_OF_WORDS[kind])})\b)"
+      for kind in ("person", "thing", "place", "animal")),
+    # "new" is a property of things alone, a colour whatever it stands behind.
+    rf"(?P<property>\b(?:(?:{'|'.join(ADJECTIVES)})(?= (?:{'|'.join(NOUNS)})\b)"
+    rf"|(?:{'|'.join(COLOURS)}))\b)")))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -534,7 +609,7 @@ def describe(result, scenes, texts):
 
 
 def tales():
-    """short tales from a grammar whose world can be checked: 4 MB, embedded"""
+    """short tales from a grammar whose world can be checked: 18 MB, embedded"""
     for split, number, seed in (("train", TRAIN_TALES, 1), ("val", VAL_TALES, 2)):
         for text in texts_of_tales(number, random.Random(seed)):
             yield split, text
@@ -556,7 +631,59 @@ def texts_of_tales(number, rng):
                 return
 
 
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def main():
+    arguments = parse_arguments()
+    try:
+        if arguments.check is not None:
+            check_file(arguments.check)
+        else:
+            rng = random.Random(arguments.seed)
+            tales_of_seed = [tell(rng, arguments.held_out).text for _ in range(arguments.number)]
+            print("\n\n".join(tales_of_seed))
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+def parse_arguments():
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail                  # argparse would print its usage, too
+    parser.add_argument("number", type=int, nargs="?", default=1, help="of tales (1)")
+    parser.add_argument("--seed", type=int, default=1, help="of the tales (1)")
+    parser.add_argument("--held_out", action="store_true",
+                        help="tales with a name, thing and event that never meet in training")
+    parser.add_argument("--check", metavar="FILE", help="say which of a file's tales hold together")
+    arguments = parser.parse_args()
+    if arguments.number < 1:
+        fail(f"the number of tales must be at least 1, got {arguments.number}")
+    return arguments
+
+
+def check_file(path):
+    """Print a line for each tale of a file, and a summary. ValueError if there is none."""
+    texts = [text.strip() for text in re.split(r"\n\s*\n", Path(path).read_text(encoding="utf-8"))]
+    checks = [check(text) for text in texts if text]
+    if not checks:
+        raise ValueError(f"there is no tale in {path}")
+    for number, found in enumerate(checks, 1):
+        verdict = found.problem or "consistent"
+        print(f"tale {number}: {found.grammatical} of {found.sentences} sentences; {verdict}")
+    sentences = sum(found.sentences for found in checks)
+    grammatical = sum(found.grammatical for found in checks)
+    consistent = sum(found.consistent for found in checks)
+    print(f"{len(checks)} tales: {grammatical / sentences:.1%} of sentences are in the grammar, "
+          f"{consistent / len(checks):.1%} of tales are consistent")
+
+
+def fail(message):
+    """End with one line and status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
-    rng = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 1)
-    for _ in range(int(sys.argv[1])):
-        print(tell(rng).text, end="\n\n")
+    main()

@@ -108,7 +108,7 @@ INTRODUCTIONS = (
         "{A} had got {T:a} from {A:his} uncle."), weight=2),
     Event("make", "intro", "A bare", "no A bare, A has T, A owns T, A first T", (
         "So {A} made {T:a}.",
-        "With {A:his} own hands {A} made {T:a}.",
+        "{A} made {T:a} with {A:his} own hands.",
         "{A} worked all morning and made {T:a}.",
         "{A} found some paper, string and glue and made {T:a}.",
         "{A:his} father showed {A:him} how to make {T:a}."),
@@ -117,7 +117,7 @@ INTRODUCTIONS = (
           "no A bare, A has T, A owns T, A first T", (
         "{A} had saved {A:his} money and bought {T:a}.",
         "One day {A} went to a shop and bought {T:a}.",
-        "With {A:his} last money {A} bought {T:a}.",
+        "{A} bought {T:a} with {A:his} last money.",
         "{A} bought {T:a} from an old man.",
         "For three coins {A} bought {T:a}."),
         moods=("A glad: {T:the} was now {A:his} own | {A} had always wanted {T:a}",), weight=0.5),
@@ -153,7 +153,7 @@ INTRODUCTIONS = (
         "{B} had {U:a}.",
         "{B} had brought {U:a}.",
         "{B:name} was carrying {U:a}.",
-        "In {B:his} bag {B} had {U:a}.",
+        "{B} had {U:a} in {B:his} bag.",
         "{B:name} held {U:a} in {B:his} hands."), weight=1.5),
 )
 
@@ -172,7 +172,7 @@ QUIET = (
         "{AB} wanted to {T:use} {T}, so they went {P:to}.",
         "\"Let us go {P:to},\" said {A:name} to {B:him}, and they went.",
         "{AB} ran {P:to} with {T}.")),
-    Event("come", "quiet", "A at P, B person, B at W, not B at P, A owns T",
+    Event("come", "quiet", "A at P, B person, B at W, not B at P, A owns T, not beast",
           "no B at W, B at P", (
         "{B} came {P:to}, too.",
         "After a while {B} came {P:to} to look for {A:him}.",
@@ -182,7 +182,7 @@ QUIET = (
 )
 
 WISHES = (
-    Event("admire", "plot", "A has T, A owns T, A with B, calm, not B tried T",
+    Event("admire", "plot", "A has T, A owns T, A with B, calm, not B tried T, not B first T",
           "B wants T", (
         "{B} liked {T} at once.",
         "{B} thought that {T} was wonderful.",
@@ -626,7 +626,7 @@ LOSSES = (
         "{A} turned the whole house upside down, but {A} could not find {T}.",
         "All evening {A} looked for {T}.",
         "{A} asked everybody about {T}, but nobody had seen it."), weight=1.2),
-    Event("go_back", "plot", "A missed T, T lies P, A at W", "no A at W, A at P", (
+    Event("go_back", "plot", "A missed T, T lies P, A at W, not A mourns T", "no A at W, A at P", (
         "So {A} ran {P:to} to look for {T}.",
         "{A} thought for a while and went back {P:to}.",
         "At once {A} ran {P:to}.",
@@ -640,24 +640,24 @@ LOSSES = (
         "{A} found {T} {P:at} under a bush.",
         "At last {A} saw {T} lying {P:at} and picked it up."),
         moods=("A glad: {A} had found {T} again | {T:the} was back",), weight=2),
-    Event("tell_loss", "plot", "A missed T, A with B, not B knows T, A owns T", "B knows T", (
+    Event("tell_loss", "plot", "A missed T, A with B, not B knows T, A owns T, not A mourns T", "B knows T", (
         "\"I have lost {T:the},\" {A} told {B:him}.",
         "\"Have you seen my {T:noun}?\" {A} asked {B:him}.",
         "{A} told {B:him} that {T} was gone.",
         "{A} ran to {B:him} and told {B:him} about {T}.",
         "\"{B:name}, please help me to find {T:the},\" said {A:name}."), weight=1.5),
-    Event("search", "plot", "B knows T, A missed T, A owns T, T lies P, B at W",
+    Event("search", "plot", "B knows T, A missed T, A owns T, T lies P, B at W, not A mourns T",
           "no B at W, B at P, no T lies P, B has T, B found T", (
         "{B} ran {P:to} and found {T} there.",
         "So {B} went {P:to}, looked under every bush and found {T}.",
         "{B} went {P:to}, and there lay {T}.",
         "\"I will look {P:at},\" said {B:name}, and there {B} found {T}.",
         "{B} looked for {T} and found it {P:at}."), weight=1.5),
-    Event("find_for", "plot", "B at P, T lies P, A lost T, A owns T",
+    Event("find_for", "plot", "B at P, T lies P, A lost T, A owns T, not A mourns T",
           "no T lies P, B has T, B found T", (
         "{B} found {T} {P:at}.",
         "{B} saw {T} lying {P:at} and picked it up.",
-        "After a while {B} found {T} {P:at} in the grass.",
+        "After a while {B} found {T} {P:at}, half hidden under some leaves.",
         "{B} walked around {P:at} and found {T}.",
         "{B} nearly stepped on {T}, which lay {P:at}."), weight=1.5),
     Event("bring", "plot", "B found T, B has T, A owns T, A at W, B at V",
@@ -817,7 +817,7 @@ ANIMALS_COME = (
         "\"We must help it,\" said {A:name} to {B:him}, and they got {X} out.",
         "{A} could not do it alone, but with {B:him} {A:he} set {X} free."),
         moods=("A glad: {X} was free again",)),
-    Event("repay", "plot", "X friend A, A missed T, T lies P, A at W, A owns T",
+    Event("repay", "plot", "X friend A, A missed T, T lies P, A at W, A owns T, not A mourns T",
           "no A missed T, no A lost T, no A saw *, no T lies P, A has T, refound T, X at W", (
         "{X} ran {P:to} and came back with {T} in its mouth.",
         "Then {X} came and brought {A:him} {T} from {P:the}.",
@@ -919,7 +919,7 @@ SIDE = (
         "\"You are a real friend, {A:name},\" said {B:name}.",
         "\"How can I thank you?\" {B} asked {A:him}.",
         "{B} hugged {A:him} and thanked {A:him} again and again.")),
-    Event("comfort", "side", "A sad, A with B", "no A sad", (
+    Event("comfort", "side", "A sad, A with B, not B refused A *, not B took A *", "no A sad", (
         "\"Do not be sad, {A:name},\" said {B:name}.",
         "{B} sat down beside {A:him} and held {A:his} hand.",
         "{B} tried to cheer {A:him} up.",

@@ -94,8 +94,10 @@ def pattern(event, way, genders, pronouns, they, thing_forms):
     if any(form != writer.used_forms.get(role, "noun") for role, form in writer.forms.items()):
         return None
     it = tuple(role for role in things if writer.forms[role] == "it")
+    # Who is only called by name in what somebody says is not whom "he" means afterwards.
+    order = tuple(sorted(persons, key=lambda role: role in writer.called))
     return Pattern(event, "".join(writer.text), tuple(writer.fills), tuple(zip(persons, genders)),
-                   pronouns, they, it, persons, things, writer.animals, roles_of(way, "PQ"))
+                   pronouns, they, it, order, things, writer.animals, roles_of(way, "PQ"))
 
 
 class Writer:
@@ -106,6 +108,7 @@ class Writer:
         self.forms, self.animals = forms, animals
         self.text, self.fills = [], []
         self.persons, self.things = [], []          # mentioned so far
+        self.called = set()                         # persons first mentioned in quotation marks
         self.used_pronouns, self.used_they, self.used_forms = set(), False, {}
         self.last, self.behind_person = "", False   # one does not say "gave him it"
 
@@ -152,6 +155,8 @@ class Writer:
         first = role not in self.persons
         if first:
             self.persons.append(role)
+            if "".join(self.text).count('"') % 2:
+                self.called.add(role)
         by_pronoun = form != "name" and same[:1] == [role]
         if first and role in self.pronouns:
             if form == "name" or same:
@@ -274,7 +279,7 @@ class Token:
     start: int
 
     def value(self):
-        """The bare word: "old" of "an old", "barn" of "in the barn"."""
+        """The bare word: "orange" of "an orange", "barn" of "in the barn"."""
         if self.kind == "A":
             return self.text.split()[1]
         return BY_PHRASE.get(self.text, self.text)
@@ -296,7 +301,7 @@ class Reading:
 
 
 SAMPLES = {"girl": dict(zip(PERSONS, GIRLS)), "boy": dict(zip(PERSONS, BOYS)),
-           "T": ("kite", "old"), "U": ("drum", "red"), "P": "barn", "Q": "forest", "X": "dog",
+           "T": ("kite", "orange"), "U": ("drum", "red"), "P": "barn", "Q": "forest", "X": "dog",
            "C": "blue"}
 
 

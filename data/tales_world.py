@@ -19,7 +19,7 @@ THINGS = {
     "basket": "carry", "wagon": "pull", "wand": "wave", "harp": "play", "box": "open",
 }
 COLOURS = ("red", "blue", "green", "yellow", "orange", "purple")
-ADJECTIVES = COLOURS + ("old", "new", "wooden", "shiny", "tiny", "striped")
+ADJECTIVES = COLOURS + ("pretty", "new", "wooden", "shiny", "tiny", "striped")
 
 # place: (where something is, where somebody goes)
 PLACES = {
@@ -63,6 +63,6 @@ FRAMES_OF_BOTH = ("{W} was so {mood} that {W} {act}.",)
 
 
 def with_article(adjective, noun):
-    """"an old kite"."""
+    """"an orange kite"."""
     article = "an" if adjective[0] in "aeiou" else "a"
     return f"{article} {adjective} {noun}"
