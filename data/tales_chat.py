@@ -16,7 +16,7 @@ if __name__ == "__main__":      # `python data/tales_chat.py` has data/ on its p
 from data.tales import plan, tell, tell_plan
 from data.tales_events import EVENTS
 from data.tales_sentences import capitalised, pattern, roles_of, spell
-from data.tales_world import ANIMALS, COLOURS, GENDER, MOODS, NAMES, PLACES, THINGS, with_article
+from data.tales_world import COLOURS, GENDER, MOODS, NAMES, PLACES, with_article
 
 CHAT_TALES = 9_000          # tales of the data, one conversation each
 TASK_DOCUMENTS = 100        # of each task
@@ -292,7 +292,7 @@ def conversation(tale, kind, rng):
 
 
 def subject(tale, rng):
-    """Some of the persons and things of a tale, and perhaps a place: "Rosa and Ben in the forest"."""
+    """Some of the persons and things of a tale, and perhaps a place: "Rosa and Ben in the park"."""
     names = people(tale)
     chosen = names[:1] if rng.random() < 0.4 else names[:2]
     if len(chosen) == 1 or rng.random() < 0.4:

@@ -45,7 +45,8 @@ class Event:
 # Facts that last only until the next event: a feeling or thanks come at once or not at all.
 FRESH = {"feels", "owes", "sad"}
 # What must be answered at once, before anything else happens.
-URGENT = {"asked", "offered", "bids", "begged", "accused", "invited", "asleep", "race", "idea", "ready"}
+URGENT = {"asked", "offered", "bids", "begged", "accused", "invited", "asleep", "race", "idea",
+          "ready"}
 # What an ordinary ending must not leave open.
 OPEN = {"bare", "wants", "refused", "lost", "broken", "dirty", "took", "wronged", "cross", "lent",
         "promised", "vowed", "coming", "birthday", "stuck", "hid", "snatched", "found", "begged",
@@ -214,16 +215,17 @@ WISHES = (
           "no A refused B T, no A has T, B has T, A lent B T, B tried T, B owes A", (
         "Then {A} felt sorry for {B:him} and lent {B:him} {T}.",
         "In the end {A} lent {B:him} {T} after all.",
-        "\"All right, take it for a while,\" said {A:name} to {B:him} at last and gave {B:him} {T}.",
+        "\"All right, take it for a while,\" said {A:name} at last and gave {B:him} {T}.",
         "After a while {A} changed {A:his} mind and lent {T} to {B:him}.",
         "\"I am sorry, here is {T:the},\" said {A:name} and gave it to {B:him}."),
-        moods=("B glad: {A} had lent {B:him} {T} after all | {A} had changed {A:his} mind",), weight=1.5),
+        moods=("B glad: {A} had lent {B:him} {T} after all | {A} had changed {A:his} mind",),
+        weight=1.5),
     Event("share", "plot", "B wants T, A has T, A owns T, A with B, whole T, not B tried T",
           "no B wants T, A shared B T, B tried T", (
         "\"Let us {T:use} it together,\" said {A:name}, and {B} ran to get {T}.",
         "So {A} shared {T} with {B:him}.",
         "{A} let {B:him} {T:use} {T}, and then it was {A:his} turn again.",
-        "\"First I will {T:use} it and then you,\" said {A:name} to {B:him}, and so they shared {T}.",
+        "\"First I will {T:use} it and then you,\" said {A:name} and shared {T} with {B:him}.",
         "{AB} took turns with {T}, because {A} liked to share."),
         moods=("B glad: {A} had shared {T} with {B:him}",), weight=1),
     Event("share_after_all", "plot", "A refused B T, A has T, A with B",
@@ -363,7 +365,8 @@ PROMISES = (
         "{A} waited and waited, but {B} had forgotten {B:his} promise.",
         "But {B} forgot that {T} was not {B:his} own.",
         "A week later {B} still had {T} and did not think of {B:his} promise."),
-        moods=("A sad angry: {B} had forgotten {B:his} promise | {B} had not brought {T} back",), weight=2.5),
+        moods=("A sad angry: {B} had forgotten {B:his} promise | {B} had not brought {T} back",),
+        weight=2.5),
     Event("remind", "plot", "B forgot T, B promised A T, A with B", "no B forgot T, B minds T", (
         "\"Where is my {T:noun}?\" {A} asked {B:him}.",
         "\"{B:name}, you still have my {T:noun},\" said {A:name}.",
@@ -640,7 +643,8 @@ LOSSES = (
         "{A} found {T} {P:at} under a bush.",
         "At last {A} saw {T} lying {P:at} and picked it up."),
         moods=("A glad: {A} had found {T} again | {T:the} was back",), weight=2),
-    Event("tell_loss", "plot", "A missed T, A with B, not B knows T, A owns T, not A mourns T", "B knows T", (
+    Event("tell_loss", "plot", "A missed T, A with B, not B knows T, A owns T, not A mourns T",
+          "B knows T", (
         "\"I have lost {T:the},\" {A} told {B:him}.",
         "\"Have you seen my {T:noun}?\" {A} asked {B:him}.",
         "{A} told {B:him} that {T} was gone.",
@@ -751,7 +755,8 @@ ANIMALS_COME = (
         "Out of nowhere came {X:a} and carried {T} {P:to}."),
         moods=("A sad angry: {X} had taken {T}",
                "A scared: {X} was so big and wild"), weight=1),
-    Event("chase", "plot", "X snatched T, A owns T, X at P, A at W, not X away", "no A at W, A at P", (
+    Event("chase", "plot", "X snatched T, A owns T, X at P, A at W, not X away",
+          "no A at W, A at P", (
         "{A} ran after {X} {P:to}.",
         "{A} followed {X} {P:to}.",
         "\"Stop!\" shouted {A:name} and ran after {X} {P:to}.",
@@ -786,7 +791,8 @@ ANIMALS_COME = (
         "{A} clapped {A:his} hands, and {X} ran away and left {T} {P:at}, where {A} picked it up."),
         moods=("A glad: {A} had {T} back | {A} had got {T} back from {X}",
                "A proud: {A} had caught {X}"), weight=1.5),
-    Event("regain_for", "plot", "X snatched T, not X away, A owns T, X at P, B at P, X has T, not A at P",
+    Event("regain_for", "plot",
+          "X snatched T, not X away, A owns T, X at P, B at P, X has T, not A at P",
           "no X snatched T, not X away, no X has T, B has T, B found T", (
         "{B} caught {X} {P:at} and took {T} out of its mouth.",
         "{X} let {T} fall, and {B} picked it up.",

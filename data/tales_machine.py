@@ -125,7 +125,7 @@ RULES_BY_KEY = rules_by_key()
 # From state to state
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def options(state):
     """All Options of a state, a tuple."""
     if ("end",) in state:
@@ -154,7 +154,7 @@ def group(facts):
     return {predicate: tuple(facts) for predicate, facts in by_predicate.items()}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def options_of_rule(number, facts):
     """The Options of one rule, given the facts of its relevant predicates."""
     rule = RULES[number]
@@ -244,7 +244,7 @@ def matches(pattern, fact, letters):
     return all(word in ("*", value) for word, value in zip(words, fact))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def after(state, option):
     """The facts after an event, a frozenset."""
     rule = RULE_OF[option.event.name]

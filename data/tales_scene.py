@@ -1,7 +1,7 @@
 """What has been told so far, with names and words: what a sentence may refer to, and what it adds.
 
-The machine (tales_machine.py) knows what may happen to a, b and t; a Scene knows that a is Tom, that
-t is the red kite, and who was spoken of last, which decides whom "he" and "it" can mean.
+The machine (tales_machine.py) knows what may happen to a, b and t; a Scene knows that a is Tom and
+t the red kite, and who was spoken of last, which decides whom "he" and "it" can mean.
 """
 from dataclasses import dataclass
 

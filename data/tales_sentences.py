@@ -1,10 +1,10 @@
 """From an event to a sentence, and from a sentence back to the events that it may tell.
 
-A way of the table, "{A} gave {B} {T}.", becomes one Pattern for each choice that a teller has: names
-or pronouns, "the kite" or "the red kite" or "it". The pattern of "Tom gave her the red kite." is
-"{} gave her the {} {}.". `shape` does the same to any text: it takes the names, things and places out
-and leaves "N gave her the C T.", under which `readings` finds all patterns that look so. Nothing
-else parses: what the teller cannot say is not in the grammar.
+A way of the table, "{A} gave {B:him} {T}.", becomes one Pattern for each choice that a teller has:
+names or pronouns, "the kite" or "the red kite" or "it". The pattern of "Tom gave her the red kite."
+is "{} gave her the {} {}.". `shape` does the same to any text: it takes names, things and places
+out and leaves "N gave her the C T.", under which `readings` finds all patterns that look so.
+Nothing else parses: what the teller cannot say is not in the grammar.
 """
 import functools
 import itertools
@@ -51,7 +51,7 @@ class Pattern:
 # From a way to its patterns
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parts_of(way):
     """A way taken apart: texts and (role, form) in turn."""
     parts, end = [], 0
@@ -65,7 +65,7 @@ def parts_of(way):
     return tuple(part for part in parts if part != "")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def roles_of(way, kinds):
     """The roles of a way that are of these letters, in the order of their mention."""
     roles = []
@@ -75,7 +75,7 @@ def roles_of(way, kinds):
     return tuple(dict.fromkeys(roles))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def pattern(event, way, genders, pronouns, they, thing_forms):
     """The Pattern of a way for these choices, or None where they do not go together.
 
@@ -211,8 +211,8 @@ def patterns(event, way):
     persons, things = roles_of(way, PERSONS), roles_of(way, "TU")
     subsets = [tuple(itertools.compress(persons, bits))
                for bits in itertools.product((0, 1), repeat=len(persons))]
-    choices = itertools.product(itertools.product(GENDERS, repeat=len(persons)), subsets,
-                                (False, True),
+    they = (False, True) if "{AB}" in way else (False,)
+    choices = itertools.product(itertools.product(GENDERS, repeat=len(persons)), subsets, they,
                                 itertools.product(THING_FORMS, repeat=len(things)))
     for genders, pronouns, they, forms in choices:
         found = pattern(event, way, genders, pronouns, they, forms)
@@ -267,7 +267,8 @@ TOKENS = {
     "X": alternatives(ANIMALS),
     "V": alternatives(set(THINGS.values())),
 }
-TOKEN = re.compile("|".join(rf"(?P<{name}>\b(?:{words})\b)" for name, words in TOKENS.items()))
+TOKEN = re.compile(
+    rf"\b(?:{'|'.join(f'(?P<{name}>{words})' for name, words in TOKENS.items())})\b")
 BY_PHRASE = {phrase: place for place, phrases in PLACES.items() for phrase in phrases}
 
 
