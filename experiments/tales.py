@@ -28,8 +28,6 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402, I001 (before torch: it sets how threads wait)
 import torch  # noqa: E402
 
-from data.loader import TokenDataset  # noqa: E402
-from data.prepare import prepare  # noqa: E402
 from data.tales import check, split_sentences, tell, variety  # noqa: E402
 from data.tales_copying import hidden_things  # noqa: E402
 from diffusion import restored  # noqa: E402
@@ -132,12 +130,15 @@ def minutes(out, lengths, seeds="1337"):
 
 
 def copying(*checkpoints):
-    data = TokenDataset(prepare("tales"))
+    rng = random.Random(7)
+    texts = [tell(rng).text for _ in range(400)]
     for checkpoint in checkpoints:
         sampler = Sampler.load(checkpoint, dtype=torch.float32)
+        ids = []
+        for row in sampler.tokenizer.encode_batch(texts):
+            ids += [sampler.tokenizer.eos_token_id, *row]
         for visible in (1, 2, 3, None):
-            things = hidden_things(data.val, sampler.tokenizer, sampler.config.max_len, 256,
-                                   visible)
+            things = hidden_things(ids, sampler.tokenizer, sampler.config.max_len, 256, visible)
             found = restored(sampler.model, things.tokens, things.hidden, things.target)
             near = found[things.distance < FAR]
             far = found[things.distance >= FAR]
