@@ -54,6 +54,8 @@ CPU = torch.device("cpu")
 class Recipe:
     """What an arm may change, and what train_scratch.py does."""
     objective: str = "mdlm"         # mdlm, ar
+    ar_share: float = 0.0           # of the run that an mdlm learns from left to right at first
+    shift: bool = False             # token i is predicted at i - 1, which ar_share needs
     t: str = "stratified"           # how times are drawn: a kind of `draw_times`, or complementary
     max_weight: float = 10.0        # None: not clipped
     weight_power: float = 1.0       # the weight is 1 / t to this power
@@ -89,6 +91,10 @@ ARMS = {
     "plain": PLAIN,
     "plain float32": dict(PLAIN, dtype="float32"),
     "autoregressive": dict(objective="ar"),
+    "shift": dict(shift=True),
+    "ar first 0.2": dict(ar_share=0.2, shift=True),
+    "ar first 0.4": dict(ar_share=0.4, shift=True),
+    "ar first 0.6": dict(ar_share=0.6, shift=True),
     # times and weights
     "uniform t": dict(t="uniform"),
     "complementary masks": dict(t="complementary"),
@@ -164,7 +170,7 @@ class SoftCap(nn.Module):
 
 def build_model(recipe, data, seed):
     causal = recipe.objective == "ar"
-    settings = dict(dim=192, n_layers=4, n_heads=4, causal=causal, shift=causal)
+    settings = dict(dim=192, n_layers=4, n_heads=4, causal=causal, shift=causal or recipe.shift)
     config = Config(vocab_size=data.vocab_size, mask_token_id=data.mask_token_id, max_len=T,
                     **{**settings, **recipe.config})
     model = Transformer(config).init_weights(seed)
@@ -228,7 +234,8 @@ def draw_noise(recipe, tokens, progress, generator):
 def objective(recipe, model, tokens, progress, generator):
     """The Loss of a batch. `mdlm_loss` weighs by 1 over the times it is given: other weights are
     other times for masks that are drawn already."""
-    if recipe.objective == "ar":
+    model.config.causal = recipe.objective == "ar" or progress < recipe.ar_share
+    if model.config.causal:
         return ar_loss(model, tokens)
     tokens, t, mask = draw_noise(recipe, tokens, progress, generator)
     if recipe.weight_power != 1:
@@ -278,10 +285,12 @@ def run(arm, dataset, seed, updates, minutes=0.0):
         if minutes:
             progress = (time.perf_counter() - begin) / 60 / minutes
         if things is not None and progress >= (len(looks_back) + 1) / 10:
+            model.config.causal = recipe.objective == "ar"
             share = restored(average or model, things.tokens, things.hidden, things.target)
             looks_back.append(round(share.mean().item(), 3))
     speed = step * recipe.batch * T / (time.perf_counter() - begin)
     model = (average or model).eval()
+    model.config.causal = recipe.objective == "ar"
     value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
     return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4),
                 tokens_per_s=round(speed), updates=step, restored=looks_back)

@@ -87,9 +87,11 @@ def line_and_column(text, columns):
                                    drop_whitespace=False)           # it keeps every character
     where, line, index = {}, 0, 0
     for paragraph in text.split("\n"):
-        for row in wrapper.wrap(paragraph) or [""]:
+        for number, row in enumerate(wrapper.wrap(paragraph) or [""]):
+            # The space at which a line was broken stands before its first column.
+            first = -1 if number and row.startswith(" ") else 0
             for column in range(len(row)):
-                where[index + column] = line, column
+                where[index + column] = line, first + column
             index += len(row)
             line += 1
         index += 1                                      # the end of the line
