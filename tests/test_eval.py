@@ -138,9 +138,10 @@ def test_an_answer_must_be_exact(checkpoint, monkeypatch, task, answer):
         right = [row[answer] for row in map(json.loads, file)]
     lm = lm_of(checkpoint)
     for end, share in (("", 1.0), (" indeed", 0.0)):
-        monkeypatch.setattr(
-            lm, "generate_until", lambda requests, **_: [f"{right[r.doc_id]}{end}" for r in requests]
-        )
+        def generate_until(requests, end=end, **_):
+            return [f"{right[request.doc_id]}{end}" for request in requests]
+
+        monkeypatch.setattr(lm, "generate_until", generate_until)
         results = simple_evaluate(
             lm, tasks=[task], task_manager=manager, limit=8, bootstrap_iters=0
         )["results"][task]
