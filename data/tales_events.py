@@ -50,7 +50,7 @@ URGENT = {"asked", "offered", "bids", "begged", "accused", "invited", "asleep", 
 # What an ordinary ending must not leave open.
 OPEN = {"bare", "wants", "refused", "lost", "broken", "dirty", "took", "wronged", "cross", "lent",
         "promised", "vowed", "coming", "birthday", "stuck", "hid", "snatched", "found", "begged",
-        "alone", "told"} | URGENT
+        "alone", "told", "hosts"} | URGENT
 
 OPENINGS = (
     Event("fair", "opening", "start", "no start, fair", (
@@ -108,7 +108,7 @@ INTRODUCTIONS = (
         "{A} owned only one thing, {T:a}.",
         "{A} had got {T:a} from {A:his} uncle."), weight=2),
     Event("make", "intro", "A bare", "no A bare, A has T, A owns T, A first T", (
-        "So {A} made {T:a}.",
+        "One day {A} made {T:a}.",
         "{A} made {T:a} with {A:his} own hands.",
         "{A} worked all morning and made {T:a}.",
         "{A} found some paper, string and glue and made {T:a}.",
@@ -159,8 +159,8 @@ INTRODUCTIONS = (
 )
 
 QUIET = (
-    Event("go", "quiet", "A at W, A has T, A owns T, not happened, not went",
-          "went, no A at W, A at P", (
+    Event("go", "quiet", "A at home, A has T, A owns T, not happened, not went",
+          "went, no A at home, A at P", (
         "One day {A} took {T} {P:to}.",
         "{A} went {P:to} to {T:use} {T}.",
         "One morning {A} carried {T} {P:to}.",
@@ -238,7 +238,7 @@ WISHES = (
     Event("give", "plot", "B wants T, A has T, A owns T, A with B, whole T",
           "no B wants T, no A has T, no A owns T, B has T, B owns T, B owes A", (
         "So {A} gave {B:him} {T}.",
-        "{A} saw this and gave {T} to {B:him}.",
+        "{A} had to smile and gave {T} to {B:him}.",
         "\"You may keep it,\" said {A:name} and gave {B:him} {T}.",
         "\"Take {T:the}, it is yours,\" said {A:name} to {B:him}.",
         "{A} was a good friend and gave {B:him} {T} as a present."),
@@ -524,14 +524,14 @@ MISHAPS = (
         "One morning {T} fell out of {A:his} hands and broke.",
         "{A} wanted to {T:use} {T}, but it broke."),
         moods=("A sad: {T:the} was broken | {A} had broken {T}",), weight=0.5),
-    Event("advise", "plot", "T broken, A has T, A owns T, A with B, not T hope",
+    Event("advise", "plot", "T broken, A has T, A owns T, A with B, not T hope, not T spoiled",
           "T hope, A owes B", (
         "\"You can mend {T:the} with some glue,\" said {B:name} to {A:him}.",
         "{B} showed {A:him} how to mend {T}.",
         "{B} taught {A:him} how one mends {T:a}.",
         "{B} knew what to do and gave {A:him} some glue for {T}.",
         "\"Do not cry, {A:name}, {T:the} can be mended,\" said {B:name}.")),
-    Event("mend_own", "plot", "T broken, A has T, A owns T", "no T broken, mended T", (
+    Event("mend_own", "plot", "T broken, A has T, A owns T, not T spoiled", "no T broken, mended T", (
         "{A} took some glue and mended {T}.",
         "{A} worked all evening and mended {T}.",
         "So {A} mended {T} with a piece of string.",
@@ -689,7 +689,7 @@ LOSSES = (
         "But {B} did not tell {A:him} and kept {T}.",
         "But {B} wanted to keep {T} and hid it under {B:his} coat.",
         "{B} said nothing to {A:him} and kept {T}."), weight=0.7),
-    Event("give_up", "plot", "A sought T, A missed T, A owns T, T lies P, not A at P",
+    Event("give_up", "plot", "A sought T, A missed T, A owns T, T lies P, not A at P, not A saw *",
           "A mourns T", (
         "But {A} never looked {P:at}, where {T} was.",
         "In the end {A} stopped looking, and {T} lay {P:at}.",
@@ -894,13 +894,21 @@ MEETINGS = (
         "{A} was {P:at} early and waited with {T}.",
         "So {A} carried {T} {P:to} and waited."), weight=3),
     Event("arrive", "plot", "B coming A P, A awaits B, A at P, B at W",
-          "no B coming A P, no A awaits B, no B at W, B at P, B tried wait", (
+          "no B coming A P, no A awaits B, no B at W, B at P, A hosts B", (
         "{B} kept {B:his} word and came {P:to}.",
         "Soon {B} came {P:to}, as {B} had promised.",
         "After a short time {A} saw {B:him} come {P:to}.",
         "\"Here I am!\" shouted {B:name} and ran {P:to}.",
         "{B} was in time, and so they met {P:at}."),
         moods=("A glad: {B} had come | {B} had kept {B:his} word",), weight=2),
+    Event("enjoy", "plot", "A hosts B, A has T, A owns T, A with B",
+          "no A hosts B, A shared B T, B tried T", (
+        "{AB} took turns with {T} all afternoon.",
+        "{A} let {B:him} {T:use} {T} first.",
+        "\"Now we can {T:use} {T:the},\" said {A:name} to {B:him}, and so they did.",
+        "{AB} began to {T:use} {T} at once.",
+        "{B} was allowed to {T:use} {T} as often as {A}."),
+        moods=("B glad: {B} could {T:use} {T} | {A} had shared {T} with {B:him}",), weight=6),
     Event("stay_away", "plot", "B coming A P, A awaits B, A at P, B at W",
           "no B coming A P, no A awaits B, A alone", (
         "But {B} forgot it and did not come {P:to}.",

@@ -28,11 +28,10 @@ class Scene:
         return [option for option in options(self.state) if option not in told]
 
     def referent(self, of_gender):
-        """The letter that he or she means here, None if nobody."""
-        for letter in self.persons:
-            if GENDER[self.words[letter]] == of_gender:
-                return letter
-        return None
+        """The letter that he or she means here: the only girl or boy of whom the last sentence
+        spoke. None if it spoke of none or two."""
+        found = [letter for letter in self.persons if GENDER[self.words[letter]] == of_gender]
+        return found[0] if len(found) == 1 else None
 
     def may_say_they(self, letters):
         """Whether "they" can only mean these two."""
