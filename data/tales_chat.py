@@ -13,9 +13,9 @@ from pathlib import Path
 if __name__ == "__main__":      # `python data/tales_chat.py` has data/ on its path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.tales import plan, tell, tell_plan
 from data.tales_events import EVENTS
 from data.tales_sentences import capitalised, pattern, roles_of, spell
+from data.tales_teller import plan, tell, tell_plan
 from data.tales_world import COLOURS, GENDER, MOODS, NAMES, PLACES, with_article
 
 CHAT_TALES = 9_000          # tales of the data, one conversation each

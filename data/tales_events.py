@@ -50,7 +50,7 @@ URGENT = {"asked", "offered", "bids", "begged", "accused", "invited", "asleep", 
 # What an ordinary ending must not leave open.
 OPEN = {"bare", "wants", "refused", "lost", "broken", "dirty", "took", "wronged", "cross", "lent",
         "promised", "vowed", "coming", "birthday", "stuck", "hid", "snatched", "found", "begged",
-        "alone", "told"} | URGENT
+        "alone", "told", "hosts"} | URGENT
 
 OPENINGS = (
     Event("fair", "opening", "start", "no start, fair", (
@@ -108,7 +108,7 @@ INTRODUCTIONS = (
         "{A} owned only one thing, {T:a}.",
         "{A} had got {T:a} from {A:his} uncle."), weight=2),
     Event("make", "intro", "A bare", "no A bare, A has T, A owns T, A first T", (
-        "So {A} made {T:a}.",
+        "One day {A} made {T:a}.",
         "{A} made {T:a} with {A:his} own hands.",
         "{A} worked all morning and made {T:a}.",
         "{A} found some paper, string and glue and made {T:a}.",
@@ -159,8 +159,8 @@ INTRODUCTIONS = (
 )
 
 QUIET = (
-    Event("go", "quiet", "A at W, A has T, A owns T, not happened, not went",
-          "went, no A at W, A at P", (
+    Event("go", "quiet", "A at home, A has T, A owns T, not happened, not went",
+          "went, no A at home, A at P", (
         "One day {A} took {T} {P:to}.",
         "{A} went {P:to} to {T:use} {T}.",
         "One morning {A} carried {T} {P:to}.",
@@ -189,13 +189,13 @@ WISHES = (
         "{B} thought that {T} was wonderful.",
         "{B} could not stop looking at {T}.",
         "\"What a fine {T:noun}!\" said {B:name}.",
-        "{B} wanted to {T:use} {T}, too."), weight=8),
+        "{B} wanted to {T:use} {T}, too."), weight=13),
     Event("ask", "plot", "B wants T, A has T, A owns T, A with B, whole T", "B asked A T", (
         "\"May I have {T:the} for a while?\" asked {B:name}.",
         "\"{A:name}, may I {T:use} {T:the}?\" asked {B:name}.",
         "{B} asked {A:him} for {T}.",
         "{B} asked {A:him} to lend {B:him} {T}.",
-        "\"Please lend me {T:the},\" said {B:name} to {A:him}."), weight=8),
+        "\"Please lend me {T:the},\" said {B:name} to {A:him}."), weight=14),
     Event("lend", "plot", "B asked A T",
           "no B asked A T, no B wants T, no A has T, B has T, A lent B T, B tried T, B owes A", (
         "\"Yes, of course,\" said {A:name} and gave {B:him} {T}.",
@@ -203,14 +203,14 @@ WISHES = (
         "\"You may {T:use} it until tomorrow,\" said {A:name} to {B:him}.",
         "So {A} lent {T} to {B:him} for a while.",
         "\"Yes, but I want it back,\" said {A:name} and gave {T} to {B:him}."),
-        moods=("B glad: {A} had lent {B:him} {T} | now {B} could {T:use} {T}",), weight=3),
+        moods=("B glad: {A} had lent {B:him} {T} | now {B} could {T:use} {T}",), weight=4),
     Event("refuse", "plot", "B asked A T", "no B asked A T, no B wants T, A refused B T", (
         "\"No, {T:the} is mine,\" said {A:name}.",
         "But {A} did not want to lend {B:him} {T}.",
         "\"No, you will break it,\" said {A:name} to {B:him}.",
         "{A} said no and held {T} tight.",
         "But {A} would not give {B:him} {T}."),
-        moods=("B sad angry: {A} had said no | {A} would not lend {B:him} {T}",), weight=2),
+        moods=("B sad angry: {A} had said no | {A} would not lend {B:him} {T}",), weight=3),
     Event("relent", "plot", "A refused B T, A has T, A with B",
           "no A refused B T, no A has T, B has T, A lent B T, B tried T, B owes A", (
         "Then {A} felt sorry for {B:him} and lent {B:him} {T}.",
@@ -219,7 +219,7 @@ WISHES = (
         "After a while {A} changed {A:his} mind and lent {T} to {B:him}.",
         "\"I am sorry, here is {T:the},\" said {A:name} and gave it to {B:him}."),
         moods=("B glad: {A} had lent {B:him} {T} after all | {A} had changed {A:his} mind",),
-        weight=1.5),
+        weight=4),
     Event("share", "plot", "B wants T, A has T, A owns T, A with B, whole T, not B tried T",
           "no B wants T, A shared B T, B tried T", (
         "\"Let us {T:use} it together,\" said {A:name}, and {B} ran to get {T}.",
@@ -234,11 +234,11 @@ WISHES = (
         "\"We can share it,\" said {A:name} at last, and so they took turns with {T}.",
         "But it was dull to {T:use} {T} alone, and so {A} shared it with {B:him}.",
         "After a while {A} said: \"Come, {B:name}, we will {T:use} {T:the} together.\"",
-        "At last {A} let {B:him} {T:use} {T} as well.")),
+        "At last {A} let {B:him} {T:use} {T} as well."), weight=2),
     Event("give", "plot", "B wants T, A has T, A owns T, A with B, whole T",
           "no B wants T, no A has T, no A owns T, B has T, B owns T, B owes A", (
         "So {A} gave {B:him} {T}.",
-        "{A} saw this and gave {T} to {B:him}.",
+        "{A} had to smile and gave {T} to {B:him}.",
         "\"You may keep it,\" said {A:name} and gave {B:him} {T}.",
         "\"Take {T:the}, it is yours,\" said {A:name} to {B:him}.",
         "{A} was a good friend and gave {B:him} {T} as a present."),
@@ -348,7 +348,7 @@ PROMISES = (
         "{B} began to {T:use} {T} at once.",
         "All day long {B} did nothing but {T:use} {T}.",
         "{B} learned how to {T:use} {T}.",
-        "{B} had never been allowed to {T:use} {T:a} before.")),
+        "{B} had never been allowed to {T:use} {T:a} before."), weight=1),
     Event("keep_promise", "plot", "B promised A T, B has T, A with B, whole T, not B forgot T",
           "no B promised A T, no A lent B T, no B has T, A has T, true B", (
         "{B} kept {B:his} promise and gave {T} back to {A:him}.",
@@ -366,20 +366,20 @@ PROMISES = (
         "But {B} forgot that {T} was not {B:his} own.",
         "A week later {B} still had {T} and did not think of {B:his} promise."),
         moods=("A sad angry: {B} had forgotten {B:his} promise | {B} had not brought {T} back",),
-        weight=2.5),
+        weight=3),
     Event("remind", "plot", "B forgot T, B promised A T, A with B", "no B forgot T, B minds T", (
         "\"Where is my {T:noun}?\" {A} asked {B:him}.",
         "\"{B:name}, you still have my {T:noun},\" said {A:name}.",
         "{A} told {B:him} that {A} wanted {T} back.",
         "\"Have you forgotten your promise, {B:name}?\" asked {A:name}.",
-        "So {A} went to {B:him} and asked for {T}.")),
+        "So {A} went to {B:him} and asked for {T}."), weight=3),
     Event("remember", "plot", "B forgot T, B promised A T", "no B forgot T, B minds T", (
         "Then {B} remembered what {B} had promised.",
         "One night {B} lay in bed and remembered {B:his} promise.",
         "At last {B} remembered that {T} was not {B:his} own.",
         "Suddenly {B} remembered {B:his} promise to {A:him}.",
         "When {B} saw {T} again, {B} thought of {B:his} promise."),
-        moods=("B sorry: {B} had forgotten {B:his} promise",)),
+        moods=("B sorry: {B} had forgotten {B:his} promise",), weight=3),
     Event("return_late", "plot", "B minds T, B promised A T, B has T, A with B",
           "no B minds T, no B promised A T, no A lent B T, no B has T, A has T", (
         "\"I am sorry that you had to wait,\" said {B:name} and gave {T} back to {A:him}.",
@@ -395,7 +395,7 @@ PROMISES = (
         "Later {A} got {T} back from {B:him}.",
         "After an hour {B} brought {T} back to {A:him}.",
         "\"Here is {T:the},\" said {B:name} and gave it back to {A:him}."),
-        moods=("A glad: {B} had given {T} back | {A} had {T} back",)),
+        moods=("A glad: {B} had given {T} back | {A} had {T} back",), weight=0.7),
 )
 
 WRONGS = (
@@ -406,7 +406,7 @@ WRONGS = (
         "So {B} took {T} without asking again.",
         "{B} took {T} out of {A:name}'s bag and hid it in {B:his} own.",
         "Then {B} did a bad thing and stole {T}."),
-        moods=("A angry sad: {B} had taken {T} | {B} had stolen {T}",), weight=4),
+        moods=("A angry sad: {B} had taken {T} | {B} had stolen {T}",), weight=6),
     Event("accuse", "plot", "B took A T, B has T, A with B, not B denied T", "B accused A T", (
         "\"Give {T:the} back!\" {A} shouted at {B:him}.",
         "\"You are a thief, {B:name}!\" said {A:name}.",
@@ -420,7 +420,7 @@ WRONGS = (
         "\"It is mine now,\" said {B:name} and went home with {T}.",
         "But {B} told a lie and kept {T}.",
         "{B} laughed and did not give {T} back."),
-        moods=("A sad angry: {B} had not given {T} back",), weight=0.4),
+        moods=("A sad angry: {B} had not given {T} back",), weight=1),
     Event("return_taken", "plot", "B accused A T, B took A T, B has T",
           "no B accused A T, no B took A T, no B has T, A has T, B begged A T, B learned take", (
         "\"I am sorry,\" said {B:name} and gave {T} back to {A:him}.",
@@ -457,7 +457,7 @@ WRONGS = (
         "The next day {B} brought {A:him} {T} and said: \"I was wrong to take it.\"",
         "At last {B} gave {A:him} {T} back and told {A:him} everything."),
         moods=("A glad: {A} had {T} back",
-               "B sorry: {B} had taken {T}")),
+               "B sorry: {B} had taken {T}"), weight=1),
     Event("make_up", "plot", "A cross B T, A with B", "no A cross B T, A friends B", (
         "The next day {AB} made up and were friends again.",
         "Soon {AB} forgot their quarrel.",
@@ -472,13 +472,13 @@ WRONGS = (
         "Then {B} sat down on {T} and broke it.",
         "{B} wanted to {T:use} {T}, but it broke in {B:his} hands."),
         moods=("A sad angry: {B} had broken {T}",
-               "B sorry: {B} had broken {T}"), weight=2.5),
+               "B sorry: {B} had broken {T}"), weight=3),
     Event("quarrel", "plot", "B wronged A T, A with B, not A cross B T", "A cross B T", (
         "{AB} quarreled about {T}.",
         "\"You have broken my {T:noun}!\" {A} shouted at {B:him}.",
         "{A} said that {B} was a fool, and they quarreled.",
         "\"It was your fault!\" said {A:name} to {B:him}.",
-        "{AB} did not speak to each other, because {T} was broken."), weight=1),
+        "{AB} did not speak to each other, because {T} was broken."), weight=1.5),
     Event("apologise", "plot", "B wronged A T, A with B, not B begged A T, not A cross B T, "
                                "not B vowed A T",
           "B begged A T", (
@@ -486,7 +486,7 @@ WRONGS = (
         "{B} said to {A:him} that {B} was sorry.",
         "\"Please forgive me, {A:name},\" said {B:name}.",
         "\"I did not want to break {T:the},\" said {B:name} to {A:him}.",
-        "{B} asked {A:him} to forgive {B:him}."), weight=1.5),
+        "{B} asked {A:him} to forgive {B:him}."), weight=2.5),
     Event("vow", "plot", "B wronged A T, T broken, A with B, not B vowed A T", "B vowed A T", (
         "\"I will mend {T:the},\" {B} promised.",
         "{B} promised {A} to mend {T}.",
@@ -524,14 +524,14 @@ MISHAPS = (
         "One morning {T} fell out of {A:his} hands and broke.",
         "{A} wanted to {T:use} {T}, but it broke."),
         moods=("A sad: {T:the} was broken | {A} had broken {T}",), weight=0.5),
-    Event("advise", "plot", "T broken, A has T, A owns T, A with B, not T hope",
+    Event("advise", "plot", "T broken, A has T, A owns T, A with B, not T hope, not T spoiled",
           "T hope, A owes B", (
         "\"You can mend {T:the} with some glue,\" said {B:name} to {A:him}.",
         "{B} showed {A:him} how to mend {T}.",
         "{B} taught {A:him} how one mends {T:a}.",
         "{B} knew what to do and gave {A:him} some glue for {T}.",
         "\"Do not cry, {A:name}, {T:the} can be mended,\" said {B:name}.")),
-    Event("mend_own", "plot", "T broken, A has T, A owns T", "no T broken, mended T", (
+    Event("mend_own", "plot", "T broken, A has T, A owns T, not T spoiled", "no T broken, mended T", (
         "{A} took some glue and mended {T}.",
         "{A} worked all evening and mended {T}.",
         "So {A} mended {T} with a piece of string.",
@@ -628,7 +628,7 @@ LOSSES = (
         "{A} looked under the bed and behind the door, but {T} was not there.",
         "{A} turned the whole house upside down, but {A} could not find {T}.",
         "All evening {A} looked for {T}.",
-        "{A} asked everybody about {T}, but nobody had seen it."), weight=1.2),
+        "{A} asked everybody about {T}, but nobody had seen it."), weight=1.5),
     Event("go_back", "plot", "A missed T, T lies P, A at W, not A mourns T", "no A at W, A at P", (
         "So {A} ran {P:to} to look for {T}.",
         "{A} thought for a while and went back {P:to}.",
@@ -689,13 +689,13 @@ LOSSES = (
         "But {B} did not tell {A:him} and kept {T}.",
         "But {B} wanted to keep {T} and hid it under {B:his} coat.",
         "{B} said nothing to {A:him} and kept {T}."), weight=0.7),
-    Event("give_up", "plot", "A sought T, A missed T, A owns T, T lies P, not A at P",
+    Event("give_up", "plot", "A sought T, A missed T, A owns T, T lies P, not A at P, not A saw *",
           "A mourns T", (
         "But {A} never looked {P:at}, where {T} was.",
         "In the end {A} stopped looking, and {T} lay {P:at}.",
         "Nobody thought of looking {P:at}, where {T} was.",
         "But {T} lay {P:at}, and {A} did not look there.",
-        "{A} looked for three days, but never {P:at}, where {T} lay."), weight=0.3),
+        "{A} looked for three days, but never {P:at}, where {T} lay."), weight=0.6),
 )
 
 HIDING = (
@@ -705,20 +705,20 @@ HIDING = (
         "Then {A} went {P:to} and hid {T} there.",
         "So that {B} would not get {T}, {A} hid it {P:at}.",
         "{A} was afraid for {T} and hid it {P:at}.",
-        "\"You will never find it,\" {A} told {B:him} and hid {T} {P:at}."), weight=1.5),
+        "\"You will never find it,\" {A} told {B:him} and hid {T} {P:at}."), weight=4),
     Event("hunt", "plot", "A hid T, A refused B T, not B hunted T", "B hunted T", (
         "{B} looked for {T} everywhere.",
         "{B} wanted to know where {T} was.",
         "\"Where is {T:the}?\" asked {B:name}.",
         "All day {B} looked for {T}.",
-        "{B} asked {A:him} again and again where {T} was."), weight=3),
+        "{B} asked {A:him} again and again where {T} was."), weight=6),
     Event("hint", "plot", "A hid T, B hunted T, A refused B T, T lies P, A with B",
           "no A refused B T, B told T", (
         "\"Look {P:at},\" said {A:name} at last.",
         "At last {A} told {B:him} to look {P:at}.",
         "\"{T:The} is {P:at},\" said {A:name} to {B:him}.",
         "Then {A} felt sorry and told {B:him} that {T} was {P:at}.",
-        "\"If you go {P:to}, you will find {T:the},\" said {A:name} to {B:him}."), weight=2),
+        "\"If you go {P:to}, you will find {T:the},\" said {A:name} to {B:him}."), weight=4),
     Event("find_hidden", "plot", "B told T, A hid T, A owns T, T lies P, A at W, B at W",
           "no B told T, no A hid T, no T lies P, no A at W, no B at W, A at P, B at P, B has T, "
           "A lent B T, B tried T, B owes A", (
@@ -735,14 +735,14 @@ HIDING = (
         "{B} looked {P:at}, found {T} and ran away with it.",
         "But {B} was clever, found {T} {P:at} and kept it.",
         "In the night {B} took {T} out of its place {P:at}."),
-        moods=("A angry sad: {B} had taken {T}",), weight=1.5),
+        moods=("A angry sad: {B} had taken {T}",), weight=2),
     Event("fetch", "plot", "A hid T, A refused B T, T lies P, A with B",
           "no A hid T, no A refused B T, no T lies P, A has T, A shared B T, B tried T", (
         "In the end {A} got {T} from its place {P:at} and shared it with {B:him}.",
         "But {T} was no use {P:at}, so {A} got it and shared it with {B:him}.",
         "Then {A} felt sorry, brought {T} back from {P:the} and let {B:him} {T:use} it.",
         "\"Come {P:to}, {T:the} is there,\" said {A:name} to {B:him} at last, and they shared it.",
-        "{A} went {P:to}, took {T} and came back to share it with {B:him}.")),
+        "{A} went {P:to}, took {T} and came back to share it with {B:him}."), weight=1),
 )
 
 ANIMALS_COME = (
@@ -840,7 +840,7 @@ SLEEPING = (
         "{A} lay down, put {T} beside {A:him} and slept.",
         "After lunch {A} fell asleep with {T} in {A:his} arms.",
         "It was so warm and quiet that {A} fell asleep and dropped {T}.",
-        "{A} closed {A:his} eyes, and soon {A} was asleep with {T} beside {A:him}."), weight=3),
+        "{A} closed {A:his} eyes, and soon {A} was asleep with {T} beside {A:him}."), weight=4),
     Event("take_asleep", "plot", "A asleep, A has T, A owns T, A with B",
           "no A has T, B has T, B took A T", (
         "{B} saw that {A} was asleep and took {T}.",
@@ -854,7 +854,7 @@ SLEEPING = (
         "For fun {B} took {T} and hid it {P:at}.",
         "{B} wanted to play a trick and hid {T} {P:at}.",
         "{B} laughed, took {T} from {A:him} and hid it {P:at}.",
-        "\"{A:name} will be surprised,\" said {B:name} and hid {T} {P:at}.")),
+        "\"{A:name} will be surprised,\" said {B:name} and hid {T} {P:at}."), weight=1.5),
     Event("wake", "plot", "A asleep, A owns T, not A has T",
           "no A asleep, A missed T", (
         "When {A} woke up, {T} was gone.",
@@ -880,7 +880,7 @@ MEETINGS = (
         "{A} asked {B:him} to come {P:to} the next day.",
         "\"Meet me {P:at} in the afternoon,\" said {A:name} to {B:him}.",
         "\"Let us {T:use} {T:the} {P:at} tomorrow,\" said {A:name} to {B:him}.",
-        "{A} wanted to meet {B:him} {P:at} and show {B:him} {T}."), weight=3),
+        "{A} wanted to meet {B:him} {P:at} and show {B:him} {T}."), weight=5),
     Event("accept", "plot", "A invited B P", "no A invited B P, B coming A P", (
         "\"Yes, I will come,\" {B} promised.",
         "{B} promised to be {P:at} in time.",
@@ -894,13 +894,21 @@ MEETINGS = (
         "{A} was {P:at} early and waited with {T}.",
         "So {A} carried {T} {P:to} and waited."), weight=3),
     Event("arrive", "plot", "B coming A P, A awaits B, A at P, B at W",
-          "no B coming A P, no A awaits B, no B at W, B at P, B tried wait", (
+          "no B coming A P, no A awaits B, no B at W, B at P, A hosts B", (
         "{B} kept {B:his} word and came {P:to}.",
         "Soon {B} came {P:to}, as {B} had promised.",
         "After a short time {A} saw {B:him} come {P:to}.",
         "\"Here I am!\" shouted {B:name} and ran {P:to}.",
         "{B} was in time, and so they met {P:at}."),
         moods=("A glad: {B} had come | {B} had kept {B:his} word",), weight=2),
+    Event("enjoy", "plot", "A hosts B, A has T, A owns T, A with B",
+          "no A hosts B, A shared B T, B tried T", (
+        "{AB} took turns with {T} all afternoon.",
+        "{A} let {B:him} {T:use} {T} first.",
+        "\"Now we can {T:use} {T:the},\" said {A:name} to {B:him}, and so they did.",
+        "{AB} began to {T:use} {T} at once.",
+        "{B} was allowed to {T:use} {T} as often as {A}."),
+        moods=("B glad: {B} could {T:use} {T} | {A} had shared {T} with {B:him}",), weight=6),
     Event("stay_away", "plot", "B coming A P, A awaits B, A at P, B at W",
           "no B coming A P, no A awaits B, A alone", (
         "But {B} forgot it and did not come {P:to}.",
@@ -908,7 +916,7 @@ MEETINGS = (
         "But {B} stayed in bed, and {A} was alone {P:at}.",
         "But nobody came {P:to}, for {B} had forgotten it.",
         "Hours went by {P:at}, but {B} did not come."),
-        moods=("A sad angry: {B} had not come | {B} had forgotten to come",), weight=1),
+        moods=("A sad angry: {B} had not come | {B} had forgotten to come",), weight=1.2),
     Event("excuse", "plot", "A alone, A at P, A owns T, B at W, B person",
           "no A alone, no B at W, B at P, B begged A T", (
         "In the evening {B} came {P:to} and said that {B} was sorry.",
@@ -1026,7 +1034,7 @@ ENDINGS = (
         "{A} never saw {T} again, and {A} did not trust {B:him} any more.",
         "{T} stayed with {B:him}, and {A} learned to whom one can lend things.",
         "To this day {B} has {T}, and {A} is still waiting for it.",
-        "So {B} kept {T}, but {B} lost {A:him} as a friend."), weight=0.4),
+        "So {B} kept {T}, but {B} lost {A:him} as a friend."), weight=0.3),
     Event("end_thief", "end", "B denied T, B took A T, B has T, A owns T, calm but took", "end", (
         "{B} kept {T}, but {A} never spoke to {B:him} again.",
         "{A} never found out who had {T}, and {B} was never happy with it.",
@@ -1044,7 +1052,7 @@ ENDINGS = (
         "{B} went home without {T}, and {A} was alone with it.",
         "In the end {A} still had {T}, but {B} did not come back to play.",
         "{A} had {T} to play with, but nobody to play with, for {B} had gone home.",
-        "And {B} never got {T} from {A:him}."), weight=0.3),
+        "And {B} never got {T} from {A:him}."), weight=0.2),
 )
 
 BASIC = (OPENINGS + INTRODUCTIONS + QUIET + WISHES + PROMISES + WRONGS + MISHAPS + LOSSES + HIDING

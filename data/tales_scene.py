@@ -1,12 +1,15 @@
 """What has been told so far, with names and words: what a sentence may refer to, and what it adds.
 
 The machine (tales_machine.py) knows what may happen to a, b and t; a Scene knows that a is Tom and
-t the red kite, and who was spoken of last, which decides whom "he" and "it" can mean.
+t the red kite, and who was spoken of last, which decides whom "he" and "it" can mean. When all is
+told, `make_tale` keeps what a Scene knows as a Tale.
 """
 from dataclasses import dataclass
 
-from data.tales_machine import START, after, options
+from data.tales_machine import RULE_OF, START, after, options
 from data.tales_world import GENDER, THINGS
+
+SETTING = {"known", "at", "person", "happened"}     # facts that make no cause
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +28,10 @@ class Scene:
         return [option for option in options(self.state) if option not in told]
 
     def referent(self, of_gender):
-        """The letter that he or she means here, None if nobody."""
-        for letter in self.persons:
-            if GENDER[self.words[letter]] == of_gender:
-                return letter
-        return None
+        """The letter that he or she means here: the only girl or boy of whom the last sentence
+        spoke. None if it spoke of none or two."""
+        found = [letter for letter in self.persons if GENDER[self.words[letter]] == of_gender]
+        return found[0] if len(found) == 1 else None
 
     def may_say_they(self, letters):
         """Whether "they" can only mean these two."""
@@ -105,3 +107,69 @@ def disagreement(known, letter, said, is_new):
     if is_new:
         return f"{said} is known already" if said in known.values() else None
     return None if said == before else f"{said} is not {before}"
+
+
+# --------------------------------------------------------------------------------------------------
+# When all is told
+
+
+@dataclass
+class Step:
+    """One sentence of a tale: what happens in it, to whom, and where it stands in the text."""
+    text: str
+    event: str
+    kind: str               # opening, intro, quiet, plot, side or end
+    roles: dict             # {role: name, noun, place, animal or colour}
+    start: int              # of the sentence in the tale, characters
+    end: int
+    causes: tuple = ()      # indices of the earlier sentences without which this could not be
+
+
+@dataclass
+class Tale:
+    """A tale and its history."""
+    text: str
+    steps: list             # a Step for each sentence
+    facts: set              # what holds at its end: ("has", "Tom", "kite")
+    things: dict            # {noun: its adjective at the end}, the main thing first
+
+
+def make_tale(scene, texts):
+    """The Tale that ends in a Scene: its text, steps and facts."""
+    steps, start = [], 0
+    state, origin = START, {}
+    for i, ((option, colour), text) in enumerate(zip(scene.told, texts)):
+        roles = {role: plain(scene.words, letter) for role, letter in option.roles}
+        if colour:
+            roles["C"] = colour
+        steps.append(Step(text, option.event.name, option.event.kind, roles, start,
+                          start + len(text), causes_of(option, origin, steps)))
+        start += len(text) + 1
+        before, state = state, after(state, option)
+        for fact in state - before:
+            origin[fact] = i
+    facts = {tuple(plain(scene.words, part) for part in fact) for fact in state}
+    things = {word[0]: word[1] for word in scene.words.values() if isinstance(word, tuple)}
+    return Tale(" ".join(texts), steps, facts, things)
+
+
+def causes_of(option, origin, steps):
+    """The indices of the earlier plot sentences to which an option owes a fact that it needs."""
+    causes = set()
+    for fact in needed_facts(option):
+        if fact in origin and fact[0] not in SETTING:
+            causes.add(origin[fact])
+    return tuple(sorted(i for i in causes if steps[i].kind in ("plot", "quiet")))
+
+
+def needed_facts(option):
+    """The facts that an option needs, with its letters."""
+    letters = option.letters
+    for need in RULE_OF[option.event.name].needs:
+        yield tuple(letters.get(word, word) for word in need)
+
+
+def plain(words, letter):
+    """The word of a letter; of a thing its noun."""
+    word = words.get(letter, letter)
+    return word[0] if isinstance(word, tuple) else word

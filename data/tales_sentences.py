@@ -108,6 +108,7 @@ class Writer:
         self.forms, self.animals = forms, animals
         self.text, self.fills = [], []
         self.persons, self.things = [], []          # mentioned so far
+        self.alike = False                          # two of one gender were named together
         self.called = set()                         # persons first mentioned in quotation marks
         self.used_pronouns, self.used_they, self.used_forms = set(), False, {}
         self.last, self.behind_person = "", False   # one does not say "gave him it"
@@ -141,13 +142,14 @@ class Writer:
         else:
             self.open("{} and {}", ("A", "name"), ("B", "name"))
             self.persons += ["A", "B"]
+            self.alike = self.genders["A"] == self.genders["B"]
         return not self.used_pronouns
 
     def person(self, role, form):
         """A name, or a pronoun. Later in the sentence a pronoun means the first of its gender, and
         the others have their names."""
         gender = self.genders[role]
-        if form in ("kid",):
+        if form == "kid":
             self.text.append(gender)
             return True
         form = "he" if form == "" else form
@@ -157,7 +159,7 @@ class Writer:
             self.persons.append(role)
             if "".join(self.text).count('"') % 2:
                 self.called.add(role)
-        by_pronoun = form != "name" and same[:1] == [role]
+        by_pronoun = form != "name" and same[:1] == [role] and not self.alike
         if first and role in self.pronouns:
             if form == "name" or same:
                 return False

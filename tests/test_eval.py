@@ -105,11 +105,12 @@ def test_local_tasks_on_one_process_and_on_two(checkpoint, tmp_path):
     ] == {"original": 40, "effective": 4}
 
 
-def test_a_model_that_knows_the_answers_gets_them_right(checkpoint, monkeypatch):
+@pytest.mark.parametrize("task", ["stdlib_choice", "tales_choice"])
+def test_a_model_that_knows_the_answers_gets_them_right(checkpoint, monkeypatch, task):
     """The path from log p to accuracy: with log-likelihoods that favour the right choice acc is 1,
     and 0 with the opposite."""
     manager = TaskManager(include_path="evaluation/tasks", include_defaults=False)
-    with open("evaluation/tasks/stdlib_choice.jsonl") as file:
+    with open(f"evaluation/tasks/{task}.jsonl") as file:
         right = [" " + row["choices"][row["answer"]] for row in map(json.loads, file)]
     lm = lm_of(checkpoint)
 
@@ -124,9 +125,27 @@ def test_a_model_that_knows_the_answers_gets_them_right(checkpoint, monkeypatch)
     for sign in (1, -1):
         monkeypatch.setattr(lm, "score", functools.partial(score, sign))
         results = simple_evaluate(
-            lm, tasks=["stdlib_choice"], task_manager=manager, limit=8, bootstrap_iters=0
-        )["results"]["stdlib_choice"]
+            lm, tasks=[task], task_manager=manager, limit=8, bootstrap_iters=0
+        )["results"][task]
         assert results["acc,none"] == (1.0 if sign == 1 else 0.0)
+
+
+@pytest.mark.parametrize("task, answer", [("stdlib_cloze", "result"), ("tales_answer", "answer")])
+def test_an_answer_must_be_exact(checkpoint, monkeypatch, task, answer):
+    """The path from what is generated to exact_match."""
+    manager = TaskManager(include_path="evaluation/tasks", include_defaults=False)
+    with open(f"evaluation/tasks/{task}.jsonl") as file:
+        right = [row[answer] for row in map(json.loads, file)]
+    lm = lm_of(checkpoint)
+    for end, share in (("", 1.0), (" indeed", 0.0)):
+        def generate_until(requests, end=end, **_):
+            return [f"{right[request.doc_id]}{end}" for request in requests]
+
+        monkeypatch.setattr(lm, "generate_until", generate_until)
+        results = simple_evaluate(
+            lm, tasks=[task], task_manager=manager, limit=8, bootstrap_iters=0
+        )["results"][task]
+        assert results["exact_match,none"] == share
 
 
 def test_lm_evals_own_command_line(checkpoint, tmp_path):
