@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 
 from pretrained.config import publish_config, read_config, read_json
+from pretrained.gguf import is_gguf
+from pretrained.gguf_tokenizer import write_tokenizer
 from pretrained.tensors import tensor_table
 from training.files import save_model, write_checkpoint, write_json
 
@@ -36,9 +38,13 @@ def export(model, folder):
 
 
 def copy_from_source(model, folder, patterns):
-    """Copy what stands beside the weights in the checkpoint that the model was loaded from."""
+    """Copy what stands beside the weights in the checkpoint that the model was loaded from; a GGUF
+    becomes the files of its tokenizer."""
     folder, source = Path(folder), getattr(model, "source", None)
     if source is None or source.resolve() == folder.resolve():
+        return
+    if is_gguf(source):
+        write_tokenizer(source, folder)
         return
     for pattern in patterns:
         for file in source.glob(pattern):
