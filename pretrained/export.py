@@ -1,5 +1,6 @@
 """A Transformer becomes a checkpoint folder, in our own layout or in its family's."""
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -44,7 +45,10 @@ def copy_from_source(model, folder, patterns):
     if source is None or source.resolve() == folder.resolve():
         return
     if is_gguf(source):
-        write_tokenizer(source, folder)
+        try:
+            write_tokenizer(source, folder)
+        except ValueError as error:                     # the weights are worth having without
+            warnings.warn(f"no tokenizer was written: {error}", stacklevel=4)
         return
     for pattern in patterns:
         for file in source.glob(pattern):
