@@ -89,7 +89,7 @@ def read_published(raw):
 def read_gguf(file):
     """`read_config` for a GGUF file: its metadata become the config.json that its family would
     have. Raises ValueError."""
-    header = gguf.read_header(file)
+    header = gguf.read_whole_header(file)
     name = gguf.family_of(header)
     fields, where = gguf.config_fields(header)
     family = FAMILIES[name]

@@ -12,6 +12,7 @@ metadata entries; the entries; name, shape, type and place of each tensor; and, 
 import functools
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ TENSORS = {
     "norm": "output_norm",
     "head": "output",
 }
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+HEAD = "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # no weights: how Llama 3 stretches its RoPE
 
 # Config field -> key of the metadata, behind the name of the architecture.
@@ -89,6 +90,7 @@ ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer
 @dataclass
 class Tensor:
     """A tensor in a file, known from its header."""
+    file: Path
     shape: tuple            # as torch has it: the file lists the sizes in reverse
     kind: str               # "F32", "Q4_1": a name in gguf.GGMLQuantizationType
     offset: int             # of its first byte in the file
@@ -118,6 +120,22 @@ def is_gguf(path):
         return file.read(len(MAGIC)) == MAGIC
 
 
+def parts_of(file):
+    """All files of a GGUF that was split, of which `file` is one: model-00001-of-00003.gguf and so
+    on. Raises FileNotFoundError for a missing one."""
+    file = Path(file)
+    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", file.name)
+    if match is None:
+        return [file]
+    stem, count = match.groups()
+    parts = [file.with_name(f"{stem}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise FileNotFoundError(f"{file} is one of {int(count)} parts, and {part.name} is "
+                                    "missing beside it")
+    return parts
+
+
 def read_header(file):
     """The Header of a file. Raises ValueError for whatever is wrong with it, before anything of a
     claimed size is made."""
@@ -126,7 +144,20 @@ def read_header(file):
     return parse_header(file, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=4)             # a tokenizer of 150,000 tokens takes a second
+def read_whole_header(file):
+    """The Header of a model: the metadata of its first part and the tensors of all."""
+    parts = [read_header(part) for part in parts_of(file)]
+    tensors = {}
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise ValueError(f"{part.file} is damaged: the tensor {name!r} is in another part, "
+                                 "too")
+            tensors[name] = tensor
+    return Header(parts[0].file, parts[0].metadata, tensors)
+
+
+@functools.lru_cache(maxsize=16)             # a tokenizer of 150,000 tokens takes a second
 def parse_header(file, size, changed):
     """`read_header` of a file of `size` bytes that was last changed at the time `changed`."""
     if size < 24:
@@ -272,7 +303,7 @@ def place_tensors(cursor, infos, alignment):
         if end > size:
             raise ValueError(f"{file} is truncated: it has {size} bytes, and the tensor {name} of "
                              f"shape {list(shape)} ends at byte {end}")
-        tensors[name] = Tensor(shape, kind, begin + offset, row_bytes)
+        tensors[name] = Tensor(file, shape, kind, begin + offset, row_bytes)
     return tensors
 
 
@@ -285,7 +316,8 @@ def library():
     try:
         import gguf
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("a GGUF is read with the package gguf: pip install gguf") from None
+        raise ModuleNotFoundError("a GGUF is read with the package gguf: pip install "
+                                  "gguf") from None
     return gguf
 
 
@@ -330,27 +362,26 @@ def stored_tensors(file):
 
 def read_rows(file, name, first, last):
     """Rows first to last - 1 of a tensor, float32, in the order that `Attention` expects."""
-    header = read_header(file)
-    tensor = header.tensors[name]
-    order = row_order(header, name)
+    tensor = read_header(file).tensors[name]
+    order = row_order(read_header(parts_of(file)[0]), name, tensor.shape[0])
     if len(tensor.shape) == 1:
-        values = read_stored_rows(file, tensor, 0, 1).flatten()
+        values = read_stored_rows(tensor, 0, 1).flatten()
         if order is not None:
             values = values[order]
         return torch.from_numpy(values[first:last])
     if order is None:
-        return torch.from_numpy(read_stored_rows(file, tensor, first, last))
+        return torch.from_numpy(read_stored_rows(tensor, first, last))
     places = order[first:last]              # where in the file these rows stand: within their heads
     begin, end = places.min(), places.max() + 1
-    return torch.from_numpy(read_stored_rows(file, tensor, begin, end)[places - begin])
+    return torch.from_numpy(read_stored_rows(tensor, begin, end)[places - begin])
 
 
-def read_stored_rows(file, tensor, first, last):
+def read_stored_rows(tensor, first, last):
     """Rows as they stand in the file, float32 [last - first, ...]; a vector is one row."""
     gguf = library()
     inner = tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape
     num_bytes = math.prod(inner[:-1]) * tensor.row_bytes
-    with open(file, "rb") as opened:
+    with open(tensor.file, "rb") as opened:
         opened.seek(tensor.offset + first * num_bytes)
         raw = opened.read((last - first) * num_bytes)
     kind = gguf.GGMLQuantizationType[tensor.kind]
@@ -366,8 +397,9 @@ def read_stored_rows(file, tensor, first, last):
     return values.reshape(last - first, *inner)
 
 
-def row_order(header, name):
-    """Where in the file the rows of a tensor stand, int [rows]; None: in our order.
+def row_order(header, name, num_rows):
+    """Where in the file the rows of a tensor stand, int [rows]; None: in our order. header: of the
+    first file, where there are several parts: it alone has the metadata.
 
     The converter writes head h's rows (x_0, x_C/2, x_1, x_C/2+1, ...) for us to read back as
     (x_0, x_1, ..., x_C/2, ...). Without it nothing fails, and the model talks nonsense.
@@ -377,8 +409,7 @@ def row_order(header, name):
         return None
     field = "n_heads" if part == "attn_q" else "n_kv_heads"
     heads = look_up(header, field)
-    rows = np.arange(header.tensors[name].shape[0])
-    return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return np.arange(num_rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -418,8 +449,9 @@ def config_fields(header):
         if key in header.metadata:
             fields[field] = header.metadata[key]
             origin[field] = f"{key} = {fields[field]!r}"
-    fields["eos_token_id"] = [header.metadata[key] for key in ENDS if key in header.metadata]
-    origin["eos_token_id"] = f"{ENDS[0]} and its like = {fields['eos_token_id']}"
+    ends = [header.metadata[key] for key in ENDS if key in header.metadata]
+    fields["eos_token_id"] = ends or None
+    origin["eos_token_id"] = f"{ENDS[0]} and its like = {ends}"
     return fields, origin
 
 
@@ -443,7 +475,10 @@ def look_up(header, field):
                              "supported")
         value = value[0]
     if value is not None:
-        return check_number(header, key, value)
+        check_number(header, key, value)
+        if field in ("n_heads", "n_kv_heads") and (type(value) is not int or value < 1):
+            raise ValueError(f"{header.file}: {key} must be a whole number, got {value!r}")
+        return value
     if field == "n_kv_heads":
         return look_up(header, "n_heads")
     if field == "rope_theta":
@@ -452,8 +487,7 @@ def look_up(header, field):
         return len(header.metadata.get("tokenizer.ggml.tokens", []))
     if field == "head_dim":
         dim, heads = look_up(header, "dim"), look_up(header, "n_heads")
-        if type(dim) is type(heads) is int and heads > 0:
-            return dim // heads
+        return dim // heads
     raise ValueError(f"{header.file} lacks the metadata {key}")
 
 
@@ -477,10 +511,6 @@ def check_heads(header, fields):
     size = check_number(header, window, header.metadata.get(window, 0))
     if 0 < size < fields["max_len"]:
         raise ValueError(f"{header.file}: {window} = {size!r} is not supported")
-    for field in ("n_heads", "n_kv_heads"):             # `row_order` divides by them
-        if type(fields[field]) is not int or fields[field] < 1:
-            raise ValueError(f"{header.file}: {prefix}{KEYS[field]} must be a whole number, got "
-                             f"{fields[field]!r}")
 
 
 def rope_scaling(header, fields):
@@ -504,7 +534,7 @@ def llama3_scaling(header, fields):
     other = f"{header.file}: {ROPE_FACTORS} is not the table of Llama 3, which alone is supported"
     if tensor.shape != (C // 2,) or tensor.kind != "F32":
         raise ValueError(other)
-    found = read_rows(header.file, ROPE_FACTORS, 0, C // 2).double().numpy()
+    found = read_stored_rows(tensor, 0, 1)[0].astype(np.float64)
     if (found == 1).all():
         return None
     scaling = {"rope_type": "llama3", "factor": float(f"{found.max():.6g}"),
@@ -523,8 +553,9 @@ def llama3_scaling(header, fields):
 
 def describe(file):
     """How a file's tensors are stored: "0.098 GB, Q4_1 (210 tensors), F32 (61), Q8_0 (1)"."""
-    header = read_header(file)
+    header = read_whole_header(file)
     kinds = [tensor.kind for tensor in header.tensors.values()]
     counts = {kind: kinds.count(kind) for kind in sorted(set(kinds), key=kinds.count, reverse=True)}
     parts = [f"{kind} ({count})" for kind, count in counts.items()]
-    return f"{Path(file).stat().st_size / 1e9:.3f} GB: tensors of {', '.join(parts)}"
+    size = sum(part.stat().st_size for part in parts_of(file))
+    return f"{size / 1e9:.3f} GB: tensors of {', '.join(parts)}"

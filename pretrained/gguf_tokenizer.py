@@ -1,5 +1,4 @@
-"""The tokenizer in a GGUF file: byte-level BPE, whose way of splitting text into words is known by a
-name.
+"""The tokenizer in a GGUF file: byte-level BPE, whose way of splitting text into words has a name.
 
 The list of tokens, the merges, the special tokens and the chat template stand in the metadata. The
 rule that splits text does not, only llama.cpp's name for it: PRE_TOKENIZERS has those whose rule is

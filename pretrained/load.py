@@ -150,7 +150,7 @@ def wanted_tensors(model, stored, fresh_head):
     config = model.config
     is_own = "embed.weight" in stored or "head.weight" in stored
     table = tensor_table(model)
-    if gguf.EMBEDDING in stored:
+    if gguf.is_gguf(next(iter(stored.values())).file):
         table = tensor_table(model, gguf.TENSORS)
     if is_own:
         table = [(name, [name], False) for name in model.state_dict()]

@@ -69,8 +69,8 @@ def read_rows(file, name, shape, first, last):
 
 
 def tensor_table(model, names=None):
-    """[(published name, our parameters, stored transposed)]: the family's table, or `names`, another
-    one of its form, written out for every layer of this model."""
+    """[(published name, our parameters, stored transposed)]: the family's table, or another one of
+    its form, `names`, written out for every layer of this model."""
     if names is None:
         names = FAMILIES[model.config.family].tensors
     parameters = model.state_dict(keep_vars=True)

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import random
 import re
+import resource
 import struct
 import time
 import tracemalloc
@@ -22,7 +23,6 @@ from gguf_files import (
     tiny_model,
     tokenizer_metadata,
 )
-from scripts import run
 from tokenizers import pre_tokenizers
 
 from data.tokenizer import Tokenizer
@@ -31,12 +31,14 @@ from pretrained import gguf, hub
 from pretrained.config import read_config
 from pretrained.gguf_tokenizer import PRE_TOKENIZERS, read_tokenizer
 from pretrained.load import describe
+from pretrained.tensors import read_rows
 
 WRITTEN = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 CASES = [("llama", kind) for kind in WRITTEN]
 CASES += [(family, kind) for family in ("qwen2", "qwen3", "llada", "Dream")
           for kind in ("F16", "Q8_0")]
-TEXT = "It's 1234 o'clock:\n\n  the owl's   fox, [don't] \t x=12.5%\r\n caf\u00e9 e\u0301 ½² 日本語 🙂 end "
+TEXT = ("It's 1234 o'clock:\n\n  the owl's   fox, [don't] \t x=12.5%\r\n caf\u00e9 e\u0301 ½² "
+        "日本語 🙂 end ")
 # At byte 24 the metadata begin: the length of "general.architecture", then that.
 FIRST_KEY = 24
 
@@ -105,29 +107,37 @@ def test_queries_and_keys_that_stay_interleaved_are_another_model(tmp_path, fami
     assert (logits_of(loaded) - expected).abs().max() > 0.05 * expected.abs().max()
 
 
+NAME = "blk.0.ffn_up.weight"
+
+
+def one_tensor(path, raw, kind):
+    """A file with nothing but one tensor, its bytes as they are."""
+    writer = library.GGUFWriter(str(path), "qwen2")
+    writer.add_tensor(NAME, raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.mark.parametrize("kind", [kind.name for kind in library.GGMLQuantizationType])
 def test_every_type_that_the_package_undoes(tmp_path, kind):
     type_ = library.GGMLQuantizationType[kind]
     rows, columns = 24, 512
     raw = random_blocks(kind, rows, columns)
-    writer = library.GGUFWriter(str(tmp_path / "model.gguf"), "qwen2")
-    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    file = one_tensor(tmp_path / "model.gguf", raw, type_)
     try:
         with np.errstate(all="ignore"):
             expected = library.quants.dequantize(raw, type_)
     except NotImplementedError:
         with pytest.raises(ValueError, match=f"is stored as {kind}, which the package gguf cannot"):
-            gguf.stored_tensors(tmp_path / "model.gguf")
+            gguf.stored_tensors(file)
         return
     stored = {"F16": "F16", "BF16": "BF16"}.get(kind, "F32")
-    assert gguf.stored_tensors(tmp_path / "model.gguf") == {
-        "blk.0.ffn_up.weight": ((rows, columns), stored)}
+    assert gguf.stored_tensors(file) == {NAME: ((rows, columns), stored)}
     with np.errstate(all="ignore"):
-        found = gguf.read_rows(tmp_path / "model.gguf", "blk.0.ffn_up.weight", 5, 19)
+        found = gguf.read_rows(file, NAME, 5, 19)
     assert np.array_equal(found.numpy(), expected[5:19].astype(np.float32), equal_nan=True)
 
 
@@ -143,14 +153,16 @@ def test_rows_are_the_same_in_whatever_pieces_they_are_read(tmp_path):
         assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_a_long_tensor_is_undone_in_several_steps(tmp_path):
+def test_a_long_tensor_is_read_and_undone_in_several_steps(tmp_path):
     """More numbers than are undone at once, and than are read at once."""
-    model = tiny_model("qwen2", vocab_size=70000)
-    model.config.vocab_size = 320                       # for the tokenizer's metadata
-    file = GGUFFile(model, "Q4_1")
-    file.metadata["qwen2.vocab_size"] = 70000
-    loaded = Transformer.from_pretrained(file.write(tmp_path / "model.gguf"))
-    assert torch.equal(loaded.embed.weight, model.embed.weight)
+    kind = library.GGMLQuantizationType.Q8_0
+    raw = random_blocks("Q8_0", 2100, 2048)
+    file = one_tensor(tmp_path / "model.gguf", raw, kind)
+    with np.errstate(all="ignore"):
+        expected = library.quants.dequantize(raw.reshape(1, -1), kind).reshape(2100, 2048)
+        pieces = [rows.numpy() for _, rows in read_rows(file, NAME, (2100, 2048), 0, 2100)]
+    assert len(pieces) == 2
+    assert np.array_equal(np.concatenate(pieces), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
@@ -330,7 +342,7 @@ def test_parts(tmp_path):
     GGUFFile(model, "Q8_0").write(tmp_path / "model.gguf", split_max_tensors=8)
     parts = sorted(tmp_path.iterdir())
     assert len(parts) == 3
-    for path in (tmp_path, parts[0]):
+    for path in (tmp_path, parts[0], parts[2]):
         assert close(logits_of(Transformer.from_pretrained(path)), logits_of(model))
     parts[1].unlink()
     with pytest.raises(FileNotFoundError, match="one of 3 parts, and model-00002-of-00003.gguf is"):
@@ -451,7 +463,7 @@ def test_smollm_and_gpt_2_split_as_their_own_tokenizers_do():
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        ("gpt-2", "a|Ġ1234|567|'ll|Ġ...|Ċ|Ċ"),
+        ("gpt-2", "a|Ġ1234567|'ll|Ġ...|ĊĊ"),
         ("smollm", "a|Ġ|1|2|3|4|5|6|7|'ll|Ġ...|ĊĊ"),
         ("qwen2", "a|Ġ|1|2|3|4|5|6|7|'ll|Ġ...ĊĊ"),
         ("llama-bpe", "a|Ġ|123|456|7|'ll|Ġ...ĊĊ"),
@@ -652,7 +664,7 @@ def test_an_alignment_that_cannot_be(tmp_path, alignment):
         ({"llama.attention.sliding_window": 16}, "attention.sliding_window = 16 is not supported"),
         ({"llama.expert_count": 8}, "llama.expert_count = 8 is not supported"),
         ({"llama.logit_scale": 0.5}, "llama.logit_scale = 0.5 is not supported"),
-        ({"llama.attention.causal": 1}, "causal must be true or false, got 1"),
+        ({"llama.attention.causal": 2}, "causal must be true or false, got 2"),
         ({"llama.rope.freq_base": -1.0}, "rope_theta must be a positive number"),
         ({"tokenizer.ggml.mask_token_id": 320}, "mask_token_id 320 is outside the vocabulary"),
         ({"tokenizer.ggml.eos_token_id": "x"}, "eos_token_id must be a token id"),
@@ -705,20 +717,13 @@ def test_a_tensor_too_many(tmp_path):
             "holds the tensor blk.1.ffn_gate_inp.weight, which has no place in a llama model")
 
 
-def test_a_script_ends_with_one_line(file):
-    overwrite(file, 0, "4s", b"GGML")
-    result = run("model.py", str(file))
-    assert result.status == 2 and result.err.count("\n") == 1
-    assert result.err.startswith("error: ") and "is no GGUF" in result.err
-
-
 def mutated(data, head, draw):
     """The file with some of its first `head` bytes changed: single ones, numbers, or cut."""
     kind = draw.random()
     if kind < 0.1:
         return data[:draw.randrange(len(data))]
     damaged = bytearray(data)
-    for _ in range(draw.randint(1, 4)):
+    for _ in range(draw.randint(1, 2)):
         position = draw.randrange(head - 8)
         if kind < 0.5:
             damaged[position] = draw.randrange(256)
@@ -731,6 +736,7 @@ def mutated(data, head, draw):
 def test_three_hundred_mutations(tmp_path):
     """Each is read, or refused in one line, at once and without memory."""
     draw, loaded, refused = random.Random(0), 0, 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     originals = []
     for family in ("llama", "qwen3", "llada"):
         path = GGUFFile(tiny_model(family), "Q8_0").write(tmp_path / f"{family}.gguf")
@@ -738,13 +744,12 @@ def test_three_hundred_mutations(tmp_path):
         data = path.read_bytes()
         head = min(tensor.offset for tensor in gguf.read_header(path).tensors.values())
         originals.append((data, head, data.index(b"tokenizer.ggml.tokens")))
-    path = tmp_path / "mutated.gguf"
     for number in range(300):
+        path = tmp_path / f"{number}.gguf"
         data, head, lists = originals[number % 3]
         path.write_bytes(mutated(data, head if number % 2 else lists, draw))
-        started = time.time()
-        tracemalloc.start()
-        for read in (Transformer.from_pretrained, describe, read_tokenizer):
+        started = time.process_time()
+        for read in (Transformer.from_pretrained, read_tokenizer):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")     # NaN, where a type was exchanged
@@ -757,11 +762,9 @@ def test_three_hundred_mutations(tmp_path):
                 loaded += 1
                 with torch.no_grad():
                     assert result(torch.zeros(1, 4, dtype=torch.int64)).shape[:2] == (1, 4)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 50e6, (number, peak)
-        assert time.time() - started < 20, number
-    assert loaded > 10 and refused > 300
+        assert time.process_time() - started < 2, number
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 200e6
+    assert loaded > 20 and refused > 200
 
 
 def test_the_package_gguf_is_missing(tmp_path, file, monkeypatch):
