@@ -129,6 +129,8 @@ def parts_of(file):
         return [file]
     stem, count = match.groups()
     parts = [file.with_name(f"{stem}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    if file not in parts:
+        return [file]
     for part in parts:
         if not part.is_file():
             raise FileNotFoundError(f"{file} is one of {int(count)} parts, and {part.name} is "

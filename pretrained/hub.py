@@ -24,8 +24,8 @@ def find_checkpoint(path_or_hub_id, weights=True):
     if is_gguf(folder):
         return parts_of(folder)[0]
     if folder.exists():
-        raise FileNotFoundError(f"{folder} is a file, and no .gguf: pass the folder that holds "
-                                "config.json")
+        raise FileNotFoundError(f"{folder} is a file: pass the folder that holds config.json, or a "
+                                ".gguf")
     if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", str(path_or_hub_id)):
         raise FileNotFoundError(f"there is no folder {path_or_hub_id}")
     package, hub_id = NICKNAMES.get(str(path_or_hub_id), (path_or_hub_id, path_or_hub_id))

@@ -102,9 +102,9 @@ def match_tensors(config, stored, fresh_head=False):
         elif is_unused(family, name):
             continue
         else:
-            refuse(config, name, tensor)                # raises
+            refuse(config, name, stored)                # raises
         check_dtype(name, tensor)
-        check_shape(name, tensor, [shapes[our] for our in ours], transposed)
+        check_shape(name, stored, [shapes[our] for our in ours], transposed)
         dtype = DTYPES[tensor.dtype]
         parts.append(Part(tensor.file, name, tensor.shape, dtype, ours, transposed))
     if wanted:
@@ -112,9 +112,14 @@ def match_tensors(config, stored, fresh_head=False):
     return model, plan + plan_of_copies
 
 
-def described_in(file):
-    """What says how large the model is whose weights stand in this file: for messages."""
-    return "its metadata" if gguf.is_gguf(file) else "config.json"
+def from_gguf(stored):
+    """Whether the tensors of `read_headers` stand in a GGUF."""
+    return any(gguf.is_gguf(file) for file in {tensor.file for tensor in stored.values()})
+
+
+def described_in(stored):
+    """What says how large the model is, for messages."""
+    return "its metadata" if from_gguf(stored) else "config.json"
 
 
 def model_without_memory(config, stored):
@@ -124,22 +129,18 @@ def model_without_memory(config, stored):
             return Transformer(config)
     except RuntimeError as error:                       # its size overflows 64 bits
         reason = str(error).splitlines()[0]
-        file = next(iter(stored.values())).file
-        raise ValueError(f"{described_in(file)} asks for too large a model ({reason})") from None
+        raise ValueError(f"{described_in(stored)} asks for too large a model ({reason})") from None
 
 
 def check_layers(config, stored):
     """ValueError if the files hold another number of layers than config.json says."""
-    if not stored:
-        raise ValueError("the weights hold no tensor")
     layers = set()
     for name in stored:
         match = re.search(r"(?:^|\.)(\d+)\.", name)
         if match:
             layers.add(match[1])
     if len(layers) != config.n_layers:
-        file = next(iter(stored.values())).file
-        raise ValueError(f"{described_in(file)} says {config.n_layers} layers, the weights hold "
+        raise ValueError(f"{described_in(stored)} says {config.n_layers} layers, the weights hold "
                          f"{len(layers)}")
 
 
@@ -150,7 +151,7 @@ def wanted_tensors(model, stored, fresh_head):
     config = model.config
     is_own = "embed.weight" in stored or "head.weight" in stored
     table = tensor_table(model)
-    if gguf.is_gguf(next(iter(stored.values())).file):
+    if from_gguf(stored):
         table = tensor_table(model, gguf.TENSORS)
     if is_own:
         table = [(name, [name], False) for name in model.state_dict()]
@@ -189,15 +190,16 @@ def is_unused(family, name):
     return any(re.fullmatch(family.unused, spelling) for spelling in spellings)
 
 
-def refuse(config, name, tensor):
+def refuse(config, name, stored):
     """ValueError for a stored tensor that has no place in the model."""
+    tensor = stored[name]
     if tensor.dtype in ("I64", "BOOL"):
         raise ValueError(f"{tensor.file} holds {name}, a buffer of type {tensor.dtype} and no "
                          f"weights, which has no place in a {config.family} model: write the file "
                          "without it if it is but a table of positions or the like")
     check_dtype(name, tensor)
     raise ValueError(f"{tensor.file} holds the tensor {name}, which has no place in a "
-                     f"{config.family} model as {described_in(tensor.file)} has it")
+                     f"{config.family} model as {described_in(stored)} has it")
 
 
 def check_dtype(name, tensor):
@@ -207,14 +209,15 @@ def check_dtype(name, tensor):
                          f"cannot be read (only {', '.join(DTYPES)})")
 
 
-def check_shape(name, tensor, shapes, transposed):
+def check_shape(name, stored, shapes, transposed):
     """ValueError if a stored tensor is not of the size of our parameters, of these shapes."""
+    tensor = stored[name]
     asked = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
     if transposed:
         asked.reverse()
     if list(tensor.shape) != asked:
         raise ValueError(f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
-                         f"{described_in(tensor.file)} asks for {asked}")
+                         f"{described_in(stored)} asks for {asked}")
 
 
 def refuse_incomplete(config, stored, wanted):

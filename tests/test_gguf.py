@@ -333,7 +333,7 @@ def test_a_file_without_a_name_is_known_by_its_first_bytes(tmp_path):
     blob = file.rename(tmp_path / "sha256-0123")
     assert Transformer.from_pretrained(blob).config.dim == 64
     (tmp_path / "text").write_text("GGU")
-    with pytest.raises(FileNotFoundError, match="is a file, and no .gguf"):
+    with pytest.raises(FileNotFoundError, match="is a file: pass the folder that holds"):
         Transformer.from_pretrained(tmp_path / "text")
 
 
