@@ -20,10 +20,15 @@ from data.files import did_you_mean, file_digest, file_name, short_hash, split_f
 from data.hub import fineweb_edu, openwebtext, shakespeare, tinystories
 from data.loader import SPLITS, TokenDataset
 from data.python_docs import pydocs, pystdlib
+from data.sudoku import SETS as SUDOKU
+from data.sudoku import SHAPES
+from data.tales import tales
 from data.tokenizer import Tokenizer, check_vocab_size
 from data.writer import RENDERING, make_dataset, write_conversations, write_dataset
 
 DATASETS = {
+    "tales": tales,
+    **SUDOKU,
     "pydocs": pydocs,
     "pystdlib": pystdlib,
     "shakespeare": shakespeare,
@@ -35,14 +40,15 @@ STREAMED = (tinystories, fineweb_edu, openwebtext)
 MAX_TOKENS = 100_000_000        # of a streamed data set, unless max_tokens says otherwise
 
 
-def prepare(dataset="pydocs", tokenizer="bpe", vocab_size=2048, max_tokens=None, root=None):
+def prepare(dataset="tales", tokenizer="bpe", vocab_size=2048, max_tokens=None, root=None):
     """The folder (a Path) of a prepared data set, for TokenDataset and Tokenizer.from_pretrained;
     made if need be.
 
     dataset     a name in DATASETS, a text file or folder, or chat data as data/chat_sets.py
                 describes it.
     tokenizer   "bpe" (learned from the training split, vocab_size ids), "byte", "gpt2", a
-                checkpoint's folder or GGUF file, or a Tokenizer.
+                checkpoint's folder or GGUF file, or a Tokenizer. Sudoku grids bring their own, the
+                digits: they take "bpe" for it, and a Tokenizer or folder that is equal.
     max_tokens  how much of a streamed text to take.
     root        where prepared data sets are kept.
     Raises ValueError, FileNotFoundError or another OSError (off-line, disk full).
@@ -56,7 +62,10 @@ def prepare(dataset="pydocs", tokenizer="bpe", vocab_size=2048, max_tokens=None,
     if max_tokens is not None and read not in STREAMED:
         raise ValueError(f"max_tokens bounds what is streamed, as tinystories; {name} is taken "
                          "whole")
-    tokenizer_name, tokenizer = find_tokenizer(tokenizer, vocab_size)
+    if name in SHAPES:
+        tokenizer_name, tokenizer = digits_tokenizer(name, tokenizer, vocab_size)
+    else:
+        tokenizer_name, tokenizer = find_tokenizer(tokenizer, vocab_size)
     folder_name = f"{name}-{tokenizer_name}"
     if max_tokens is not None:
         folder_name = f"{folder_name}-{max_tokens}"
@@ -158,6 +167,20 @@ def find_tokenizer(tokenizer, vocab_size):
     loaded = Tokenizer.from_pretrained(folder)
     content = short_hash(loaded.backend.to_str().encode())
     return f"{file_name(folder.resolve().name)}-{content}", loaded
+
+
+def digits_tokenizer(name, tokenizer, vocab_size):
+    """("digits", the Tokenizer) of a set of Sudoku grids. ValueError where another tokenizer was
+    asked for."""
+    digits = Tokenizer.characters(SHAPES[name].digits)
+    equal = tokenizer == "bpe"                          # the default: nothing was asked for
+    if tokenizer not in ("bpe", "byte", "gpt2"):
+        _, asked = find_tokenizer(tokenizer, vocab_size)
+        equal = asked.backend.to_str() == digits.backend.to_str()
+    if not equal:
+        raise ValueError(f"{name} has a tokenizer of its own, a token for each of its digits: "
+                         "leave --tokenizer away (a checkpoint with another cannot read grids)")
+    return "digits", digits
 
 
 def prepared_root(root=None):
