@@ -107,10 +107,10 @@ def is_list_of(values, kind):
 
 def make_backend(file, metadata, rule, tokens, kinds):
     """The `tokenizers` object without what it puts around a text. Raises ValueError."""
-    vocab, added = {}, []
-    for index, (token, kind) in enumerate(zip(tokens, kinds)):
-        if kind == UNUSED:                              # "[PAD151936]" fills an embedding's rows
-            continue
+    vocab, added, count = {}, [], len(tokens)
+    while count and kinds[count - 1] == UNUSED:         # "[PAD151936]": they fill an embedding
+        count -= 1
+    for index, (token, kind) in enumerate(zip(tokens[:count], kinds)):
         if token in vocab:
             raise ValueError(f"{file} is damaged: it has the token {token!r:.80} twice")
         vocab[token] = index

@@ -44,8 +44,8 @@ FAMILY = {
 def tiny_model(family, seed=0, **changes):
     """A random model of a family, large enough for blocks of 32 and for several heads."""
     settings = dict(vocab_size=320, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96,
-                    max_len=128, rope_theta=500000.0, norm_eps=1e-5, bos_token_id=319,
-                    eos_token_id=316, mask_token_id=317)
+                    max_len=128, rope_theta=500000.0, norm_eps=1e-5, bos_token_id=315,
+                    eos_token_id=312, mask_token_id=313)
     settings |= FAMILY[family] | changes
     model = Transformer(Config(family=family, **settings)).init_weights(seed).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -163,17 +163,17 @@ def metadata_of(config, architecture):
 
 @functools.cache
 def tokenizer_metadata(vocab_size=320):
-    """A small byte-level BPE with tokens of every kind: 310 pieces, unused ones, and at the end
-    EOS, mask, one that is not special, BOS."""
+    """A small byte-level BPE with tokens of every kind: 310 pieces, two unused ones, EOS, mask, one
+    that is not special, BOS, and unused ones to the end."""
     trained = Tokenizer.train(TEXTS, 260 + 54)
     vocab = {piece: i for piece, i in trained.backend.get_vocab(False).items() if i < 310}
     tokens = sorted(vocab, key=vocab.get)
     kinds = [1] * len(tokens)
-    while len(tokens) < vocab_size - 4:
+    tokens += ["[PAD310]", "[PAD311]", "<|end|>", "<|mdm_mask|>", "<tool>", "<|begin|>"]
+    kinds += [5, 5, 3, 3, 4, 3]
+    while len(tokens) < vocab_size:
         tokens.append(f"[PAD{len(tokens)}]")
         kinds.append(5)
-    tokens += ["<|end|>", "<|mdm_mask|>", "<tool>", "<|begin|>"]
-    kinds += [3, 3, 4, 3]
     merges = []
     for piece in sorted(vocab, key=vocab.get):
         for cut in range(1, len(piece)):
@@ -187,9 +187,9 @@ def tokenizer_metadata(vocab_size=320):
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": vocab_size - 1,
-        "tokenizer.ggml.eos_token_id": vocab_size - 4,
-        "tokenizer.ggml.mask_token_id": vocab_size - 3,
+        "tokenizer.ggml.bos_token_id": 315,
+        "tokenizer.ggml.eos_token_id": 312,
+        "tokenizer.ggml.mask_token_id": 313,
         "tokenizer.chat_template":
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}",
     }

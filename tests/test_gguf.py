@@ -224,15 +224,15 @@ def test_sizes_that_are_listed_by_layer(tmp_path):
 
 
 def test_a_text_ends_at_any_end_token(tmp_path):
-    config = config_of(tmp_path, tokenizer__ggml__eot_token_id=318)
-    assert config.ends == (316, 318)
-    assert config_of(tmp_path).ends == (316,)
+    config = config_of(tmp_path, tokenizer__ggml__eot_token_id=314)
+    assert config.ends == (312, 314)
+    assert config_of(tmp_path).ends == (312,)
     assert config_of(tmp_path, tokenizer__ggml__eos_token_id=...).ends == ()
 
 
 def test_the_habits_of_diffusion_models(tmp_path):
     llada, dream = config_of(tmp_path, "llada"), config_of(tmp_path, "Dream")
-    assert not llada.causal and not llada.shift and llada.mask_token_id == 317
+    assert not llada.causal and not llada.shift and llada.mask_token_id == 313
     assert not dream.causal and dream.shift and dream.step_schedule == "timesteps"
     assert not config_of(tmp_path, "Dream", diffusion__shift_logits=False).shift
     opened = config_of(tmp_path, "qwen3", qwen3__attention__causal=False,
@@ -410,23 +410,23 @@ def tokenizer_of(tmp_path, **changes):
 
 def test_tokens_of_every_kind(tmp_path):
     tokenizer = tokenizer_of(tmp_path)
-    assert tokenizer.vocab_size == 320
+    assert tokenizer.vocab_size == 316                  # what fills the embedding counts no more
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (
-        319, 316, 317)
+        315, 312, 313)
     ids = tokenizer.encode("the<|end|><tool>", parse_special=True)
-    assert ids[-2:] == [316, 318]
-    assert 316 not in tokenizer.encode("the<|end|>")    # text is text
-    assert tokenizer.decode([*tokenizer.encode("the"), 316, 318], skip_special_tokens=True) == (
+    assert ids[-2:] == [312, 314]
+    assert 312 not in tokenizer.encode("the<|end|>")    # text is text
+    assert tokenizer.decode([*tokenizer.encode("the"), 312, 314], skip_special_tokens=True) == (
         "the<tool>")
-    assert tokenizer.backend.token_to_id("[PAD312]") is None
+    assert tokenizer.backend.token_to_id("[PAD316]") is None
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT.replace("e\u0301", "\u00e9")    # NFC
 
 
 def test_bos_is_put_where_the_file_or_its_rule_says(tmp_path):
     assert tokenizer_of(tmp_path).frame() == ([], [])
-    assert tokenizer_of(tmp_path, ggml__add_bos_token=True).frame() == ([319], [])
-    assert tokenizer_of(tmp_path, ggml__add_eos_token=True).frame() == ([], [316])
-    assert tokenizer_of(tmp_path, ggml__pre="llama-bpe").frame() == ([319], [])
+    assert tokenizer_of(tmp_path, ggml__add_bos_token=True).frame() == ([315], [])
+    assert tokenizer_of(tmp_path, ggml__add_eos_token=True).frame() == ([], [312])
+    assert tokenizer_of(tmp_path, ggml__pre="llama-bpe").frame() == ([315], [])
     assert tokenizer_of(tmp_path, ggml__pre="llama-bpe", ggml__add_bos_token=False).frame() == (
         [], [])
 
@@ -492,11 +492,11 @@ def test_qwen2_is_the_tokenizer_that_its_files_give(tmp_path):
 def test_a_word_that_is_a_token_is_taken_whole_by_llama_bpe(tmp_path):
     metadata = tokenizer_metadata()
     tokens = list(metadata["tokenizer.ggml.tokens"])
-    tokens[tokens.index("[PAD312]")] = "zyxzyx"
+    tokens[tokens.index("[PAD310]")] = "zyxzyx"
     kinds = list(metadata["tokenizer.ggml.token_type"])
-    kinds[312] = 1
+    kinds[310] = 1
     changes = dict(ggml__tokens=tokens, ggml__token_type=kinds)
-    assert tokenizer_of(tmp_path, ggml__pre="llama-bpe", **changes).encode("zyxzyx") == [312]
+    assert tokenizer_of(tmp_path, ggml__pre="llama-bpe", **changes).encode("zyxzyx") == [310]
     assert len(tokenizer_of(tmp_path, **changes).encode("zyxzyx")) > 1
 
 
