@@ -47,8 +47,8 @@ def prepare(dataset="tales", tokenizer="bpe", vocab_size=2048, max_tokens=None, 
     dataset     a name in DATASETS, a text file or folder, or chat data as data/chat_sets.py
                 describes it.
     tokenizer   "bpe" (learned from the training split, vocab_size ids), "byte", "gpt2", a
-                checkpoint's folder, or a Tokenizer. Sudoku grids bring their own, the digits: they
-                take "bpe" for it, and a Tokenizer or folder that is equal.
+                checkpoint's folder or GGUF file, or a Tokenizer. Sudoku grids bring their own, the
+                digits: they take "bpe" for it, and a Tokenizer or folder that is equal.
     max_tokens  how much of a streamed text to take.
     root        where prepared data sets are kept.
     Raises ValueError, FileNotFoundError or another OSError (off-line, disk full).
@@ -160,7 +160,7 @@ def find_tokenizer(tokenizer, vocab_size):
     if tokenizer == "gpt2":
         return "gpt2", Tokenizer.gpt2()
     folder = Path(tokenizer).expanduser()
-    if not tokenizer or not folder.is_dir():
+    if not tokenizer or not folder.exists():
         hint = did_you_mean(tokenizer, ("bpe", "byte", "gpt2"))
         raise FileNotFoundError(f"no tokenizer called {tokenizer!r}{hint} (take bpe, byte, gpt2 or "
                                 "the folder of a checkpoint)")

@@ -171,10 +171,10 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, folder):
         """The tokenizer in a checkpoint's folder: what save_pretrained wrote, or the files of a
-        published one (pretrained/tokenizer_files.py). FileNotFoundError when there is none,
-        ValueError naming the file that is damaged."""
+        published one (pretrained/tokenizer_files.py); or the one in a GGUF file. FileNotFoundError
+        when there is none, ValueError naming the file that is damaged."""
         folder = Path(folder)
-        if not folder.is_dir():
+        if not folder.exists():
             raise FileNotFoundError(f"no tokenizer at {folder}: there is no such folder")
         own = _read_own(folder)
         if own is not None:
