@@ -305,9 +305,10 @@ class Sampler:
             return s["remasking"]
         if s["remask"]:
             return "ancestral"
-        # These need a rule that asks the model.
+        # These need a rule that asks the model; so does a grid, where one wrong digit spoils all.
         asking = ("threshold", "factor", "entropy_bound", "alg_temp", "defer")
-        if self.samples_freely(gaps, chat) and not any(s[name] for name in asking):
+        asks = self.grid is not None or any(s[name] for name in asking)
+        if self.samples_freely(gaps, chat) and not asks:
             return "random"
         return "low_confidence"
 

@@ -377,7 +377,8 @@ def test_the_sampler_solves_greedily_and_writes_freely():
             "cache": "auto", "cfg_scale": 0.0, "schedule": "", "seed": 1}
     solving = sampler.arguments(3, auto, gaps=True)
     assert (solving["temperature"], solving["remasking"]) == (0.0, "low_confidence")
-    assert sampler.arguments(16, auto)["temperature"] > 0
+    writing = sampler.arguments(16, auto)
+    assert (writing["temperature"], writing["remasking"]) == (0.7, "low_confidence")
 
 
 def test_the_page_gets_a_grid():
