@@ -63,6 +63,7 @@ WHO = {
     "rescue": ("Who saved {X}?", "{A} saved {X}."),
     "promise": ("Who made a promise?", "{B} made a promise."),
     "lend": ("Who lent {T:the} to {B:him}?", "{A} lent {T:the} to {B:him}."),
+    "lend_promised": ("Who lent {T:the} to {B:him}?", "{A} lent {T:the} to {B:him}."),
     "admire": ("Who liked {T:the}?", "{B} liked {T:the}."),
 }
 # What somebody did with a thing: the person who did it, and the sentence.
@@ -70,6 +71,7 @@ DEEDS = {
     "give": "{A} gave {T:the} to {B:him}.",
     "present": "{A} gave {T:the} to {B:him} as a present.",
     "lend": "{A} lent {T:the} to {B:him}.",
+    "lend_promised": "{A} lent {T:the} to {B:him}.",
     "relent": "{A} lent {T:the} to {B:him}.",
     "share": "{A} shared {T:the} with {B:him}.",
     "share_after_all": "{A} shared {T:the} with {B:him}.",

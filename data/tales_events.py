@@ -148,7 +148,7 @@ INTRODUCTIONS = (
         "Their friend {D:name} was {P:at}, too.",
         "A {D:kid} called {D:name} came along.",
         "Then a {D:kid} called {D:name} walked by.",
-        "After a while {D:name} came {P:to} as well."), weight=0.3),
+        "After a while {D:name} came {P:to} as well."), weight=1.5),
     Event("second", "intro", "B wants T, A has T, A owns T, A with B, not two",
           "two, B has U, B owns U, B first U, B ready U", (
         "{B} had {U:a}.",
@@ -203,7 +203,16 @@ WISHES = (
         "\"You may {T:use} it until tomorrow,\" said {A:name} to {B:him}.",
         "So {A} lent {T} to {B:him} for a while.",
         "\"Yes, but I want it back,\" said {A:name} and gave {T} to {B:him}."),
-        moods=("B glad: {A} had lent {B:him} {T} | now {B} could {T:use} {T}",), weight=4),
+        moods=("B glad: {A} had lent {B:him} {T} | now {B} could {T:use} {T}",), weight=2.5),
+    Event("lend_promised", "plot", "B asked A T",
+          "no B asked A T, no B wants T, no A has T, B has T, A lent B T, B promised A T, "
+          "B tried T, B owes A", (
+        "{B} promised to bring {T} back, and so {A} lent it to {B:him}.",
+        "\"Yes, if you promise to bring it back,\" said {A:name} and gave {B:him} {T}.",
+        "{A} lent {B:him} {T}, and {B} promised to give it back soon.",
+        "{B} gave {B:his} word to bring {T} back, and {A} lent it to {B:him}.",
+        "{A} gave {B:him} {T}, and {B} promised to take good care of it."),
+        moods=("B glad: {A} had lent {B:him} {T} | now {B} could {T:use} {T}",), weight=3),
     Event("refuse", "plot", "B asked A T", "no B asked A T, no B wants T, A refused B T", (
         "\"No, {T:the} is mine,\" said {A:name}.",
         "But {A} did not want to lend {B:him} {T}.",
@@ -269,8 +278,7 @@ WISHES = (
         "\"Will you sell {T:the} to me, {A:name}?\" asked {B:name}.",
         "\"How much is {T:the}?\" {B} asked {A:him}."), weight=1),
     Event("sell", "plot", "B offered A T",
-          "no B offered A T, no B wants T, no A has T, no A owns T, B has T, B owns T, "
-          "sold T", (
+          "no B offered A T, no B wants T, no A has T, no A owns T, B has T, B owns T", (
         "{A} took the money and gave {B:him} {T}.",
         "So {A} sold {T} to {B:him}.",
         "{A} needed the money and sold {B:him} {T}.",
@@ -332,7 +340,7 @@ WISHES = (
         "{A} looked at {U:the} and said no.",
         "But {A} would not trade {T:the} for {U:the}.",
         "\"No, keep {U:the},\" said {A:name} to {B:him}."),
-        moods=("B sad: {A} had said no | {A} did not want {U:the}",), weight=0.7),
+        moods=("B sad: {A} had said no | {A} did not want {U:the}",), weight=1.2),
 )
 
 PROMISES = (
@@ -366,7 +374,7 @@ PROMISES = (
         "But {B} forgot that {T} was not {B:his} own.",
         "A week later {B} still had {T} and did not think of {B:his} promise."),
         moods=("A sad angry: {B} had forgotten {B:his} promise | {B} had not brought {T} back",),
-        weight=3),
+        weight=4),
     Event("remind", "plot", "B forgot T, B promised A T, A with B", "no B forgot T, B minds T", (
         "\"Where is my {T:noun}?\" {A} asked {B:him}.",
         "\"{B:name}, you still have my {T:noun},\" said {A:name}.",
@@ -420,7 +428,7 @@ WRONGS = (
         "\"It is mine now,\" said {B:name} and went home with {T}.",
         "But {B} told a lie and kept {T}.",
         "{B} laughed and did not give {T} back."),
-        moods=("A sad angry: {B} had not given {T} back",), weight=1),
+        moods=("A sad angry: {B} had not given {T} back",), weight=1.5),
     Event("return_taken", "plot", "B accused A T, B took A T, B has T",
           "no B accused A T, no B took A T, no B has T, A has T, B begged A T, B learned take", (
         "\"I am sorry,\" said {B:name} and gave {T} back to {A:him}.",
@@ -479,14 +487,6 @@ WRONGS = (
         "{A} said that {B} was a fool, and they quarreled.",
         "\"It was your fault!\" said {A:name} to {B:him}.",
         "{AB} did not speak to each other, because {T} was broken."), weight=1.5),
-    Event("apologise", "plot", "B wronged A T, A with B, not B begged A T, not A cross B T, "
-                               "not B vowed A T",
-          "B begged A T", (
-        "\"I am so sorry about {T:the},\" said {B:name} to {A:him}.",
-        "{B} said to {A:him} that {B} was sorry.",
-        "\"Please forgive me, {A:name},\" said {B:name}.",
-        "\"I did not want to break {T:the},\" said {B:name} to {A:him}.",
-        "{B} asked {A:him} to forgive {B:him}."), weight=2.5),
     Event("vow", "plot", "B wronged A T, T broken, A with B, not B vowed A T", "B vowed A T", (
         "\"I will mend {T:the},\" {B} promised.",
         "{B} promised {A} to mend {T}.",
@@ -531,7 +531,7 @@ MISHAPS = (
         "{B} taught {A:him} how one mends {T:a}.",
         "{B} knew what to do and gave {A:him} some glue for {T}.",
         "\"Do not cry, {A:name}, {T:the} can be mended,\" said {B:name}.")),
-    Event("mend_own", "plot", "T broken, A has T, A owns T, not T spoiled", "no T broken, mended T", (
+    Event("mend_own", "plot", "T broken, A has T, A owns T, not T spoiled", "no T broken", (
         "{A} took some glue and mended {T}.",
         "{A} worked all evening and mended {T}.",
         "So {A} mended {T} with a piece of string.",
@@ -636,7 +636,7 @@ LOSSES = (
         "\"I must go {P:to} at once,\" said {A:name} and ran off.",
         "{A} hurried {P:to} to get {T}.")),
     Event("find_again", "plot", "A missed T, T lies P, A at P",
-          "no A missed T, no A lost T, no T lies P, no A saw P, A has T, refound T", (
+          "no A missed T, no A lost T, no T lies P, no A saw P, A has T", (
         "{P:at} {A} found {T} again.",
         "There lay {T}, and {A} picked it up.",
         "{A} looked {P:at} until {A} found {T}.",
@@ -699,13 +699,13 @@ LOSSES = (
 )
 
 HIDING = (
-    Event("hide", "plot", "A refused B T, A has T, A with B, whole T",
-          "no A has T, A hid T, T lies P", (
+    Event("hide", "plot", "B wants T, A has T, A owns T, A with B, whole T",
+          "no B wants T, A refused B T, no A has T, A hid T, T lies P", (
         "{A} hid {T} {P:at}, so that {B} could not take it.",
         "Then {A} went {P:to} and hid {T} there.",
         "So that {B} would not get {T}, {A} hid it {P:at}.",
         "{A} was afraid for {T} and hid it {P:at}.",
-        "\"You will never find it,\" {A} told {B:him} and hid {T} {P:at}."), weight=4),
+        "\"You will never find it,\" {A} told {B:him} and hid {T} {P:at}."), weight=3),
     Event("hunt", "plot", "A hid T, A refused B T, not B hunted T", "B hunted T", (
         "{B} looked for {T} everywhere.",
         "{B} wanted to know where {T} was.",
@@ -718,16 +718,16 @@ HIDING = (
         "At last {A} told {B:him} to look {P:at}.",
         "\"{T:The} is {P:at},\" said {A:name} to {B:him}.",
         "Then {A} felt sorry and told {B:him} that {T} was {P:at}.",
-        "\"If you go {P:to}, you will find {T:the},\" said {A:name} to {B:him}."), weight=4),
+        "\"If you go {P:to}, you will find {T:the},\" said {A:name} to {B:him}."), weight=6),
     Event("find_hidden", "plot", "B told T, A hid T, A owns T, T lies P, A at W, B at W",
-          "no B told T, no A hid T, no T lies P, no A at W, no B at W, A at P, B at P, B has T, "
-          "A lent B T, B tried T, B owes A", (
-        "They went {P:to}, and {B} was allowed to {T:use} {T}.",
-        "So {AB} went {P:to}, where {B} found {T} and could {T:use} it.",
-        "{B} ran {P:to} and found {T}, and {A} let {B:him} {T:use} it for a while.",
-        "{AB} went {P:to} together, and there {A} lent {B:him} {T}.",
-        "{B} found {T} {P:at}, and {A} came after {B:him} and lent it to {B:him}."),
-        moods=("B glad: {B} had found {T}",), weight=3),
+          "no B told T, no A hid T, no T lies P, no A at W, no B at W, A at P, B at P, A has T, "
+          "A shared B T, B tried T", (
+        "They went {P:to}, got {T} and took turns with it.",
+        "So {AB} went {P:to}, and {B} was allowed to {T:use} {T} first.",
+        "{B} ran {P:to} and found {T}, and {A} let {B:him} {T:use} it.",
+        "{AB} went {P:to} together, and there they shared {T}.",
+        "{B} found {T} {P:at}, and {A} came after {B:him} and shared it."),
+        moods=("B glad: {B} had found {T} | {B} could {T:use} {T}",), weight=6),
     Event("find_secretly", "plot", "A hid T, A refused B T, B hunted T, T lies P, B at W",
           "no A hid T, no A refused B T, no T lies P, B has T, B took A T", (
         "{B} found {T} {P:at} and took it without asking.",
@@ -783,7 +783,7 @@ ANIMALS_COME = (
         "{P:at} {B} threw some cheese to {X}.",
         "\"Are you hungry?\" {B} asked {X} and gave it some cheese.")),
     Event("regain", "plot", "X snatched T, not X away, A owns T, X at P, A at P, X has T",
-          "no X snatched T, not X away, no X has T, A has T, regained T", (
+          "no X snatched T, not X away, no X has T, A has T", (
         "{A} caught {X} {P:at} and took {T} back.",
         "{X} let {T} fall, and {A} picked it up.",
         "{P:at} {A} pulled {T} out of its mouth.",
@@ -824,13 +824,13 @@ ANIMALS_COME = (
         "{A} could not do it alone, but with {B:him} {A:he} set {X} free."),
         moods=("A glad: {X} was free again",)),
     Event("repay", "plot", "X friend A, A missed T, T lies P, A at W, A owns T, not A mourns T",
-          "no A missed T, no A lost T, no A saw *, no T lies P, A has T, refound T, X at W", (
+          "no A missed T, no A lost T, no A saw *, no T lies P, A has T, X at W", (
         "{X} ran {P:to} and came back with {T} in its mouth.",
         "Then {X} came and brought {A:him} {T} from {P:the}.",
         "{X} had found {T} {P:at} and carried it to {A:him}.",
         "But {X} had seen {T} {P:at} and brought it to {A:him}.",
         "{X} wanted to thank {A:him} and got {T}, which lay {P:at}."),
-        moods=("A glad: {X} had found {T} | {A} had {T} back",), weight=6),
+        moods=("A glad: {X} had found {T} | {A} had {T} back",), weight=12),
 )
 
 SLEEPING = (
@@ -1028,19 +1028,19 @@ ENDINGS = (
         "So {T} was broken for good.",
         "{A} never had {T:a} again.",
         "{A} put the pieces of {T} into a bag and buried them.",
-        "And {T} was never whole again."), weight=0.1),
+        "And {T} was never whole again."), weight=0.4),
     Event("end_kept", "end", "B forgot T, B promised A T, calm but promised lent", "end", (
         "{B} never brought {T} back, and {A} never lent {B:him} anything again.",
         "{A} never saw {T} again, and {A} did not trust {B:him} any more.",
         "{T} stayed with {B:him}, and {A} learned to whom one can lend things.",
         "To this day {B} has {T}, and {A} is still waiting for it.",
-        "So {B} kept {T}, but {B} lost {A:him} as a friend."), weight=0.3),
+        "So {B} kept {T}, but {B} lost {A:him} as a friend."), weight=0.2),
     Event("end_thief", "end", "B denied T, B took A T, B has T, A owns T, calm but took", "end", (
         "{B} kept {T}, but {A} never spoke to {B:him} again.",
         "{A} never found out who had {T}, and {B} was never happy with it.",
         "So {B} had {T}, but {A} was no longer {B:his} friend.",
         "{B} still has {T}, and {A} still wants it back.",
-        "{A} never got {T} back from {B:him}."), weight=0.15),
+        "{A} never got {T} back from {B:him}."), weight=0.5),
     Event("end_cross", "end", "A cross B T, A has T, A owns T, calm but cross", "end", (
         "{A} kept {T}, but {B} was not {A:his} friend any more.",
         "So {A} had {T} again, but {A} had lost {B:him} as a friend.",
