@@ -72,6 +72,11 @@ def prepare(dataset="tales", tokenizer="bpe", vocab_size=2048, max_tokens=None, 
     folder = prepared_root(root) / folder_name
     if holds_text(folder):
         return folder
+    if isinstance(tokenizer, Tokenizer) and max_tokens is None:
+        # A model that was trained here brings the pieces that were learned here.
+        for learned in prepared_root(root).glob(f"{name}-bpe-*"):
+            if holds_text(learned) and same_pieces(learned, tokenizer):
+                return learned
     if read in STREAMED and max_tokens is None:
         max_tokens = MAX_TOKENS
     facts = {"name": name, "source": source, "tokenizer": tokenizer_name}
@@ -206,6 +211,11 @@ def holds_text(folder):
     except (FileNotFoundError, ValueError):
         return False
     return True
+
+
+def same_pieces(folder, tokenizer):
+    """Whether a data set was prepared with an equal tokenizer."""
+    return Tokenizer.from_pretrained(folder).backend.to_str() == tokenizer.backend.to_str()
 
 
 def holds_conversations(folder):

@@ -280,6 +280,18 @@ def test_prepared_once(book, tmp_path, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+def test_pieces_that_were_learned_here_are_known_again(book, tmp_path):
+    """A model's own tokenizer prepares nothing anew where it was learned; another one does."""
+    folder = prepare(book, "bpe", 300, root=tmp_path / "data")
+    model = tmp_path / "model"
+    Tokenizer.from_pretrained(folder).save_pretrained(model)
+    assert prepare(book, model, root=tmp_path / "data") == folder
+    Tokenizer.train(["other words of another book"] * 9, 290).save_pretrained(model)
+    other = prepare(book, model, root=tmp_path / "data")
+    assert other != folder
+    assert TokenDataset(other).vocab_size < TokenDataset(folder).vocab_size
+
+
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json", "tokenizer.json"])
 def test_damage_is_repaired(book, tmp_path, name):
     folder = prepare(book, "byte", root=tmp_path)
