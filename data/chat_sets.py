@@ -70,7 +70,7 @@ def question(signature):
 
 
 def tales_chat():
-    """questions about short tales, and requests for some: 6 MB, embedded"""
+    """questions about short tales, and requests for some: 4 MB, embedded"""
     for turns in conversations_about_tales():
         messages = []
         for prompt, response in turns:

@@ -141,7 +141,8 @@ def word_of(said_word):
 
 def identity(scene):
     """What tells two Scenes apart."""
-    return scene.state, scene.persons, scene.things, tuple(sorted(scene.words.items()))
+    return (scene.state, scene.persons, scene.things, scene.animals,
+            tuple(sorted(scene.words.items())))
 
 
 def whole(texts, text, scenes):
