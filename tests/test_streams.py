@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny
 from scripts import run, run_parallel
-from test_diffusion import tiny
 
 import common
 import diffusion
