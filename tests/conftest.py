@@ -45,18 +45,6 @@ def prepared_data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def docstrings():
-    """The docstrings of Python's library, read once and kept for whoever goes through them."""
-    from data import chat_sets, python_docs
-
-    found = list(python_docs.docstrings())
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (chat_sets, python_docs):
-            patch.setattr(module, "docstrings", lambda: found)
-        yield found
-
-
-@pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """A file of 30 kB of easy sentences."""
     rng = random.Random(0)

@@ -27,7 +27,6 @@ _forks.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed",
         "torch.nn.parallel",
-        "matplotlib.figure",
         "tokenizers",
         "diffusion",
         "data.prepare",
@@ -50,10 +49,13 @@ class Script:
     """A script at work: `Script("train_scratch.py", "--seed=1").wait()`.
 
     before: a function that the process calls first, to do some damage. environment: variables on
-    top of this process's. folder: where it is started.
+    top of this process's. folder: where it is started. plots: matplotlib is there; drawing loss.png
+    takes as long as the other half of a small run.
     """
 
-    def __init__(self, script, *arguments, environment=None, before=None, folder=ROOT):
+    def __init__(
+        self, script, *arguments, environment=None, before=None, folder=ROOT, plots=False
+    ):
         descriptors, self.paths = zip(
             *(tempfile.mkstemp(prefix=f"unmask-{name}-") for name in ("out", "err"))
         )
@@ -64,7 +66,7 @@ class Script:
         } | (environment or {})
         self.process = _forks.Process(
             target=_main,
-            args=(str(ROOT / script), arguments, self.paths, variables, before, folder),
+            args=(str(ROOT / script), arguments, self.paths, variables, before, folder, plots),
             daemon=True,
         )
         self.process.start()
@@ -175,7 +177,7 @@ def run_parallel(world_size, script, *arguments, before=None):
     return [script.wait() for script in ranks]
 
 
-def _main(path, arguments, streams, environment, before, folder):
+def _main(path, arguments, streams, environment, before, folder, plots):
     gc.freeze()  # what is imported already is no garbage: it need not be looked through
     for stream, file in zip((1, 2), streams):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
@@ -188,6 +190,8 @@ def _main(path, arguments, streams, environment, before, folder):
     )  # what a process started by a user has: tqdm makes a lock with it
     os.environ.update(environment)
     os.chdir(folder)
+    if not plots:
+        sys.modules["matplotlib.figure"] = None  # what Python makes of a package that is missing
     sys.argv, sys.path[0] = [path, *arguments], str(ROOT)
     status = 0
     try:

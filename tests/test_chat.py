@@ -10,7 +10,7 @@ import pytest
 import torch
 from scripts import run
 
-from data import chat_sets
+from data import chat_sets, python_docs
 from data import prepare as prepare_module
 from data.chat import ChatDataset, encode_rendered, is_chat, open_dataset, render
 from data.files import VAL_FRACTION, split_by_hash
@@ -59,12 +59,15 @@ def texts(folder, split):
 # Data sets
 
 
-def test_pydocs_chat(docstrings):
+def test_pydocs_chat(tmp_path, monkeypatch):
     """Every docstring is an answer, its question names the signature, and the held-out ones are
-    those of pydocs."""
-    folder = prepare("pydocs_chat", "byte")
+    those of pydocs. A fifth of the library's modules, for all take ten seconds."""
+    modules = list(python_docs.library_sources())[::5]
+    monkeypatch.setattr(python_docs, "library_sources", lambda: modules)
+    folder = prepare("pydocs_chat", "byte", root=tmp_path)
     train, val = texts(folder, "train"), texts(folder, "val")
-    known = {text: signature for signature, text in docstrings}
+    known = {text: signature for signature, text in python_docs.docstrings()}
+    assert len(known) > 1000
     for given, answer in train + val:
         assert known[answer.removesuffix("<|im_end|>\n")] in given
         assert given.endswith("<|im_end|>\n<|im_start|>assistant\n")

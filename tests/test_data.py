@@ -52,6 +52,15 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def docstrings():
+    """Read once, and kept for the tests that go through them again."""
+    found = list(python_docs.docstrings())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(python_docs, "docstrings", lambda: found)
+        yield found
+
+
+@pytest.fixture(scope="module")
 def pydocs(root, docstrings):
     return prepare("pydocs", root=root)
 

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from scripts import ROOT, Script, run
+from scripts import ROOT, Script, run, run_here
 from tiny import tiny_checkpoint, tiny_model, tiny_sampler
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
@@ -36,8 +36,10 @@ def checkpoint(tmp_path_factory):
 
 
 def sample(checkpoint, *arguments, **options):
-    """What a run that succeeded printed."""
-    result = run("sample.py", f"--checkpoint={checkpoint}", "--device=cpu", *arguments, **options)
+    """What a run that succeeded printed. It is one of this process, unless there are options for
+    one of its own."""
+    start = run if options else run_here
+    result = start("sample.py", f"--checkpoint={checkpoint}", "--device=cpu", *arguments, **options)
     assert (result.status, result.err) == (0, ""), result
     return result.out
 
