@@ -125,6 +125,16 @@ def canvas_mask_id(model):
     return config.vocab_size if config.causal else mask_token_id(model)
 
 
+def own_block_length(config, asked):
+    """How many tokens are denoised together: the model's own number where it has one. `asked`, None
+    for no wish, counts with all other models and with LLaDA2, whose blocks may have any length."""
+    if config.causal:
+        return 1
+    if config.block_length and not (config.blocks_from_start and asked):
+        return config.block_length
+    return asked
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses
 
@@ -556,39 +566,52 @@ def best(score, count):
 
 @torch.no_grad()
 def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", block_length=None,
-            threshold=None, schedule=None, prompt_len=0, seed=None):
+            threshold=None, schedule=None, prompt_len=0, seed=None, edit_threshold=None,
+            edit_passes=16):
     """The plain sampler: fill every mask of tokens int64 [B, T]. Returns int64 [B, T].
 
     Blocks of block_length tokens (None: one block; block diffusion: the model's own), counted from
-    prompt_len, are denoised from left to right in `steps` steps over all of them. Each step
-    predicts all masks of the block, keeps the predictions that the rule scores highest and leaves
-    the rest for later (LLaDA, algorithm 5).
+    prompt_len (LLaDA2: from 0), are denoised from left to right in `steps` steps over all of them.
+    Each step predicts all masks of the block, keeps the predictions that the rule scores highest
+    and leaves the rest for later (LLaDA, algorithm 5).
     temperature   0: the most probable token; else a sample of softmax(logits / temperature).
     remasking     which predictions a step keeps: a key of REMASKING.
-    threshold     keep all with at least this score, and the best, in place of a number a step.
+    threshold     keep all with at least this score, and the best (LLaDA2: at least as many as the
+                  schedule says); None: the model's own, with "low_confidence".
     schedule      how many a step keeps: a key of STEP_SCHEDULES; None: the model's own.
     seed          row b draws from the stream (seed, b).
+    edit_threshold, edit_passes     see `edits`; None: the model's own, with a threshold.
     An autoregressive model is the case of blocks of one token; its masks have the id vocab_size.
     sampling/engine.py does the same with batches and caches, and has more rules.
     """
     config = config_of(model)
-    block_length = 1 if config.causal else config.block_length or block_length or tokens.shape[1]
+    block_length = own_block_length(config, block_length) or tokens.shape[1]
     schedule = STEP_SCHEDULES[schedule or config.step_schedule]
+    if threshold is None and remasking == "low_confidence":
+        threshold = config.threshold
+    if edit_threshold is None and threshold is not None:
+        edit_threshold = config.edit_threshold
+    one_a_step = threshold is not None and config.threshold is None
     mask_id = canvas_mask_id(model)
-    block_of = (torch.arange(tokens.shape[1]) - prompt_len) // block_length             # [T]
+    begin = 0 if config.blocks_from_start else prompt_len
+    block_of = (torch.arange(tokens.shape[1]) - begin) // block_length                  # [T]
     canvas = tokens.cpu().clone()
     for x, generator in zip(canvas, streams(seed, len(canvas))):                        # x [T]
-        blocks = block_of[x == mask_id].unique()
+        given = x != mask_id
+        blocks = block_of[~given].unique()
         steps_a_block = math.ceil(steps / max(len(blocks), 1))
         for block in blocks:
             inside, step = block_of == block, 0
-            start = int((inside & (x == mask_id)).sum())
-            budget = steps_a_block if threshold is None else start
+            # The schedule is of the block's masks; of a block of LLaDA2's, though it may begin with
+            # the prompt's end, of all its positions.
+            start = int((inside if config.blocks_from_start else inside & ~given).sum())
+            budget = start if one_a_step else steps_a_block
             while (inside & (x == mask_id)).any():
                 where = (inside & (x == mask_id)).nonzero()[:, 0]                       # [N]
                 last, count = step >= budget - 1, len(where)
-                by_schedule = threshold is None and remasking != "ancestral"
-                if by_schedule and not last:
+                if one_a_step:
+                    count = 1
+                elif remasking != "ancestral" and not last:
                     count = schedule(start, len(where), step, budget)
                 if remasking in BLIND and count:
                     u = torch.rand(len(where), generator=generator, dtype=torch.float64)
@@ -608,10 +631,36 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
                 chosen = sample_tokens(logits, temperature, u)
                 score = REMASKING[remasking](logits, chosen)
                 if threshold is not None:
-                    count = max(1, int((score >= threshold).sum()))
+                    count = max(count, int((score >= threshold).sum()))
                 keep = best(score, count)
+                anew, tokens_anew = edits(model, x, inside & ~given, block_of, edit_threshold)
                 x[where[keep]] = chosen[keep]
+                x[anew] = tokens_anew
+            for _ in range(edit_passes):                # the block is full: is all of it good?
+                anew, tokens_anew = edits(model, x, inside & ~given, block_of, edit_threshold)
+                x[anew] = tokens_anew
+                if not len(anew):
+                    break
     return canvas.to(tokens.device)
+
+
+def edits(model, x, inside, block_of, edit_threshold):
+    """(positions, tokens) [N] that are written anew in a row x [T], where another token than the
+    one that stands there is predicted with more than edit_threshold (LLaDA2.1); None: none.
+
+    inside  bool [T], where that may happen; masks are left to the other rule. The rule is asked in
+            every step of a block and then, when its masks are gone, until it changes nothing or for
+            edit_passes passes: two tokens may replace each other for ever.
+    """
+    mask_id = canvas_mask_id(model)
+    where = (inside & (x != mask_id)).nonzero()[:, 0]
+    if edit_threshold is None or not len(where):
+        return where[:0], where[:0]
+    device = next(model.parameters()).device
+    logits = predict(model, x, where, block_of, device).cpu()                           # [N, V]
+    chosen = logits.index_fill(1, torch.tensor(mask_id), -torch.inf).argmax(dim=-1)
+    other = (chosen != x[where]) & (low_confidence(logits, chosen) > edit_threshold)
+    return where[other], chosen[other]
 
 
 def predict(model, x, where, block_of, device):

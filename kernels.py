@@ -1,4 +1,4 @@
-"""What is computed otherwise for speed: norm, attention, the loss over a large vocabulary,
+"""What is computed otherwise for speed: norm, attention, experts, the loss over a large vocabulary,
 products.
 
 Nothing here is an idea of its own. Every function equals a plain line of mathematics, written in
@@ -7,13 +7,14 @@ equal. Read model.py first. Whoever changes the mathematics there sets PLAIN = T
 file.
 
 Shapes as in model.py: B batch, S queries, T keys, V vocabulary, D width, H heads, G key/value
-heads, C head size, N rows.
+heads, C head size, N rows, E experts.
 """
 import contextlib
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -151,6 +152,75 @@ def attend_tiles(q, k, v, tiles):
         some_v = torch.cat([v[:, :, part] for part in keys], dim=2)
         parts.append(attend(q[:, :, queries], some_k, some_v, visible))
     return torch.cat(parts, dim=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Experts
+
+
+def expert_linear(x, weight, counts):
+    """y_n = weight[e] x_n for rows x [N, in] that are sorted by their expert e: [N, out].
+
+    weight [E, out, in]; counts int64 [E], rows of each expert, on the device of x.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if PLAIN:
+        parts = x.split(counts.tolist())
+        return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, weight)])
+    # A GPU has a kernel that learns `counts` without asking them back; its rows must be of whole
+    # 16 bytes.
+    of_whole_pieces = weight.shape[1] % 8 == weight.shape[2] % 8 == 0
+    if x.is_cuda and x.dtype == torch.bfloat16 and of_whole_pieces:
+        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).int())
+    return ExpertLinearProduct.apply(x, weight, shares(counts, len(x)))
+
+
+def shares(counts, total):
+    """`counts` as a list. Where tensors have no numbers (FakeTensorMode, which plans memory), equal
+    shares of the total."""
+    try:
+        return counts.tolist()
+    except DataDependentOutputException:
+        E = len(counts)
+        return [total // E + (e < total % E) for e in range(E)]
+
+
+class ExpertLinearProduct(torch.autograd.Function):
+    """`expert_linear` by one product for each expert that has rows, written where it belongs.
+
+        dx_n = weight[e]^T g_n      dweight[e] = sum over the rows n of e of g_n x_n^T
+
+    Composed of torch's own pieces, the backward pass would copy all of `weight` for each expert.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, counts):
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        y = x.new_empty(len(x), weight.shape[1])
+        for part, matrix, out in zip(x.split(counts), weight, y.split(counts)):
+            if len(part):
+                torch.mm(part, matrix.T, out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        parts = g.split(ctx.counts)
+        grad_x, grad_weight = None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            for part, matrix, out in zip(parts, weight, grad_x.split(ctx.counts)):
+                if len(part):
+                    torch.mm(part, matrix, out=out)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+            for part, rows, out in zip(parts, x.split(ctx.counts), grad_weight):
+                if len(part):
+                    torch.mm(part.T, rows, out=out)
+        return grad_x, grad_weight, None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,18 +1,19 @@
 """The transformer: one hand-written network for every model in this repository.
 
 It maps tokens to logits and knows nothing of diffusion. What differs between LLaDA, Dream, BERT,
-RoBERTa, ModernBERT, GPT-2, Llama, Qwen2, Qwen3 and the models trained here is a field of `Config`;
+RoBERTa, ModernBERT, GPT-2, Llama, Qwen and the models trained here is a field of `Config`;
 how their files are read and written stands in pretrained/. What is computed otherwise for speed
-(norm, attention, the loss) stands in kernels.py, beside the plain line that it equals. Left out:
-dropout, tensor parallelism.
+(norm, attention, experts, the loss) stands in kernels.py, beside the plain line that it equals.
+Left out: dropout, tensor parallelism.
 
 Shapes: B batch, T positions, S positions of this forward pass (T without a cache), V vocabulary,
-D width, H heads, G key/value heads, C head size, N selected rows.
+D width, H heads, G key/value heads, C head size, N selected rows, E experts, k of them a token.
 
 References: Vaswani et al. 2017 (arXiv 1706.03762); RoPE, Su et al. 2021 (2104.09864), eq. 34;
 RMSNorm, Zhang & Sennrich 2019 (1910.07467), eq. 4; SwiGLU and GeGLU, Shazeer 2020 (2002.05202), eq.
 6; grouped queries, Ainslie et al. 2023 (2305.13245); q/k norm, Henry et al. 2020 (2010.04245);
-alternating local attention, ModernBERT, Warner et al. 2024 (2412.13663).
+alternating local attention, ModernBERT, Warner et al. 2024 (2412.13663); mixtures of experts,
+Shazeer et al. 2017 (1701.06538), their sigmoid scores and groups, DeepSeek-V3 (2412.19437).
 
     python model.py CHECKPOINT      prints the architecture as read; a folder, .gguf or hub id
 """
@@ -59,6 +60,7 @@ class Config:
     position_offset: int = 0        # RoBERTa's learned positions start behind its padding index
     rope_theta: float = 10000.0
     rope_scaling: dict = None       # None, or {"rope_type": "linear" or "llama3", "factor": ...}
+    rope_share: float = 1.0         # of a head's dimensions, from the first on, that RoPE rotates
     local_window: int = 0     # a local layer sees local_window // 2 positions to each side; 0: none
     global_every: int = 1           # with local_window: layers 0, n, 2n... are global
     local_rope_theta: float = 10000.0
@@ -74,6 +76,17 @@ class Config:
     mlp_bias: bool = False
     activation: str = "silu"        # a key of ACTIVATIONS
     gated: bool = True              # True: down(act(gate x) * up x); False: down(act(up x))
+    n_experts: int = 0              # E, in the place of each MLP; 0: MLPs are dense
+    experts_per_token: int = 1      # k, that see a token
+    expert_dim: int = 0             # hidden width of an expert; 0: hidden_dim / k
+    shared_dim: int = 0             # hidden width of an expert more, which sees all tokens; 0: none
+    dense_layers: list = None       # layers that have a dense MLP all the same
+    router: str = "softmax"         # what makes scores of the router's logits; or "sigmoid"
+    router_bias: str = "none"       # added to the scores: "choice", for the choice alone; "weight"
+    router_groups: int = 1          # experts stand in groups of equal size,
+    router_top_groups: int = 1      # and a token's are chosen from its so many best groups
+    router_norm: bool = False       # a token's k weights are divided by their sum,
+    router_scale: float = 1.0       # and then multiplied by this
     token_types: int = 0        # rows of BERT's segment embedding; every token here is of segment 0
     head_transform: bool = False    # BERT's masked-LM head: dense, activation, norm, vocabulary
     head_transform_bias: bool = True
@@ -82,6 +95,11 @@ class Config:
     tie_embeddings: bool = False
     shift: bool = False             # token i is predicted at position i - 1 (read by diffusion.py)
     block_length: int = 0           # trained block by block with so many tokens a block; 0: not
+    blocks_from_start: bool = False     # blocks are counted from position 0, not from the prompt's
+    #                                 end, and may have another length than this one (LLaDA2)
+    threshold: float | None = None  # of sampling, where none is given; with it, a step keeps what
+    #                                 the schedule says at least (LLaDA2)
+    edit_threshold: float | None = None     # of sampling, where none is given (LLaDA2.1)
     step_schedule: str = "even"     # tokens a sampling step reveals: "even", "timesteps" (Dream)
     confidence_at_temperature: bool = False     # read from softmax(logits / temperature) (Dream)
     mask_token_id: int | None = None
@@ -101,13 +119,33 @@ class Config:
             self.hidden_dim = 32 * math.ceil(self.dim / 12) if self.gated else 4 * self.dim
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"RoPE rotates pairs: the head size must be even, got {self.head_dim}")
+        if self.positions == "rope" and self.rope_dim % 2:
+            raise ValueError(f"RoPE rotates pairs: the head size must be even, got {self.rope_dim}")
+        if self.n_experts:
+            self.check_experts()
         if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
             raise ValueError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of "
                              f"{self.vocab_size}")
-
         self.check_ends()
+
+    def check_experts(self):
+        E, k, groups = self.n_experts, self.experts_per_token, self.router_groups
+        self.expert_dim = self.expert_dim or max(1, self.hidden_dim // k)
+        self.dense_layers = self.dense_layers or None
+        if not self.gated or self.mlp_bias:
+            raise ValueError("experts are gated MLPs without biases: gated = False and mlp_bias = "
+                             "True are for dense ones")
+        if k > E:
+            raise ValueError(f"{k} experts a token (experts_per_token) cannot be chosen of {E}")
+        if E % groups:
+            raise ValueError(f"{E} experts do not divide into {groups} groups (router_groups)")
+        if not k <= E // groups * self.router_top_groups <= E:
+            raise ValueError(f"router_top_groups {self.router_top_groups} does not fit: {k} of {E} "
+                             f"experts are to be chosen in the best of {groups} groups")
+        for layer in self.dense_layers or ():
+            if type(layer) is not int or not 0 <= layer < self.n_layers:
+                raise ValueError(f"dense_layers must be a list of layers below {self.n_layers}, "
+                                 f"got {self.dense_layers!r}")
 
     def check_ends(self):
         ends = [] if self.eos_token_ids is None else self.eos_token_ids
@@ -144,12 +182,13 @@ class Config:
     def check_fields(self):
         """Each value must be what its annotation above says, a size at least 1."""
         sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_len",
-                 "global_every")
+                 "global_every", "experts_per_token", "router_groups", "router_top_groups")
         choices = {"positions": ("rope", "learned"), "norm": ("rms", "layer"),
-                   "activation": tuple(ACTIVATIONS), "head_activation": tuple(ACTIVATIONS)}
+                   "activation": tuple(ACTIVATIONS), "head_activation": tuple(ACTIVATIONS),
+                   "router": ("softmax", "sigmoid"), "router_bias": ("none", "choice", "weight")}
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if field.type == int | None and value is None:
+            if field.type in (int | None, float | None) and value is None:
                 continue
             if field.type in (int, int | None):
                 low = int(name in sizes)
@@ -158,6 +197,9 @@ class Config:
                                      f"{value!r}")
             if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e30):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+            is_share = name == "rope_share" or field.type == float | None
+            if is_share and (type(value) not in (int, float) or not 0 <= value <= 1):
+                raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"{name} must be true or false, got {value!r}")
             if name in choices and value not in choices[name]:
@@ -165,6 +207,15 @@ class Config:
 
     def is_local(self, layer):
         return self.local_window > 0 and layer % self.global_every != 0
+
+    def is_sparse(self, layer):
+        """Whether a layer has experts."""
+        return self.n_experts > 0 and layer not in (self.dense_layers or ())
+
+    @property
+    def rope_dim(self):
+        """The dimensions of a head that RoPE rotates."""
+        return int(self.head_dim * self.rope_share)
 
 
 class RMSNorm(nn.Module):
@@ -209,7 +260,10 @@ def rope_table(positions, head_dim, theta, scaling=None):
 
 def rotate(x, cos, sin):
     """Rotate the pairs (a, b) = (x_j, x_{j + C/2}) of x [B, H, S, C] by the angles of `rope_table`:
-    a cos - b sin, b cos + a sin. In float32 at least."""
+    a cos - b sin, b cos + a sin. In float32 at least. Of a longer x, the first C dimensions."""
+    C = cos.shape[-1]
+    if C < x.shape[-1]:
+        return torch.cat((rotate(x[..., :C], cos, sin), x[..., C:]), dim=-1)
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     a, b = precise.chunk(2, dim=-1)                                                 # [B, H, S, C/2]
     return torch.addcmul(precise * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
@@ -273,9 +327,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, hidden):
         super().__init__()
-        D, hidden, bias = config.dim, config.hidden_dim, config.mlp_bias
+        D, bias = config.dim, config.mlp_bias
         self.act = ACTIVATIONS[config.activation]
         self.gate = nn.Linear(D, hidden, bias=bias) if config.gated else None
         self.up = nn.Linear(D, hidden, bias=bias)
@@ -287,6 +341,90 @@ class MLP(nn.Module):
         return self.down(self.act(self.gate(x)) * self.up(x))
 
 
+class ExpertLinear(nn.Module):
+    """A matrix for each of E experts, [E, out, in]."""
+
+    def __init__(self, E, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(E, out_features, in_features))
+
+    def forward(self, x, counts):
+        """x [N, in], sorted by expert, counts [E] of them for each -> [N, out]."""
+        return kernels.expert_linear(x, self.weight, counts)
+
+
+class Experts(nn.Module):
+    """A mixture of E small MLPs. Each token goes through the k that its router chooses, and through
+    the shared one, if there is one:
+
+        y = sum over the chosen e of weight_e * down_e(act(gate_e x) * up_e x) + shared(x)
+
+    Chosen are the k highest scores, softmax or sigmoid of the router's logits, plus a bias that no
+    gradient teaches; training/balance.py says why and how.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, hidden = config.n_experts, config.dim, config.expert_dim
+        self.config, self.act = config, ACTIVATIONS[config.activation]
+        self.router = nn.Linear(D, E, bias=False)
+        self.router_bias = None
+        if config.router_bias != "none":
+            self.router_bias = nn.Parameter(torch.zeros(E), requires_grad=False)
+        self.gates = ExpertLinear(E, D, hidden)
+        self.ups = ExpertLinear(E, D, hidden)
+        self.downs = ExpertLinear(E, hidden, D)
+        self.shared = MLP(config, config.shared_dim) if config.shared_dim else None
+        self.load = None            # int64 [E]: tokens of each expert in the last training pass
+        self.mean_score = None      # [E]: their share of the scores there, with its gradient
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)                                                         # [N, D]
+        N, k = len(rows), self.config.experts_per_token
+        weights, chosen = self.route(rows)                                          # [N, k] each
+        # Each expert sees its tokens at once: those of the first expert come first, and so on.
+        order = chosen.flatten().argsort(stable=True)                                   # [N k]
+        counts = chosen.new_zeros(self.config.n_experts)
+        counts.scatter_add_(0, chosen.flatten(), torch.ones_like(order))
+        own = rows[order // k]                                                          # [N k, D]
+        hidden = self.act(self.gates(own, counts)) * self.ups(own, counts)
+        out = self.downs(hidden, counts)[order.argsort()].view(N, k, -1)                # [N, k, D]
+        y = (weights[:, None] @ out.to(weights.dtype))[:, 0].to(x.dtype)
+        if self.shared is not None:
+            y = y + self.shared(rows)
+        if self.training:
+            self.load = counts
+        return y.view(x.shape)
+
+    def route(self, x):
+        """(weights [N, k], float32 at least; experts int64 [N, k]) for tokens x [N, D]."""
+        c, precise = self.config, torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(precise), self.router.weight.to(precise))            # [N, E]
+        scores = logits.softmax(-1) if c.router == "softmax" else logits.sigmoid()
+        if self.training:
+            self.mean_score = (scores / scores.sum(-1, keepdim=True)).mean(0)
+        biased = scores if self.router_bias is None else scores + self.router_bias
+        chosen = self.in_best_groups(biased).topk(c.experts_per_token).indices
+        weights = (biased if c.router_bias == "weight" else scores).gather(1, chosen)
+        # LLaDA2 leaves the sigmoid of a single expert as it is.
+        if c.router_norm and (c.experts_per_token > 1 or c.router == "softmax"):
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * c.router_scale, chosen
+
+    def in_best_groups(self, scores):
+        """scores [N, E], -inf outside the router_top_groups groups whose two best together score
+        highest."""
+        c = self.config
+        if c.router_top_groups == c.router_groups:
+            return scores
+        groups = scores.view(len(scores), c.router_groups, -1)                  # [N, groups, size]
+        value = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+        best = value.topk(c.router_top_groups, dim=-1).indices
+        outside = torch.ones_like(value, dtype=torch.bool).scatter(1, best, False)
+        return groups.masked_fill(outside[..., None], -torch.inf).flatten(1)
+
+
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -294,7 +432,7 @@ class Block(nn.Module):
         self.attn_norm = make_norm(config) if layer or config.first_norm else nn.Identity()
         self.attn = Attention(config, layer)
         self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if config.is_sparse(layer) else MLP(config, config.hidden_dim)
 
     def forward(self, x, rope, visible, causal, cache=None, positions=None, select=None):
         """x [B, S, D] -> [B, S, D]; with `select` only those rows go through the MLP, [N, D]."""
@@ -356,6 +494,8 @@ class Transformer(nn.Module):
                 is_embedding = isinstance(module, nn.Embedding)
                 std = 1.0 if is_embedding and not self.config.tie_embeddings else 0.02
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+            if isinstance(module, ExpertLinear):
+                module.weight.normal_(std=0.02, generator=generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         return self
@@ -504,10 +644,14 @@ class Transformer(nn.Module):
             return None, None
         if positions.dim() == 2:
             positions = positions[:, None]                                              # [B, 1, S]
-        angles = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        angles = rope_table(positions, config.rope_dim, config.rope_theta, config.rope_scaling)
         if not config.local_window:
             return angles, None
-        return angles, rope_table(positions, config.head_dim, config.local_rope_theta)
+        return angles, rope_table(positions, config.rope_dim, config.local_rope_theta)
+
+    def expert_parameters(self):
+        """How many parameters all experts have together; a token uses k / E of them."""
+        return sum(m.weight.numel() for m in self.modules() if isinstance(m, ExpertLinear))
 
     def flops_per_token(self, seq_len, head_share=1.0, training=True):
         """Floating-point operations per token: 2 per weight of each matrix product and 4 H C T for
@@ -515,6 +659,7 @@ class Transformer(nn.Module):
         head_share: the share of rows that reach the head."""
         c = self.config
         matrices = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        matrices += self.expert_parameters() * c.experts_per_token // max(1, c.n_experts)
         head = self.head.weight.numel()
         if self.head_dense is not None:
             head += self.head_dense.weight.numel()

@@ -10,7 +10,9 @@ from pretrained.families import FAMILIES
 # What a family's own config.json cannot say is written under these keys where a model was turned
 # into another kind. transformers 5 and vLLM read `is_causal`, too; dLLM has model types of its own
 # instead, "a2d-qwen3".
-ROLE_KEYS = {"causal": "is_causal", "shift": "shift", "block_length": "block_length"}
+ROLE_KEYS = {"causal": "is_causal", "shift": "shift", "block_length": "block_length",
+             "blocks_from_start": "blocks_from_start", "threshold": "threshold",
+             "edit_threshold": "edit_threshold"}
 ACTIVATION_NAMES = {"swish": "silu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
                     "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 
@@ -77,11 +79,7 @@ def read_own(raw):
 
 def read_published(raw):
     """`read_config` for a published layout. Raises ValueError."""
-    name = raw.get("model_type")
-    if isinstance(name, str):
-        name = name.removeprefix("a2d-")                # dLLM's word for "opened": see ROLE_KEYS
-    if name not in list(FAMILIES):
-        raise ValueError(f"unknown model_type {name!r}; known are {', '.join(FAMILIES)}")
+    name = family_name(raw)
     values, origin = interpret(FAMILIES[name], raw)
     return Config(family=name, published=raw, **values), origin
 
@@ -115,6 +113,22 @@ def read_gguf(file):
     return config, {**origin, **where}
 
 
+def family_name(raw):
+    """The key in FAMILIES of a published config. Raises ValueError."""
+    model_type = raw.get("model_type")
+    if isinstance(model_type, str):
+        model_type = model_type.removeprefix("a2d-")    # dLLM's word for "opened": see ROLE_KEYS
+    if model_type == "llada" and raw.get("num_experts"):        # the published LLaDA-MoE
+        return "lladamoe"
+    known = []
+    for name, family in FAMILIES.items():
+        spellings = family.spellings or (name,)
+        if model_type == name or model_type == spellings[0]:
+            return name
+        known.append(spellings[0])
+    raise ValueError(f"unknown model_type {raw.get('model_type')!r}; known are {', '.join(known)}")
+
+
 def field_names():
     return [field.name for field in dataclasses.fields(Config)]
 
@@ -140,6 +154,7 @@ def interpret(family, raw):
             values["eos_token_ids"] = tokens if len(tokens) > 1 else None
             origin["eos_token_ids"] = origin[field]
         values[field] = translate(field, value)
+    read_experts(family, values)
     if family.offset and type(values["max_len"]) is type(values["pad_token_id"]) is int:
         values["position_offset"] = values["pad_token_id"] + 1
         origin["position_offset"] = "pad_token_id + 1"
@@ -186,7 +201,54 @@ def translate(field, value):
         return ACTIVATION_NAMES.get(value, value) if isinstance(value, str) else value
     if field == "rope_scaling":
         return check_rope_scaling(value)
+    if field == "dense_layers":
+        return value
     return 0 if value is None else value                # 0: Config derives it
+
+
+def read_experts(family, values):
+    """Turn what the families' keys say of experts in ways of their own into Config's. Raises
+    ValueError."""
+    key = family.keys.get("dense_layers")
+    if key is None:
+        return
+    layers = values["dense_layers"]
+    if key == "first_k_dense_replace":
+        if type(layers) is not int or not 0 <= layers <= values["n_layers"]:
+            raise ValueError(f"{key} must be a number of layers, got {layers!r}")
+        layers = list(range(layers))
+    elif not isinstance(layers or [], list):
+        raise ValueError(f"{key} must be a list, got {layers!r}")
+    if key == "moe_layer_freq" and layers:
+        layers = [layer for layer, is_sparse in enumerate(layers) if not is_sparse]
+    values["dense_layers"] = layers or None
+    if family.keys["expert_dim"] == "moe_intermediate_size" and "shared_dim" in values:
+        if type(values["shared_dim"]) is type(values["expert_dim"]) is int:
+            values["shared_dim"] *= values["expert_dim"]        # num_shared_experts
+    if family.keys.get("router_bias") and values["router_bias"] in (0, True, False):
+        values["router_bias"] = "weight" if values["router_bias"] else "none"
+
+
+def publish_experts(key, config, value):
+    """The other way round: what a family's key says, where that is not Config's own value. Raises
+    ValueError for what it cannot say."""
+    layers = config.dense_layers or []
+    if key == "first_k_dense_replace":
+        if layers != list(range(len(layers))):
+            raise ValueError(f"{key} cannot say dense_layers = {layers}: save_pretrained can write "
+                             "this model")
+        return len(layers)
+    if key == "moe_layer_freq":
+        return [int(layer not in layers) for layer in range(config.n_layers)]
+    if key == "mlp_only_layers":
+        return layers
+    if key == "num_shared_experts":
+        return value // config.expert_dim if config.expert_dim else 0
+    if key == "moe_router_enable_expert_bias":
+        return value == "weight"
+    if key == "shared_expert_intermediate_size":
+        return value or None
+    return value
 
 
 def read_ids(value, name):
@@ -229,11 +291,13 @@ def flatten_rope(family, raw):
         return flat
     if isinstance(flat.get("rope_scaling"), dict):      # transformers 5 looks there
         put(flat, "rope_theta", flat["rope_scaling"].get("rope_theta"))
+        put_rope_share(family, flat, flat["rope_scaling"])
     rope = raw.get("rope_parameters")
     if not isinstance(rope, dict) or not rope:
         return flat
     for key, part in rope_parts(family, rope).items():
         put(flat, key, part.get("rope_theta"))
+        put_rope_share(family, flat, part)
         named = part if "type" in part else {"rope_type": "default", **part}
         scaling = check_rope_scaling(named)
         if scaling is not None and "rope_scaling" not in family.keys:
@@ -242,6 +306,15 @@ def flatten_rope(family, raw):
         flat["rope_scaling"] = check_rope_scaling(flat.get("rope_scaling"))
         put(flat, "rope_scaling", scaling)
     return flat
+
+
+def put_rope_share(family, flat, part):
+    """Set the partial_rotary_factor that a part of the RoPE settings holds. Raises ValueError."""
+    share = part.get("partial_rotary_factor")
+    if "rope_share" in family.keys:
+        put(flat, "partial_rotary_factor", share)
+    elif share not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor = {share!r} is not supported")
 
 
 def put(flat, key, value):
@@ -300,7 +373,7 @@ def rope_parts(family, rope):
 def check_rope_scaling(scaling):
     """Config's rope_scaling from a published one: None, or the kind and the numbers that it needs.
     Raises ValueError."""
-    if scaling is None:
+    if scaling is None or scaling is False:            # False: RND1
         return None
     needs = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -316,9 +389,6 @@ def check_rope_scaling(scaling):
             raise ValueError(f"rope_scaling needs a positive {key}, got {value!r}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
-    partial = scaling.get("partial_rotary_factor")
-    if partial not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor = {partial!r} is not supported")
     if kind == "default":
         return None
     return {"rope_type": kind, **{key: scaling[key] for key in needs[kind]}}
@@ -348,6 +418,8 @@ def spell_rope_twice(family, raw, config):
     raw["rope_theta"] = config.rope_theta
     scaling = config.rope_scaling or {"rope_type": "default"}
     raw["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
+    if "partial_rotary_factor" in rope:
+        raw["rope_parameters"]["partial_rotary_factor"] = config.rope_share
     if "rope_scaling" in family.keys:
         raw["rope_scaling"] = config.rope_scaling
 
@@ -363,7 +435,8 @@ def publish_config(config, dtype):
     raw = dict(config.published or {})
     before = Config(**interpret(family, raw)[0]) if raw else None
     raw.setdefault("architectures", [family.architecture])
-    raw.setdefault("model_type", "qwen3" if config.family == "unmask" else config.family)
+    name = "qwen3" if config.family == "unmask" else config.family
+    raw.setdefault("model_type", (family.spellings or (name,))[0])
     known = [key for key in ("dtype", "torch_dtype") if key in raw]
     for key in known or ["torch_dtype"]:
         raw[key] = str(dtype).removeprefix("torch.")
@@ -386,8 +459,9 @@ def write_fields(family, raw, config, before):
             value = "gelu_new"
         if field == "max_len":
             value += config.position_offset
-        if changed:
-            raw.update(dict.fromkeys(key_names(family, field), value))
+        for key in key_names(family, field):
+            if changed:
+                raw[key] = publish_experts(key, config, value)
 
 
 def write_roles(family, raw, config):

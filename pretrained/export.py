@@ -8,7 +8,7 @@ import torch
 from pretrained.config import publish_config, read_config, read_json
 from pretrained.gguf import is_gguf
 from pretrained.gguf_tokenizer import write_tokenizer
-from pretrained.tensors import tensor_table
+from pretrained.tensors import stack_of, tensor_table
 from training.files import save_model, write_checkpoint, write_json
 
 TOKENIZER_FILES = (
@@ -30,6 +30,10 @@ def export(model, folder):
     tensors, parameters = {}, model.state_dict()
     for theirs, ours, transposed in tensor_table(model):
         if ours == ["head.weight"] and model.config.tie_embeddings:
+            continue
+        name, expert = stack_of(ours[0])
+        if expert is not None:
+            tensors[theirs] = parameters[name][expert]
             continue
         tensor = torch.cat([parameters[name] for name in ours])
         tensors[theirs] = tensor.T if transposed else tensor

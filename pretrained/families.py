@@ -5,7 +5,7 @@ The table is read in both directions, on loading and on export. To add a family,
 names in one more row of FAMILIES; model.py changes only if it computes something new. Where several
 families agree, what they share stands above the table under a name of its own.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -17,13 +17,14 @@ class Family:
                   there counts, all are written
     fixed         Config fields that the family does not vary
     tensors       our module -> its module; a tuple of ours: one fused tensor; " ^T": stored
-                  transposed
+                  transposed; a second * is the number of an expert, whose matrix lies in a stack
     defaults      key -> what its own code takes when the key is missing
     only          key -> the values that this transformer can compute
     unused        a pattern of tensors that its files may hold and its logits do not need
     prefix        of the body's names; left out where the body was saved alone
     copies        tensor that some files hold too -> ours that it must equal
     offset        its learned positions start behind the padding index (RoBERTa)
+    spellings     its model_types in config.json, if not its name in the table; the first is written
     """
     architecture: str
     keys: dict
@@ -35,6 +36,7 @@ class Family:
     prefix: str = ""
     copies: dict = field(default_factory=dict)
     offset: bool = False
+    spellings: tuple = ()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,6 +107,147 @@ QWEN3 = Family(
     unused=LLAMA_UNUSED,
     prefix="model.",
 )
+
+# --------------------------------------------------------------------------------------------------
+# Mixtures of experts
+
+EXPERT_TENSORS = {
+    "blocks.*.mlp.router": "model.layers.*.mlp.gate",
+    "blocks.*.mlp.gates": "model.layers.*.mlp.experts.*.gate_proj",
+    "blocks.*.mlp.ups": "model.layers.*.mlp.experts.*.up_proj",
+    "blocks.*.mlp.downs": "model.layers.*.mlp.experts.*.down_proj",
+}
+QWEN3_MOE = replace(
+    QWEN3,
+    architecture="Qwen3MoeForCausalLM",
+    keys={
+        **QWEN3.keys,
+        "n_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_dim": "moe_intermediate_size",
+        "dense_layers": "mlp_only_layers",
+        "router_norm": "norm_topk_prob",
+    },
+    tensors={**QWEN3.tensors, **EXPERT_TENSORS},
+    defaults={
+        **LLAMA_DEFAULTS,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "mlp_only_layers": None,
+        "norm_topk_prob": False,
+    },
+    only={**QWEN_ONLY, "decoder_sparse_step": (1,)},
+)
+LLADA_MOE = Family(
+    architecture="LLaDAMoEModelLM",
+    keys={
+        **LLAMA_KEYS,
+        **BIAS_KEYS,
+        "hidden_dim": "dense_intermediate_size",
+        "rope_share": "partial_rotary_factor",
+        "qk_norm": "qk_layernorm",
+        "n_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_dim": "expert_intermediate_size",
+        "shared_dim": "shared_expert_intermediate_size",
+        "dense_layers": "moe_layer_freq",
+        "router_bias": "moe_router_enable_expert_bias",
+    },
+    fixed={},
+    tensors={
+        **LLAMA_TENSORS,
+        **EXPERT_TENSORS,
+        "blocks.*.attn.q_norm": "model.layers.*.self_attn.q_norm",
+        "blocks.*.attn.k_norm": "model.layers.*.self_attn.k_norm",
+        "blocks.*.mlp.router_bias": "model.layers.*.mlp.expert_bias",
+        "blocks.*.mlp.shared.gate": "model.layers.*.shared_expert.gate_proj",
+        "blocks.*.mlp.shared.up": "model.layers.*.shared_expert.up_proj",
+        "blocks.*.mlp.shared.down": "model.layers.*.shared_expert.down_proj",
+    },
+    # Its code ignores norm_topk_prob, moe_router_score_function, routed_scaling_factor and the
+    # groups of its config.json: its weights are the biased probabilities as they are.
+    defaults={
+        **LLAMA_DEFAULTS,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "dense_intermediate_size": None,
+        "shared_expert_intermediate_size": None,
+        "partial_rotary_factor": 1.0,
+        "qk_layernorm": False,
+        "moe_layer_freq": None,
+        "moe_router_enable_expert_bias": None,
+    },
+    only={"clip_qkv": (None,)},
+    unused=LLAMA_UNUSED,
+    prefix="model.",
+    spellings=("lladamoe", "llada"),
+)
+LLADA2 = Family(
+    architecture="LLaDA2MoeModelLM",
+    keys={
+        **LLAMA_KEYS,
+        "rope_share": "partial_rotary_factor",
+        "qk_norm": "use_qk_norm",
+        "qkv_bias": "use_qkv_bias",
+        "out_bias": "use_bias",
+        "n_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_dim": "moe_intermediate_size",
+        "shared_dim": "num_shared_experts",
+        "dense_layers": "first_k_dense_replace",
+        "router_groups": "n_group",
+        "router_top_groups": "topk_group",
+        "router_scale": "routed_scaling_factor",
+    },
+    fixed={"router": "sigmoid", "router_bias": "choice", "router_norm": True, "block_length": 32,
+           "blocks_from_start": True, "threshold": 0.95},
+    tensors={
+        "embed": "model.word_embeddings",
+        "blocks.*.attn_norm": "model.layers.*.input_layernorm",
+        ("blocks.*.attn.q", "blocks.*.attn.k", "blocks.*.attn.v"):
+            "model.layers.*.attention.query_key_value",
+        "blocks.*.attn.q_norm": "model.layers.*.attention.query_layernorm",
+        "blocks.*.attn.k_norm": "model.layers.*.attention.key_layernorm",
+        "blocks.*.attn.o": "model.layers.*.attention.dense",
+        "blocks.*.mlp_norm": "model.layers.*.post_attention_layernorm",
+        "blocks.*.mlp.gate": "model.layers.*.mlp.gate_proj",
+        "blocks.*.mlp.up": "model.layers.*.mlp.up_proj",
+        "blocks.*.mlp.down": "model.layers.*.mlp.down_proj",
+        **EXPERT_TENSORS,
+        "blocks.*.mlp.router_bias": "model.layers.*.mlp.gate.expert_bias",
+        "blocks.*.mlp.shared.gate": "model.layers.*.mlp.shared_experts.gate_proj",
+        "blocks.*.mlp.shared.up": "model.layers.*.mlp.shared_experts.up_proj",
+        "blocks.*.mlp.shared.down": "model.layers.*.mlp.shared_experts.down_proj",
+        "norm": "model.norm",
+        "head": "lm_head",
+    },
+    defaults={
+        **LLAMA_DEFAULTS,
+        "intermediate_size": None,
+        "max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "use_qk_norm": True,
+        "use_qkv_bias": False,
+        "use_bias": True,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 0,
+        "first_k_dense_replace": 0,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+    },
+    only={"norm_head": (False,), "score_function": (None, "sigmoid"),
+          "norm_topk_prob": (None, True), "use_sliding_window": (False,),
+          "moe_router_enable_expert_bias": (None, True)},
+    unused=r"model\.(layers\.\d+\.attention\.)?rotary_emb\.inv_freq",
+    prefix="model.",
+    spellings=("llada2_moe",),
+)
+# SDAR writes blocks as LLaDA2 does.
+SDAR_FIXED = {"blocks_from_start": True, "threshold": 0.85}
 
 # --------------------------------------------------------------------------------------------------
 # What BERT and RoBERTa share
@@ -250,6 +393,49 @@ FAMILIES = {
             "block_group_size": (1,),
             "rope_scaling": (None,),
         },
+        prefix="model.",
+    ),
+    "lladamoe": LLADA_MOE,
+    "llada2": LLADA2,
+    # The same with editing; the published LLaDA2.1 says llada2_moe, too, and is then read as that.
+    "llada21": replace(LLADA2, fixed={**LLADA2.fixed, "edit_threshold": 0.9},
+                       spellings=("llada21_moe",)),
+    "qwen3_moe": QWEN3_MOE,
+    "rnd1": replace(QWEN3_MOE, architecture="RND1LM", fixed={"shift": True}),
+    "sdar": replace(
+        QWEN3,
+        architecture="SDARForCausalLM",
+        keys={**QWEN3.keys, "block_length": "block_size"},
+        fixed=SDAR_FIXED,
+        defaults={**QWEN3.defaults, "block_size": 4},
+    ),
+    "sdar_moe": replace(
+        QWEN3_MOE,
+        architecture="SDARMoeForCausalLM",
+        keys={**QWEN3_MOE.keys, "block_length": "block_size"},
+        fixed=SDAR_FIXED,
+        defaults={**QWEN3_MOE.defaults, "block_size": 4},
+    ),
+    "fast_dllm_v2": Family(
+        architecture="Fast_dLLM_QwenForCausalLM",
+        keys={**LLAMA_KEYS, "block_length": "bd_size"},
+        fixed={**PLAIN, "qkv_bias": True, "shift": True, "blocks_from_start": True,
+               "threshold": 0.9},
+        tensors=LLAMA_TENSORS,
+        defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 32768, "bd_size": 32},
+        only=QWEN_ONLY,
+        unused=LLAMA_UNUSED,
+        prefix="model.",
+        spellings=("Fast_dLLM_Qwen",),
+    ),
+    "illada": Family(
+        architecture="ILLaDAForCausalLM",
+        keys={**LLAMA_KEYS, **BIAS_KEYS, "mlp_bias": "mlp_bias"},
+        fixed=PLAIN,
+        tensors=LLAMA_TENSORS,
+        defaults=LLAMA_DEFAULTS,
+        only=ROPE_ONLY,
+        unused=LLAMA_UNUSED,
         prefix="model.",
     ),
     "gpt2": Family(

@@ -24,6 +24,7 @@ from pretrained.tensors import (
     put_rows,
     read_headers,
     read_rows,
+    stack_of,
     tensor_table,
 )
 from training.files import local_part
@@ -104,7 +105,7 @@ def match_tensors(config, stored, fresh_head=False):
         else:
             refuse(config, name, stored)                # raises
         check_dtype(name, tensor)
-        check_shape(name, stored, [shapes[our] for our in ours], transposed)
+        check_shape(name, stored, [shape_of(shapes, our) for our in ours], transposed)
         dtype = DTYPES[tensor.dtype]
         parts.append(Part(tensor.file, name, tensor.shape, dtype, ours, transposed))
     if wanted:
@@ -120,6 +121,12 @@ def from_gguf(stored):
 def described_in(stored):
     """What says how large the model is, for messages."""
     return "its metadata" if from_gguf(stored) else "config.json"
+
+
+def shape_of(shapes, our):
+    """The shape of one of our parameters, or of an expert's matrix in it."""
+    name, expert = stack_of(our)
+    return shapes[name] if expert is None else shapes[name][1:]
 
 
 def model_without_memory(config, stored):
@@ -266,7 +273,10 @@ def fill(model, plan, device="cpu", dtype=None):
     """
     dtype = dtype or stored_dtype(plan)
     for part in plan:
-        if model.get_parameter(part.ours[0]).is_meta:
+        name, expert = stack_of(part.ours[0])
+        if expert is not None:
+            fill_expert(model, part, name, expert, device, dtype)
+        elif model.get_parameter(name).is_meta:
             fill_parameters(model, part, device, dtype)
         else:                               # a copy, or a head that config.json ties
             check_copy(model, part)
@@ -297,11 +307,33 @@ def fill_parameters(model, part, device, dtype):
         warnings.warn(f"{part.file}: {part.name} contains NaN", stacklevel=4)
     if part.transposed:
         tensor = tensor.T
-    for our, piece in zip(part.ours, tensor.chunk(len(part.ours))):
+    # q, k and v of one tensor differ in size where query heads share keys.
+    sizes = [model.get_parameter(our).shape[0] for our in part.ours]
+    if as_it_is:
+        sizes = [len(tensor)]
+    for our, piece in zip(part.ours, tensor.split(sizes)):
         if not as_it_is:
             piece = piece[slice(*own_rows(model.get_parameter(our)))]
             piece = piece.clone(memory_format=torch.contiguous_format)
         put_rows(model, our, piece.to(device))
+
+
+def fill_expert(model, part, name, expert, device, dtype):
+    """Read a stored matrix into its place in the stack `name` of all experts' matrices."""
+    stack = model.get_parameter(name)
+    first, last = own_rows(stack)
+    if stack.is_meta:                                   # the first expert makes room for all
+        put_rows(model, name, torch.empty((last - first, *stack.shape[1:]), dtype=dtype,
+                                          device=device))
+        stack = model.get_parameter(name)
+    if not first <= expert < last:
+        return                                          # another process has it
+    matrix, has_nan = local_part(stack.detach())[expert - first], False
+    for rows, values in read_rows(part.file, part.name, part.shape, 0, part.shape[0]):
+        has_nan = has_nan or values.isnan().any().item()
+        matrix[rows] = values.to(matrix)
+    if has_nan:
+        warnings.warn(f"{part.file}: {part.name} contains NaN", stacklevel=4)
 
 
 def check_copy(model, part):
@@ -344,6 +376,11 @@ def describe(path_or_hub_id):
     heads = f"{config.n_heads} heads of {config.head_dim} ({config.n_kv_heads} key/value heads)"
     lines = [f"{folder}: family {config.family}, {n:,} parameters, {embedding:,} of them in the "
              f"embedding{head}"]
+    if config.n_experts:
+        active = n - model.expert_parameters() * (config.n_experts - config.experts_per_token) \
+            // config.n_experts
+        lines.append(f"a token uses {active:,} of them: {config.experts_per_token} of "
+                     f"{config.n_experts} experts of width {config.expert_dim} a layer")
     lines.append(f"{config.n_layers} layers of width {config.dim}, {heads}, MLP "
                  f"{config.hidden_dim}, vocabulary {config.vocab_size}, context {config.max_len}")
     lines.append(f"weights: float32 {n * 4 / 1e9:.3f} GB, bfloat16 and float16 "

@@ -70,7 +70,8 @@ def read_rows(file, name, shape, first, last):
 
 def tensor_table(model, names=None):
     """[(published name, our parameters, stored transposed)]: the family's table, or another one of
-    its form, `names`, written out for every layer of this model."""
+    its form, `names`, written out for every layer and expert of this model. The matrix of an expert
+    is a slice of a parameter of ours: "blocks.1.mlp.gates.weight.3", see `stack_of`."""
     if names is None:
         names = FAMILIES[model.config.family].tensors
     parameters = model.state_dict(keep_vars=True)
@@ -81,13 +82,26 @@ def tensor_table(model, names=None):
         theirs = theirs.removesuffix(" ^T")
         layers = range(model.config.n_layers) if "*" in theirs else [0]
         for layer in map(str, layers):
-            name = theirs.replace("*", layer)
-            names = [our.replace("*", layer) for our in ours]
+            name = theirs.replace("*", layer, 1)
+            own = [our.replace("*", layer) for our in ours]
             for suffix in ("", ".weight", ".bias"):     # "": the table has the name in full
-                if names[0] + suffix in parameters:
-                    parts = [our + suffix for our in names]
+                if own[0] + suffix not in parameters:
+                    continue
+                parts = [our + suffix for our in own]
+                if "*" in name:
+                    for expert in map(str, range(model.config.n_experts)):
+                        table.append((name.replace("*", expert) + suffix, [f"{parts[0]}.{expert}"],
+                                      False))
+                else:
                     table.append((name + suffix, parts, transposed and suffix == ".weight"))
     return table
+
+
+def stack_of(our):
+    """("blocks.1.mlp.gates.weight", 3) of "blocks.1.mlp.gates.weight.3", the matrix of an expert;
+    (our, None) of a whole parameter."""
+    name, _, last = our.rpartition(".")
+    return (name, int(last)) if last.isdecimal() else (our, None)
 
 
 def is_head(ours):

@@ -2,9 +2,16 @@
 import torch.nn as nn
 
 from common import stream
-from model import Config, Transformer
+from model import Config, ExpertLinear, Transformer
 from pretrained.config import interpret, key_names
 from pretrained.families import FAMILIES
+
+# Of those families that have experts: some of eight, beside a shared one.
+MIXTURE = {
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+    "expert_intermediate_size": 96, "num_shared_experts": 1, "shared_expert_intermediate_size": 96,
+    "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
+    "qk_layernorm": True, "use_bias": False, "moe_router_enable_expert_bias": True}
 
 
 def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
@@ -24,6 +31,8 @@ def tiny_config(family, tokenizer, max_len, dim=128, n_layers=4, n_heads=4):
     for field, value in sizes.items():
         if field in row.keys:
             raw.update(dict.fromkeys(key_names(row, field), value))
+    for keys in row.keys.values():
+        raw.update({key: MIXTURE[key] for key in [keys] if key in MIXTURE})
     published = None if family == "unmask" else raw
     return Config(family=family, published=published, **interpret(row, raw)[0])
 
@@ -35,7 +44,8 @@ def tiny_model(family, tokenizer, max_len, seed=0, **size):
     model = Transformer(tiny_config(family, tokenizer, max_len, **size)).init_weights(seed)
     generator = stream("matrices of a tiny model", seed)
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight is not model.embed.weight:
-            std = module.in_features ** -0.5
+        is_matrix = isinstance(module, nn.Linear | ExpertLinear)
+        if is_matrix and module.weight is not model.embed.weight:
+            std = module.weight.shape[-1] ** -0.5
             nn.init.normal_(module.weight, std=std, generator=generator)
     return model

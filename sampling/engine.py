@@ -9,7 +9,8 @@ and the further rules, and tests hold the two equal.
 Shapes: B rows, A of them with a step to do, T positions of the canvas, N predictions, V vocabulary.
 """
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +22,9 @@ from diffusion import (
     canvas_mask_id,
     config_of,
     entropy,
+    low_confidence,
     mask_token_id,
+    own_block_length,
     row_logits,
     streams,
 )
@@ -38,30 +41,32 @@ from sampling.rules import (
 )
 
 
-def generate(model, prompts, max_new_tokens=128, steps=128, block_length=32, temperature=0.0,
+def generate(model, prompts, max_new_tokens=128, steps=128, block_length=None, temperature=0.0,
              remasking="low_confidence", threshold=None, factor=None, cache=None, cfg_scale=0.0,
              schedule=None, seed=None, on_step=None, **more):
     """Continue each prompt by max_new_tokens: list of token lists -> list of token lists, prompt
     and completion.
 
-    Blocks of block_length are denoised from left to right, in `steps` steps over all blocks
-    together (LLaDA, section 2.4 and appendix B.4). Prompts may differ in length; each gets what it
-    would get alone. An empty prompt generates unconditionally. What the arguments mean and which
-    `more` there are: `Sampling`.
+    Blocks of block_length (None: 32) are denoised from left to right, in `steps` steps over all
+    blocks together (LLaDA, section 2.4 and appendix B.4). Prompts may differ in length; each gets
+    what it would get alone. An empty prompt generates unconditionally. What the arguments mean and
+    which `more` there are: `Sampling`.
 
-    A block-diffusion model uses its own block_length, blocks counted from the end of the prompt. It
-    stops behind the block that holds an end of text; an autoregressive model, which decodes token
-    by token with an exact cache, behind the end of text itself.
+    A block-diffusion model uses its own block_length, blocks counted from the end of the prompt.
+    LLaDA2 takes any (None: its own), counted from position 0, so that its first block may begin
+    with the end of the prompt; the last one is denoised to its end, and the answer cut. Both
+    stop behind the block that holds an end of text; an autoregressive model, which decodes token by
+    token with an exact cache, behind the end of text itself.
     Raises ValueError for arguments that cannot be, naming them.
     """
     config = config_of(model)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if config.causal:
-        block_length = 1
-    elif config.block_length:
-        block_length = config.block_length
-    elif not 1 <= block_length <= max_new_tokens:
+    block_length = own_block_length(config, block_length)
+    if block_length is None:
+        block_length = 32
+    in_blocks = config.causal or config.block_length
+    if block_length < 1 or block_length > max_new_tokens and not in_blocks:
         raise ValueError(f"block_length must be between 1 and max_new_tokens = {max_new_tokens}, "
                          f"got {block_length}")
     mask_id = canvas_mask_id(model)
@@ -101,7 +106,7 @@ def infill(model, sequences, steps=128, block_length=None, **more):
     if block_length is not None and block_length < 1:
         raise ValueError(f"block_length must be at least 1, got {block_length}")
     longest = max(map(len, sequences), default=1)
-    block_length = config.block_length or min(block_length or longest, longest)
+    block_length = min(own_block_length(config, block_length) or longest, longest)
     how = Sampling(steps=steps, block_length=block_length, **more)
     return Engine(model, sequences, [0] * len(sequences), how).run()
 
@@ -126,7 +131,12 @@ class Sampling:
     block_length: int           # tokens denoised together
     temperature: float = 0.0    # 0: the most probable token; else softmax(logits / temperature)
     remasking: str = "low_confidence"   # which predictions a step keeps: a key of REMASKING
-    threshold: float = None     # keep all with at least this score; then `steps` counts no more
+    threshold: float = None     # keep all with at least this score; None: the model's own
+    minimum: int = None         # with it, so many a step at least; 0: as many as the schedule says.
+    #                             None: 1, and `steps` counts no more; LLaDA2: 0
+    edit_threshold: float = None    # write a token anew where another is predicted with more than
+    #                             this (diffusion.edits); None: the model's own, with a threshold
+    edit_passes: int = 16       # so often at most when the masks of a block are gone
     factor: float = None        # Fast-dLLM's rule in place of a number a step: keep_factor
     entropy_bound: float = None     # EB-Sampler's rule in place of a number: keep_entropy_bound
     cache: str = None           # "prefix", "dual" (Fast-dLLM: approximate), "block" (exact)
@@ -161,6 +171,19 @@ class Sampling:
                 return name
         return None
 
+    def with_habits(self, config):
+        """What is None as the model has it."""
+        own = {}
+        is_plain = self.remasking == "low_confidence" and not (self.adaptive or self.alg_temp)
+        if is_plain and config.threshold is not None:
+            own["threshold"] = config.threshold
+        if self.threshold is not None or own:
+            if self.minimum is None:
+                own["minimum"] = 1 if config.threshold is None else 0
+            if self.edit_threshold is None:
+                own["edit_threshold"] = config.edit_threshold
+        return replace(self, **own)
+
     def check(self, config, sequences):
         """Raises ValueError for what cannot be, naming it."""
         self.check_ranges()
@@ -177,7 +200,8 @@ class Sampling:
     def check_ranges(self):
         limits = {"temperature": (0, None), "cfg_scale": (0, None), "entropy_bound": (0, None),
                   "alg_temp": (0, None), "threshold": (0, 1), "top_p": (0, 1), "remask": (0, 1),
-                  "top_k": (1, None), "steps": (1, 10**6)}
+                  "top_k": (1, None), "steps": (1, 10**6), "minimum": (0, 10**6),
+                  "edit_threshold": (0, 1), "edit_passes": (0, 10**6)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is None or low <= value <= (high or math.inf) and value < math.inf:
@@ -220,6 +244,10 @@ class Sampling:
         if self.blind and (rules or self.defer):
             raise ValueError(f"{(rules or ['defer'])[0]} needs a rule that asks the model, not "
                              f"{self.remasking}")
+        if self.edit_threshold is not None:
+            self.check_editing(config)
+        if self.minimum and self.threshold is None:
+            raise ValueError("minimum is for sampling with a threshold")
         if self.remask and (self.remasking != "ancestral" or config.causal):
             raise ValueError("remask needs remasking ancestral, and no autoregressive model")
         if self.cache in ("prefix", "dual") and exact:
@@ -227,6 +255,13 @@ class Sampling:
                              "'block'")
         if self.cfg_scale > 0 and (self.cache or exact):
             raise ValueError("cfg_scale works without a cache and for bidirectional models only")
+
+    def check_editing(self, config):
+        if self.threshold is None:
+            raise ValueError("edit_threshold needs a threshold")
+        if config.causal or self.cache in ("prefix", "dual") or self.cfg_scale > 0:
+            raise ValueError("edit_threshold is not for autoregressive models, approximate caches "
+                             "and cfg_scale")
 
     def distribution(self, logits, config):
         """(logits [N, V], temperature): what tokens are drawn and confidence is read from."""
@@ -252,7 +287,7 @@ class Sampling:
         """bool [A, T]: the predictions that stay. count int [A], for rules that do not decide that
         themselves; draw(): uniform numbers [A, T]."""
         if self.threshold is not None:
-            return keep_confident(score, eligible, self.threshold)
+            return keep_confident(score, eligible, self.threshold, count)
         if self.factor is not None:
             return keep_factor(score, eligible, self.factor)
         if self.entropy_bound is not None:
@@ -285,9 +320,16 @@ class Engine:
     def __init__(self, model, sequences, begins, how, stop_early=False):
         """begins: where each row's first block begins. stop_early: an end of text ends a row whose
         order is left to right. Raises ValueError."""
-        self.model, self.how, self.config = model, how, config_of(model)
+        self.model, self.config = model, config_of(model)
+        self.how = how = how.with_habits(self.config)
         how.check(self.config, sequences)
         B, self.mask_id = len(sequences), canvas_mask_id(model)
+        # How long the rows are that the caller gets; a canvas may be longer.
+        self.asked = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        if self.config.blocks_from_start:
+            begins = [0] * B
+            if stop_early:
+                sequences = [self.with_whole_block(sequence) for sequence in sequences]
         self.lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
         self.T = max(map(len, sequences), default=0)
         self.canvas = torch.zeros(B, self.T, dtype=torch.int64)
@@ -308,6 +350,13 @@ class Engine:
         self.streams = row_streams(how.seed, B)
         self.passes = 0
         self.sureness = torch.zeros(B, self.T, dtype=torch.float64)     # score when written
+        self.unsettled = 0          # blocks whose editing ended at its limit
+
+    def with_whole_block(self, sequence):
+        """A sequence with masks up to the end of its last block, as far as the context goes."""
+        block_length = self.how.block_length
+        end = math.ceil(len(sequence) / block_length) * block_length
+        return sequence + [self.mask_id] * (min(end, self.config.max_len) - len(sequence))
 
     def make_rows(self):
         schedule = STEP_SCHEDULES[self.how.schedule or self.config.step_schedule]
@@ -315,11 +364,13 @@ class Engine:
         rows = []
         for b in range(len(self.canvas)):
             block_of = self.block_of[b][self.is_masked[b]]
-            blocks, masks = block_of.unique(return_counts=True)
+            blocks, sizes = block_of.unique(return_counts=True)
+            if self.config.blocks_from_start:           # the prompt's end counts as well
+                sizes = self.block_of[b][self.shown[b]].bincount()[blocks]
             if by_steps and self.how.steps < len(blocks):
                 raise ValueError(f"{self.how.steps} steps are too few for {len(blocks)} blocks: "
                                  "each needs at least one")
-            rows.append(Row(b, zip(blocks.tolist(), masks.tolist()), self.how, schedule))
+            rows.append(Row(b, zip(blocks.tolist(), sizes.tolist()), self.how, schedule))
         return rows
 
     @torch.no_grad()
@@ -332,7 +383,12 @@ class Engine:
             while work:                                 # finished rows cost nothing
                 self.step(work)
                 work = self.advance()
-        return [row[:length].tolist() for row, length in zip(self.canvas, self.lengths)]
+        if self.unsettled:
+            warnings.warn(f"editing ended at its limit of {self.how.edit_passes} passes in "
+                          f"{self.unsettled} blocks, where tokens went on replacing each other",
+                          stacklevel=3)
+        lengths = torch.minimum(self.lengths, self.asked)
+        return [row[:length].tolist() for row, length in zip(self.canvas, lengths)]
 
     def advance(self):
         """The rows that have a step to do, each moved on to it."""
@@ -350,9 +406,19 @@ class Engine:
         if self.how.blind:
             eligible, again = self.choose_blindly(work, rows, inside, eligible)
         predicted, score, keep = self.canvas[rows], torch.zeros(inside.shape).double(), eligible
-        looked = bool(eligible.any())
+        asked = eligible
+        if self.how.edit_threshold is not None:         # what was written may be written anew
+            asked = inside & ~self.given[rows]
+        looked = bool(asked.any())
         if looked:
-            logits, chosen = self.predict(work, rows, eligible, block)
+            logits = self.look(rows, asked, block)
+            self.passes += 1
+            anew = torch.zeros_like(inside)
+            if self.how.edit_threshold is not None:
+                is_open = eligible[asked]                                               # [N]
+                anew = self.edit(rows, asked & ~eligible, logits[~is_open], predicted, score)
+                logits = logits[is_open]
+            logits, chosen = self.choose(work, rows, eligible, logits)
             predicted[eligible] = chosen.cpu()
             conf = self.how.remask_schedule == "conf"
             if not self.how.blind or self.how.on_step is not None or conf:
@@ -361,6 +427,11 @@ class Engine:
                 count = torch.tensor([row.count for row in work])
                 keep = self.how.keep(score, eligible, count, logits,
                                      lambda: draw(self.streams, rows, eligible))
+            keep = keep | anew
+            for row, changed in zip(work, anew.any(1).tolist()):
+                row.settled = row.looks > 0 and not changed
+                if row.looks and row.looks == self.how.edit_passes and changed:
+                    self.unsettled += 1
         self.write(rows, keep, predicted, again, score)
         if len(self.ends):
             for row in work:
@@ -382,10 +453,19 @@ class Engine:
             sigma = sigma * unsure.softmax(dim=1)
         return masked & (u < write), written & (u < sigma)
 
-    def predict(self, work, rows, eligible, block):
+    def edit(self, rows, written, logits, predicted, score):
+        """bool [A, T]: which of the `written` positions are written anew, by diffusion.edits; their
+        tokens go into `predicted`, their probabilities into `score`. logits [N, V]: there."""
+        mask_id = torch.tensor(self.mask_id, device=logits.device)
+        chosen = logits.index_fill(1, mask_id, -torch.inf).argmax(dim=-1)
+        sure = low_confidence(logits, chosen).cpu()
+        chosen, anew = chosen.cpu(), written.clone()
+        anew[written] = (chosen != predicted[written]) & (sure > self.how.edit_threshold)
+        predicted[written], score[written] = chosen, sure
+        return anew
+
+    def choose(self, work, rows, eligible, logits):
         """(logits [N, V], tokens [N]) at the `eligible` positions of these rows."""
-        logits = self.look(rows, eligible, block)
-        self.passes += 1
         if self.mask_id < logits.shape[1]:
             # The mask itself may be predicted, and the position stays open; but not in a last step.
             final = torch.tensor([row.final for row in work])[eligible.nonzero()[:, 0]]
@@ -404,12 +484,15 @@ class Engine:
             self.sureness[rows] = torch.where(keep, score, self.sureness[rows])
 
     def stop_at_end(self, row):
-        """If the row's block is finished and holds an end of text, it is the row's last."""
+        """If the row's block is finished and an end of text was written in it, it is the row's
+        last."""
         b = row.index
         inside = (self.block_of[b] == row.block) & self.shown[b]
         if (self.is_masked[b] & inside).any() or self.how.remask and not row.final:
             return
-        if torch.isin(self.canvas[b][inside], self.ends).any():
+        if not row.is_edited:
+            return
+        if torch.isin(self.canvas[b][inside & ~self.given[b]], self.ends).any():
             self.shown[b] &= self.block_of[b] <= row.block
             self.lengths[b] = int(self.shown[b].sum())
             row.blocks = []
@@ -420,25 +503,32 @@ class Engine:
         revealed[rows] = keep
         confidence[rows] = torch.where(keep, score, 0)
         self.how.on_step(Step(self.passes, self.canvas.clone(), revealed, confidence,
-                              self.lengths.clone()))
+                              torch.minimum(self.lengths, self.asked)))
 
 
 class Row:
     """Where one row stands: its block, and the step in it. Rows advance independently."""
 
     def __init__(self, index, blocks, how, schedule):
-        """blocks: (number, masks in it) of each block that holds masks, from the left."""
+        """blocks: (number, size in the schedule) of each block that holds masks, from the left."""
         self.index, self.how, self.schedule = index, how, schedule
         self.blocks = list(blocks)      # those not begun yet
         self.steps = math.ceil(how.steps / max(len(self.blocks), 1))    # for each block
         self.block = 0          # the one it works on
-        self.start = 0          # masks that it had at first
+        self.start = 0          # masks that it had at first; LLaDA2: all its positions
         self.done = 0           # its steps that are done
         self.count = 0          # predictions that the step keeps, if the schedule says so
         self.final = False      # the block's last step: all is written
         self.chances = (1.0, 0.0)   # "ancestral": of writing a mask, of masking again
+        self.looks = 0          # its passes since the last mask was gone
+        self.settled = False    # the last of them changed nothing
         if self.blocks:
             self.block, self.start = self.blocks.pop(0)
+
+    @property
+    def is_edited(self):
+        """Whether a block without masks needs no look more."""
+        return self.how.edit_threshold is None or self.settled or self.looks >= self.how.edit_passes
 
     def advance(self, left):
         """Move on to the next step that changes anything; false when the row is done. left: the
@@ -447,11 +537,15 @@ class Row:
             block_is_done = not left
             if self.how.remask:                         # then every step may change something
                 block_is_done = self.done >= self.steps
+            if block_is_done and not self.is_edited:
+                self.looks, self.count = self.looks + 1, 0
+                return True
             if block_is_done and not self.blocks:
                 return False
             if block_is_done:
-                self.block, left = self.blocks.pop(0)
-                self.start, self.done = left, 0
+                self.block, self.start = self.blocks.pop(0)
+                left, self.done = self.start, 0
+                self.looks, self.settled = 0, False
             self.plan(left)
             self.done += 1
             if self.count or self.how.remask:
@@ -459,12 +553,16 @@ class Row:
 
     def plan(self, left):
         """What the step number `done` does, with `left` masks in the block."""
-        budget = self.start if self.how.adaptive else self.steps
+        at_least = 1 if self.how.minimum is None else self.how.minimum
+        adaptive = self.how.adaptive and at_least
+        budget = self.start if adaptive else self.steps
         self.final, self.count = self.done >= budget - 1, left
+        if adaptive:
+            self.count = at_least
         if self.how.remasking == "ancestral":
             self.chances = reverse_step(self.done, self.steps, self.how.remask,
                                         self.how.remask_schedule)
-        elif not (self.final or self.how.adaptive):
+        elif not (self.final or adaptive):
             self.count = self.schedule(self.start, left, self.done, self.steps)
 
 

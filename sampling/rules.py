@@ -22,10 +22,10 @@ def keep_best(score, eligible, count):
     return eligible & (rank(score, eligible) < count[:, None])
 
 
-def keep_confident(score, eligible, threshold):
-    """The best eligible position, and all whose score is at least `threshold` (Fast-dLLM,
-    2505.22618, algorithm 1)."""
-    return eligible & ((rank(score, eligible) == 0) | (score >= threshold))
+def keep_confident(score, eligible, threshold, count):
+    """The `count` [B] best eligible positions, and all whose score is at least `threshold`
+    (Fast-dLLM, 2505.22618, algorithm 1; count is 1 there)."""
+    return keep_best(score, eligible, count) | eligible & (score >= threshold)
 
 
 def keep_factor(score, eligible, factor):

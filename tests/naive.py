@@ -13,7 +13,7 @@ G key/value heads, C head size.
 
 References: LLaDA, Nie et al. 2025 (2502.09992); Dream, Ye et al. 2025 (2508.15487); Fast-dLLM, Wu
 et al. 2025 (2505.22618); MDLM, Sahoo et al. 2024 (2406.07524); BD3-LM, Arriola et al. 2025
-(2503.09573).
+(2503.09573); LLaDA2.0 (2512.15745).
 """
 import json
 import math
@@ -55,6 +55,24 @@ QWEN = {        # Dream has the names of Qwen 2 and 3
     "final_norm": "model.norm",
     "head": "lm_head",
 }
+LLADA_MOE = {
+    **QWEN,
+    "router": "mlp.gate",
+    "router_bias": "mlp.expert_bias",
+    "expert": "mlp.experts.{}.",
+    "shared": "shared_expert.",
+}
+LLADA2 = {
+    **LLADA_MOE,
+    "embedding": "model.word_embeddings",
+    "fused": "attention.query_key_value",
+    "query_norm": "attention.query_layernorm",
+    "key_norm": "attention.key_layernorm",
+    "out": "attention.dense",
+    "router_bias": "mlp.gate.expert_bias",
+    "shared": "mlp.shared_experts.",
+}
+NAMES = {"llada": LLADA, "lladamoe": LLADA_MOE, "llada2_moe": LLADA2, "llada21_moe": LLADA2}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -62,7 +80,8 @@ QWEN = {        # Dream has the names of Qwen 2 and 3
 
 
 class Model:
-    """A published checkpoint of the LLaDA, Dream or Qwen3 shape: config.json, model.safetensors."""
+    """A published checkpoint of the LLaDA, Dream, Qwen3, LLaDA-MoE or LLaDA2 shape: config.json,
+    model.safetensors."""
 
     def __init__(self, folder, dtype=torch.float64):
         config = json.loads((Path(folder) / "config.json").read_text())
@@ -71,12 +90,12 @@ class Model:
             self.tensors[name] = tensor.to(dtype)
         self.mask_id = config.get("mask_token_id")
         self.theta, self.eps = config["rope_theta"], config["rms_norm_eps"]
+        self.config, self.names = config, NAMES.get(config["model_type"], QWEN)
+        self.rope_share = config.get("partial_rotary_factor", 1.0)
         if config["model_type"] == "llada":
-            self.names = LLADA
             self.n_layers, self.n_heads = config["n_layers"], config["n_heads"]
             self.n_kv_heads = config["n_kv_heads"]
         else:
-            self.names = QWEN
             self.n_layers = config["num_hidden_layers"]
             self.n_heads = config["num_attention_heads"]
             self.n_kv_heads = config["num_key_value_heads"]
@@ -98,21 +117,27 @@ class Model:
 
     def rotate(self, x, positions):
         """RoPE (2104.09864): x [S, heads, C]; turn each pair (x_j, x_(j + C/2)) by the angle
-        position * theta^(-2j / C)."""
-        half = x.shape[-1] // 2
+        position * theta^(-2j / C). Of some models, in the first dimensions alone."""
+        turned = int(x.shape[-1] * self.rope_share)
+        x, rest = x[..., :turned], x[..., turned:]
+        half = turned // 2
         place = torch.tensor(positions, dtype=x.dtype)[:, None, None]                   # [S, 1, 1]
         angle = place * self.theta ** (-torch.arange(half, dtype=x.dtype) / half)      # [S, 1, C/2]
         a, b = x[..., :half], x[..., half:]
         y = [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()]
-        return torch.cat(y, dim=-1)
+        return torch.cat([*y, rest], dim=-1)
 
     def attention(self, x, layer, positions, visible, memory):
         """x [S, D] -> [S, D]. `memory` holds keys and values [T, G, C] of each layer; those of the
         positions fed are replaced, and the queries see all of them."""
         S, H, G = len(x), self.n_heads, self.n_kv_heads
-        q = self.linear(x, "query", layer).view(S, H, -1)
-        k = self.linear(x, "key", layer).view(S, G, -1)
-        v = self.linear(x, "value", layer).view(S, G, -1)
+        if "fused" in self.names:                       # H query heads, G of keys, G of values
+            heads = self.linear(x, "fused", layer).view(S, H + 2 * G, -1)
+            q, k, v = heads[:, :H], heads[:, H:H + G], heads[:, H + G:]
+        else:
+            q = self.linear(x, "query", layer).view(S, H, -1)
+            k = self.linear(x, "key", layer).view(S, G, -1)
+            v = self.linear(x, "value", layer).view(S, G, -1)
         if self.tensor("query_norm", "weight", layer) is not None:
             q, k = self.norm(q, "query_norm", layer), self.norm(k, "key_norm", layer)
         q, k = self.rotate(q, positions), self.rotate(k, positions)
@@ -130,9 +155,47 @@ class Model:
         return self.linear(torch.cat(heads, dim=-1), "out", layer)
 
     def mlp(self, x, layer):
-        """SwiGLU (2002.05202): down(silu(gate x) * up x)."""
+        """SwiGLU (2002.05202): down(silu(gate x) * up x); or a mixture of several."""
+        if self.tensor("router", "weight", layer) is not None:
+            return torch.stack([self.mixture(token, layer) for token in x])
         gate = self.linear(x, "gate", layer)
         return self.linear(gate * gate.sigmoid() * self.linear(x, "up", layer), "down", layer)
+
+    def mixture(self, x, layer):
+        """A token x [D] through its experts: the sum of what each of them says, weighted."""
+        y = torch.zeros_like(x)
+        for expert, weight in self.choose_experts(x, layer).items():
+            y = y + weight * self.expert(x, layer, self.names["expert"].format(expert))
+        if any(self.names["shared"] in name for name in self.tensors):
+            y = y + self.expert(x, layer, self.names["shared"])
+        return y
+
+    def expert(self, x, layer, prefix):
+        prefix = self.names["layer"].format(layer) + prefix
+        gate = self.tensors[f"{prefix}gate_proj.weight"] @ x
+        up = self.tensors[f"{prefix}up_proj.weight"] @ x
+        return self.tensors[f"{prefix}down_proj.weight"] @ (gate * gate.sigmoid() * up)
+
+    def choose_experts(self, x, layer):
+        """{expert: its weight} for a token x [D]."""
+        config, logits = self.config, self.tensor("router", "weight", layer) @ x        # [E]
+        bias = self.tensors.get(self.names["layer"].format(layer) + self.names["router_bias"])
+        bias = torch.zeros_like(logits) if bias is None else bias
+        k = config["num_experts_per_tok"]
+        if config["model_type"] == "lladamoe":          # the weights are the biased scores
+            scores = dict(enumerate((logits.softmax(0) + bias).tolist()))
+            return {expert: scores[expert] for expert in highest(scores, k)}
+        scores = logits.sigmoid()
+        biased = dict(enumerate((scores + bias).tolist()))
+        size = len(biased) // config["n_group"]
+        groups = [range(g * size, (g + 1) * size) for g in range(config["n_group"])]
+        value = {}
+        for g, group in enumerate(groups):              # a group is as good as its two best
+            value[g] = sum(sorted((biased[e] for e in group), reverse=True)[:2])
+        open_to = [e for g in highest(value, config["topk_group"]) for e in groups[g]]
+        chosen = highest({e: biased[e] for e in open_to}, k)
+        total = sum(float(scores[e]) for e in chosen) if k > 1 else 1.0
+        return {e: config["routed_scaling_factor"] * float(scores[e]) / total for e in chosen}
 
     def logits(self, tokens, visible=None, positions=None, memory=None):
         """Logits [S, V] for a list of S tokens.
@@ -313,8 +376,54 @@ def dream_generate(model, prompt, max_new_tokens, steps, alg, eps=1e-3):
     return x, passes
 
 
+def llada2_generate(model, prompt, max_new_tokens, block_length, steps, threshold, minimum=None,
+                    edit_threshold=None, edit_passes=16):
+    """LLaDA2.0's sampler and, with edit_threshold, LLaDA2.1's.
+
+    Blocks lie at multiples of their length, the prompt's end in the first one. A pass keeps all
+    predictions of at least `threshold`, and at least `minimum`, or the step's share of a block. Of
+    the tokens written already it replaces those for which another is predicted with more than
+    edit_threshold; when the masks are gone, too, until nothing changes or edit_passes times.
+    Returns the canvas up to the end of its last block.
+    """
+    P, passes = len(prompt), 0
+    end = math.ceil((P + max_new_tokens) / block_length) * block_length
+    begins = range(P // block_length * block_length, end, block_length)
+    shares = equal_shares(block_length, math.ceil(steps / len(begins)))
+    x = prompt + [model.mask_id] * (end - P)
+    for begin in begins:
+        block, step, looks = range(begin, begin + block_length), 0, 0
+        while True:
+            masks = [i for i in block if x[i] == model.mask_id]
+            if not masks:
+                if edit_threshold is None or looks == edit_passes:
+                    break
+                looks += 1
+            block_of = torch.arange(block.stop) // block_length
+            visible = block_of[:, None] >= block_of[None, :]                        # query, key
+            tokens, p = predict(model.logits(x[:block.stop], visible))
+            passes += 1
+            kept = [i for i in masks if p[i] >= threshold]
+            least = 0
+            if masks:
+                least = min(minimum or shares[step], len(masks))
+            if len(kept) < least:
+                kept = highest({i: p[i] for i in masks}, least)
+            replaced = []
+            if edit_threshold is not None:
+                for i in block:
+                    if i >= P and i not in masks and tokens[i] != x[i] and p[i] > edit_threshold:
+                        replaced.append(i)
+            for i in [*kept, *replaced]:
+                x[i] = tokens[i]
+            step += 1
+            if not masks and not replaced:
+                break
+    return x, passes
+
+
 SAMPLERS = {"llada": llada_generate, "infill": llada_infill, "block": block_generate,
-            "fast_dllm": fast_dllm_generate, "dream": dream_generate}
+            "fast_dllm": fast_dllm_generate, "dream": dream_generate, "llada2": llada2_generate}
 
 
 # --------------------------------------------------------------------------------------------------

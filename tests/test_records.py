@@ -3,12 +3,14 @@ the tiny checkpoints in records/. And naive.py against the references, where the
 hand.
 """
 import json
+import math
+import warnings
 
 import pytest
 import torch
 from conftest import ROOT
-from naive import SAMPLERS, Model, block_loss, mdlm_loss
-from records.make import answer_questions, sample
+from naive import SAMPLERS, Model, block_loss, llada2_generate, mdlm_loss
+from records.make import CHECKPOINT_NAMES, answer_questions, sample
 from safetensors.torch import load_file
 
 import diffusion
@@ -34,7 +36,26 @@ def load_model(record):
     model = Transformer.from_pretrained(FOLDER / record["checkpoint"], causal=False)
     if record["sampler"] == "block":
         model.config.block_length = record["arguments"]["block_length"]
+    if record["sampler"] == "llada2":
+        model.config.set_ends([])                       # naive.py writes on behind an end of text
     return model
+
+
+def llada2_arguments(reference):
+    """The arguments of a reference record of LLaDA2 or LLaDA2.1 as `generate` and naive.py have
+    them: the steps of all blocks together."""
+    block_length = reference.get("block_size") or reference["block_length"]
+    new = reference.get("max_new_tokens") or reference["gen_length"]
+    P = len(reference["prompts"][0])
+    blocks = math.ceil((P + new) / block_length) - P // block_length
+    arguments = dict(max_new_tokens=new, block_length=block_length, steps=1,
+                     threshold=reference["threshold"])
+    if "editing_threshold" in reference:
+        return dict(arguments, minimum=reference["num_to_transfer"],
+                    edit_threshold=reference["editing_threshold"],
+                    edit_passes=reference["max_post_steps"])
+    steps = reference.get("steps_per_block") or reference["steps"]
+    return dict(arguments, steps=blocks * min(steps, new // reference["minimal_topk"]))
 
 
 def assert_close(ours, recorded, tolerance):
@@ -47,7 +68,7 @@ def assert_close(ours, recorded, tolerance):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llada", "dream", "qwen3"])
+@pytest.mark.parametrize("name", CHECKPOINT_NAMES)
 def test_published_checkpoints_give_the_recorded_logits(name):
     tokens = TENSORS[f"{name}.tokens"]
     opened = Transformer.from_pretrained(FOLDER / name, causal=False)
@@ -55,13 +76,17 @@ def test_published_checkpoints_give_the_recorded_logits(name):
     if name == "qwen3":
         causal = Transformer.from_pretrained(FOLDER / name)
         assert_close(causal(tokens), TENSORS["qwen3.logits_causal"], 2e-5)
+    elif name == "llada2":
+        block_of = torch.arange(12) // 4
+        blocks = block_of[:, None] >= block_of[None, :]
+        assert_close(opened(tokens, blocks[None]), TENSORS["llada2.logits_blocks"], 2e-5)
     else:
         mask = TENSORS["attention_mask"]
         padded = opened(tokens, attention_mask=mask)
         assert_close(padded[mask], TENSORS[f"{name}.logits_padded"][mask], 2e-5)
 
 
-@pytest.mark.parametrize("name", ["llada", "dream", "qwen3"])
+@pytest.mark.parametrize("name", CHECKPOINT_NAMES)
 def test_published_checkpoints_go_out_as_they_came(name, tmp_path):
     Transformer.from_pretrained(FOLDER / name).export_pretrained(tmp_path)
     stored = load_file(FOLDER / name / "model.safetensors")
@@ -100,6 +125,15 @@ def test_generate_and_infill_equal_the_records(record):
         arguments["remasking"] = RULES[arguments.pop("alg")]
         arguments["block_length"] = arguments["max_new_tokens"]
         outputs = generate(model, prompts, **arguments)
+    elif record["sampler"] == "llada2":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # some edit to the limit
+            outputs = generate(model, prompts, **arguments)
+            del arguments["on_step"]
+            assert generate(model, prompts, cache="block", **arguments) == outputs
+        # The reference's canvas goes on to the end of its last block.
+        new = arguments["max_new_tokens"]
+        record = dict(record, outputs=cut(record["outputs"], record["prompts"], new))
     else:
         outputs = generate(model, prompts, arguments.pop("gen_length"), **arguments)
     assert outputs == record["outputs"]
@@ -109,9 +143,13 @@ def test_generate_and_infill_equal_the_records(record):
         assert generate(model, prompts, cache="block", max_new_tokens=16, steps=8) == outputs
 
 
+def cut(outputs, prompts, new):
+    return [output[:len(prompt) + new] for output, prompt in zip(outputs, prompts)]
+
+
 def is_plain(record):
     """Whether `denoise` has all that the record asks for."""
-    more = ("cfg_scale", "cache", "factor")
+    more = ("cfg_scale", "cache", "factor", "minimum")
     return not any(record["arguments"].get(name) for name in more)
 
 
@@ -119,10 +157,15 @@ def is_plain(record):
 def test_denoise_equals_the_records(record):
     model, arguments = load_model(record), record["arguments"]
     how = {"threshold": arguments.get("threshold"), "block_length": arguments.get("block_length")}
+    for name in ("edit_threshold", "edit_passes"):
+        if name in arguments:
+            how[name] = arguments[name]
     if "alg" in arguments:
         how["remasking"] = RULES[arguments["alg"]]
     new = arguments.get("gen_length") or arguments.get("max_new_tokens") or 0
     for prompt, output in zip(record["prompts"], record["outputs"]):
+        if record["sampler"] == "llada2":               # to the end of the last block
+            new = len(output) - len(prompt)
         tokens = torch.tensor([prompt + [model.config.mask_token_id] * new])
         how["prompt_len"] = len(prompt) if new else 0
         assert denoise(model, tokens, arguments["steps"], **how)[0].tolist() == output
@@ -142,7 +185,7 @@ def test_the_records_tell_the_rules_apart():
 
 
 def test_the_second_opinion_still_gives_the_recorded_tensors():
-    models = {name: Model(FOLDER / name) for name in ("llada", "dream", "qwen3")}
+    models = {name: Model(FOLDER / name) for name in CHECKPOINT_NAMES}
     for name, answer in answer_questions(models, TENSORS).items():
         assert_close(answer, TENSORS[name], 1e-6)
 
@@ -153,7 +196,7 @@ def test_the_second_opinion_still_gives_the_recorded_outputs(record):
     assert answer == (record["outputs"], record["forward_passes"])
 
 
-@pytest.mark.parametrize("name", ["llada", "dream", "qwen3"])
+@pytest.mark.parametrize("name", [*CHECKPOINT_NAMES, "llada21"])
 def test_the_second_opinion_gives_the_references_logits(fixture_path, name):
     model = Model(fixture_path(name))
     stored = load_file(fixture_path(name) / "io.safetensors")
@@ -163,6 +206,9 @@ def test_the_second_opinion_gives_the_references_logits(fixture_path, name):
             assert_close(model.logits(tokens), stored["logits_bidirectional"][number], 2e-5)
             visible = visible.tril()
         assert_close(model.logits(tokens, visible), stored["logits"][number], 2e-5)
+        if "block_mask" in stored:
+            blocks = model.logits(tokens, stored["block_mask"])
+            assert_close(blocks, stored["logits_block"][number], 2e-5)
 
 
 REFERENCE_ARGUMENTS = {
@@ -193,6 +239,22 @@ def test_the_second_opinion_gives_the_references_outputs(fixture_path, file, cou
                 assert passes <= counted <= passes + blocks
             else:
                 assert counted == passes
+
+
+@pytest.mark.parametrize("file, count", [("llada2", 14), ("llada21", 13)])
+def test_the_second_opinion_gives_the_outputs_of_llada2(fixture_path, file, count):
+    """Those records that write on behind an end of text, as naive.py does; test_mixture.py asks
+    our own sampler for all of them."""
+    folder = fixture_path("samplers")
+    references = json.loads((folder / f"{file}.json").read_text())
+    references = [r for r in references if "Sampler" in r["reference"] and not r["eos_early_stop"]]
+    assert len(references) == count
+    model = Model(folder.parent / file)
+    for reference in references:
+        for prompt, output in zip(reference["prompts"], reference["outputs"]):
+            answer, passes = llada2_generate(model, prompt, **llada2_arguments(reference))
+            assert answer == output
+            assert len(reference["prompts"]) > 1 or passes == reference["forward_passes"]
 
 
 def test_the_second_opinion_gives_the_references_losses(fixture_path):

@@ -5,18 +5,21 @@ a thin product beside each learns.
 
     W [out, in] frozen, A [rank, in] random at first, B [out, rank] zero at first
 
-Adapters are stored in PEFT's layout under the family's published names, so PEFT reads ours and we
-read PEFT's.
+The matrices of experts get one each, in stacks. Adapters are stored in PEFT's layout under the
+family's published names, so PEFT reads ours and we read PEFT's.
 """
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 from common import stream
+from model import ExpertLinear
 from pretrained.config import read_json
 from pretrained.families import FAMILIES
 from pretrained.hub import find_checkpoint
@@ -26,12 +29,20 @@ from pretrained.tensors import (
     own_rows,
     put_rows,
     read_headers,
+    stack_of,
     tensor_table,
 )
 from training.files import write_json, write_tensors
 
-TARGETS = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "gate": "mlp.gate",
-           "up": "mlp.up", "down": "mlp.down"}
+TARGETS = {
+    "q": ("attn.q",),
+    "k": ("attn.k",),
+    "v": ("attn.v",),
+    "o": ("attn.o",),
+    "gate": ("mlp.gate", "mlp.gates", "mlp.shared.gate"),       # dense; of experts; of a shared one
+    "up": ("mlp.up", "mlp.ups", "mlp.shared.up"),
+    "down": ("mlp.down", "mlp.downs", "mlp.shared.down"),
+}
 ADAPTER = ("lora_A", "lora_B")
 
 
@@ -58,10 +69,39 @@ class LoRALinear(nn.Linear):
         return torch.add(y, F.linear(low, self.lora_B.to(x.dtype)), alpha=self.scale)
 
 
+class LoRAExperts(ExpertLinear):
+    """The same for an ExpertLinear, the matrices of all experts: `lora_A` [E, rank, in] and
+    `lora_B` [E, out, rank]."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        nn.Module.__init__(self)
+        E, self.out_features, self.in_features = base.weight.shape
+        self.weight, self.rank, self.alpha, self.dropout = base.weight, rank, alpha, dropout
+        self.scale = alpha / rank if rank else 0.0
+        with torch.device(base.weight.device):
+            self.lora_A = nn.Parameter(torch.zeros(E, rank, self.in_features))
+            self.lora_B = nn.Parameter(torch.zeros(E, self.out_features, rank))
+
+    def forward(self, x, counts):
+        y = kernels.expert_linear(x, self.weight, counts)                               # [N, out]
+        if not self.rank:
+            return y
+        x = F.dropout(x, self.dropout, self.training)
+        low = kernels.expert_linear(x, self.lora_A.to(x.dtype), counts)                 # [N, rank]
+        more = kernels.expert_linear(low, self.lora_B.to(low.dtype), counts)
+        return torch.add(y, more, alpha=self.scale)
+
+
+def adapted(base, rank, alpha, dropout):
+    """A matrix, or a stack of them, with its adapter."""
+    kind = LoRAExperts if isinstance(base, ExpertLinear) else LoRALinear
+    return kind(base, rank, alpha, dropout)
+
+
 def lora_layers(model):
-    """{our module name: LoRALinear}"""
+    """{our module name: LoRALinear or LoRAExperts}"""
     return {name: module for name, module in model.named_modules()
-            if isinstance(module, LoRALinear)}
+            if isinstance(module, LoRALinear | LoRAExperts)}
 
 
 def replace_module(model, name, module):
@@ -73,7 +113,7 @@ def replace_module(model, name, module):
 
 def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
     """Freeze `model` and put a LoRALinear in place of each of its matrices in `targets` ("q,v";
-    names as in TARGETS). Returns it.
+    names as in TARGETS), LoRAExperts in place of a stack of them. Returns it.
 
     Works on a model without memory (the meta device) too. The adapters are zero: `init_lora` makes
     them ready to learn. Raises ValueError for an unknown target, a rank beyond a matrix, or a
@@ -87,18 +127,21 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
         raise ValueError(f"lora_dropout must be in [0, 1) and lora_alpha positive, got {dropout} "
                          f"and {alpha}")
     model.requires_grad_(False)
+    matrices = {name: module for name, module in model.named_modules()
+                if isinstance(module, nn.Linear | ExpertLinear)}
     for layer in range(len(model.blocks)):
         for name in names:
-            place = f"blocks.{layer}.{TARGETS[name]}"
-            if name == "gate" and model.blocks[layer].mlp.gate is None:
-                continue
-            linear = model.get_submodule(place)
-            largest = min(linear.weight.shape)
-            if not 0 <= rank <= largest:
-                raise ValueError(f"lora_rank {rank} does not fit {place}, a matrix of "
-                                 f"{linear.out_features} x {linear.in_features}: from 0 to "
-                                 f"{largest} is possible")
-            replace_module(model, place, LoRALinear(linear, rank, alpha, dropout))
+            for target in TARGETS[name]:
+                place = f"blocks.{layer}.{target}"
+                if place not in matrices:
+                    continue
+                out_features, in_features = matrices[place].weight.shape[-2:]
+                largest = min(out_features, in_features)
+                if not 0 <= rank <= largest:
+                    raise ValueError(f"lora_rank {rank} does not fit {place}, a matrix of "
+                                     f"{out_features} x {in_features}: from 0 to {largest} is "
+                                     "possible")
+                replace_module(model, place, adapted(matrices[place], rank, alpha, dropout))
     return model
 
 
@@ -106,9 +149,9 @@ def init_lora(model, seed=0):
     """A ~ U(-1, 1) / sqrt(in), B = 0, as PEFT begins: at first the adapted model is the base."""
     generator = stream("adapters", seed)
     for name, layer in lora_layers(model).items():
-        A = 2 * torch.rand(layer.rank, layer.in_features, generator=generator) - 1
+        A = 2 * torch.rand(layer.lora_A.shape, generator=generator) - 1
         A = A / math.sqrt(layer.in_features)
-        B = torch.zeros(layer.out_features, layer.rank)
+        B = torch.zeros(layer.lora_B.shape)
         device = layer.weight.device
         put_rows(model, f"{name}.lora_A", A[slice(*own_rows(layer.lora_A))].to(device))
         put_rows(model, f"{name}.lora_B", B[slice(*own_rows(layer.lora_B))].to(device))
@@ -117,8 +160,16 @@ def init_lora(model, seed=0):
 @torch.no_grad()
 def merge_lora(model):
     """Add the adapters into their matrices, W + alpha / rank * B A in float32, and make them plain
-    nn.Linear again. Returns the model."""
+    nn.Linear or ExpertLinear again. Returns the model."""
     for name, layer in lora_layers(model).items():
+        if isinstance(layer, LoRAExperts):
+            for W, A, B in zip(layer.weight, layer.lora_A, layer.lora_B):
+                W.copy_(torch.addmm(W.float(), B.float(), A.float(), alpha=layer.scale))
+            with torch.device("meta"):
+                plain = ExpertLinear(len(layer.weight), layer.in_features, layer.out_features)
+            plain.weight = layer.weight
+            replace_module(model, name, plain)
+            continue
         merged = torch.addmm(layer.weight.float(), layer.lora_B.float(), layer.lora_A.float(),
                              alpha=layer.scale)
         layer.weight.copy_(merged)
@@ -139,6 +190,7 @@ PEFT_PREFIX = "base_model.model."                       # PEFT wraps the model t
 # an initialisation counts only where init_lora_weights names it.
 HARMLESS = {
     "peft_type", "r", "lora_alpha", "bias", "init_lora_weights",    # checked one by one below
+    "rank_pattern", "alpha_pattern",                                # these as well
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "runtime_config", "lora_dropout", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "megatron_core", "ensure_weight_tying",
@@ -147,6 +199,10 @@ HARMLESS = {
 # loftq, lora_ga, ...) take the product of A and B out of them: what is stored then belongs to
 # weights that are stored nowhere.
 PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")             # and true, false, null
+# The matrices that hold several of ours, each of which has an adapter of its own: the only ones
+# that PEFT's patterns may give another rank.
+FUSED = {theirs.rpartition(".")[2] for family in FAMILIES.values()
+         for ours, theirs in family.tensors.items() if isinstance(ours, tuple)}
 # Keys and parts of tensors' names of an adapter that learned more than matrices of the blocks.
 WHOLE_KEYS = ("modules_to_save", "trainable_token_indices")
 WHOLE_TENSORS = r"lora_embedding_[AB]|trainable_tokens|modules_to_save|base_layer\.(weight|bias)"
@@ -172,19 +228,27 @@ def name_of_base(init_from, base, folder):
     return init_from
 
 
+@dataclass
+class Place:
+    """What a published matrix is with us."""
+    names: list             # our modules: one, or those that a fused matrix holds
+    expert: int = None      # the expert whose matrix it is in an ExpertLinear
+
+
 def published_modules(model):
-    """{our module name: its published name}, of the matrices in TARGETS. ValueError where the
-    family stores several as one."""
-    names = {}
-    pattern = rf"blocks\.\d+\.({'|'.join(re.escape(place) for place in TARGETS.values())})\.weight"
+    """{published name: Place} of the matrices in TARGETS. ValueError where the family stores them
+    transposed."""
+    places = {}
+    targets = "|".join(re.escape(place) for some in TARGETS.values() for place in some)
     for theirs, ours, transposed in tensor_table(model):
-        if not re.fullmatch(pattern, ours[0]):
+        if not re.fullmatch(rf"blocks\.\d+\.({targets})\.weight(\.\d+)?", ours[0]):
             continue
-        if len(ours) > 1 or transposed:
+        if transposed:
             raise ValueError(f"adapters of {model.config.family} models cannot be stored: {theirs} "
-                             "holds several of our matrices, or one transposed")
-        names[ours[0].removesuffix(".weight")] = theirs.removesuffix(".weight")
-    return names
+                             "is stored transposed")
+        names = [stack_of(our)[0].removesuffix(".weight") for our in ours]
+        places[theirs.removesuffix(".weight")] = Place(names, stack_of(ours[0])[1])
+    return places
 
 
 def save_adapter(model, folder, base, state=None):
@@ -193,13 +257,19 @@ def save_adapter(model, folder, base, state=None):
 
     state: the model's tensors by name where the model itself holds but a part of them (FSDP2).
     """
-    folder, names, layers = Path(folder), published_modules(model), lora_layers(model)
-    tensors = {}
-    for name, layer in layers.items():
-        for key in ADAPTER:
-            tensor = state[f"{name}.{key}"] if state else getattr(layer, key)
-            tensors[f"{PEFT_PREFIX}{names[name]}.{key}.weight"] = tensor.detach().float()
+    folder, layers, tensors, ranks = Path(folder), lora_layers(model), {}, {}
+    state = state or model.state_dict()
     layer = next(iter(layers.values()))
+    for theirs, place in published_modules(model).items():
+        if not any(name in layers for name in place.names):
+            continue
+        A, B = published_pair(model, place, layers, state)
+        tensors[f"{PEFT_PREFIX}{theirs}.lora_A.weight"] = A
+        tensors[f"{PEFT_PREFIX}{theirs}.lora_B.weight"] = B
+        ranks[theirs] = len(A)
+    fused = sorted({name.rpartition(".")[2] for name, rank in ranks.items() if rank != layer.rank})
+    factor = {name: rank // layer.rank for name, rank in ranks.items() if layer.rank}
+    factors = {name.rpartition(".")[2]: factor for name, factor in factor.items()}
     settings = {
         "peft_type": "LORA",
         "task_type": None,
@@ -207,7 +277,9 @@ def save_adapter(model, folder, base, state=None):
         "r": layer.rank,
         "lora_alpha": layer.alpha,
         "lora_dropout": layer.dropout,
-        "target_modules": pattern_of([names[name] for name in layers]),
+        "target_modules": pattern_of(list(ranks)),
+        "rank_pattern": {name: factors[name] * layer.rank for name in fused},
+        "alpha_pattern": {name: factors[name] * layer.alpha for name in fused},
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -217,9 +289,30 @@ def save_adapter(model, folder, base, state=None):
     write_json(folder / SETTINGS, settings)
 
 
+def published_pair(model, place, layers, state):
+    """A [rank, in] and B [out, rank], float32, of a published matrix.
+
+    One that holds several of ours, each with an adapter of its own, gets an adapter of their ranks
+    together, whose B is zero where an adapter does not belong to the rows:
+
+        [B_q A_q; B_k A_k] = [[B_q, 0], [0, B_k]] [A_q; A_k]
+    """
+    adapters, sizes, blocks = [], [], []
+    for name in place.names:
+        sizes.append(model.get_submodule(name).weight.shape[-2])
+        blocks.append(torch.zeros(sizes[-1], 0))
+        if name in layers:
+            pair = [state[f"{name}.{key}"].detach().float().cpu() for key in ADAPTER]
+            if place.expert is not None:
+                pair = [stack[place.expert] for stack in pair]
+            adapters.append(pair[0])
+            blocks[-1] = pair[1]
+    return torch.cat(adapters), torch.block_diag(*blocks)
+
+
 def pattern_of(names):
-    """A pattern of full module names, for every layer: a LLaDA's head and the last matrix of its
-    blocks are both called ff_out, so the last part of a name would not do."""
+    """A pattern of full module names, for every layer and expert: a LLaDA's head and the last
+    matrix of its blocks are both called ff_out, so the last part of a name would not do."""
     in_all_layers = set()
     for name in names:
         in_all_layers.add(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)))
@@ -244,7 +337,10 @@ def read_settings(folder):
         raise ValueError(f"{path}: bias = {settings['bias']!r} is not supported: {MERGE_THERE}")
     for key, value in settings.items():
         is_off = value is None or value is False or value in ("", [], {})
-        if not is_off and key not in HARMLESS:
+        is_read = key in HARMLESS
+        if key.endswith("_pattern") and isinstance(value, dict):
+            is_read = is_read and set(value) <= FUSED
+        if not is_off and not is_read:
             raise ValueError(f"{path}: {key} = {value!r} is not supported, only plain LoRA is: "
                              f"{MERGE_THERE}")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
@@ -266,6 +362,15 @@ def check_init(path, init):
                      f"path_initial_model_for_weight_conversion, or {MERGE_THERE}")
 
 
+def setting_of(settings, kind, theirs):
+    """A module's "r" or "lora_alpha", which PEFT's patterns overrule for the modules they name."""
+    patterns = settings.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[kind]) or {}
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", theirs):
+            return value
+    return settings[kind]
+
+
 def load_adapter(model, folder):
     """Put the adapter in `folder` on `model`, ours or PEFT's. Returns the model, adapted.
     ValueError if it belongs to another."""
@@ -273,21 +378,33 @@ def load_adapter(model, folder):
     settings = read_settings(folder)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}")
-    found = match_adapter(model, folder / WEIGHTS, settings["r"])
+    places = published_modules(model)
     with open_tensors(folder / WEIGHTS) as tensors:
-        for name, pair in found.items():
-            linear = model.get_submodule(name)
-            layer = LoRALinear(linear, settings["r"], settings["lora_alpha"], 0.0)
-            for key in ADAPTER:
-                getattr(layer, key).data.copy_(tensors.get_tensor(pair[key]))
-            replace_module(model, name, layer)
+        for theirs, pair in match_adapter(model, places, folder / WEIGHTS, settings).items():
+            A, B = (tensors.get_tensor(pair[key]) for key in ADAPTER)
+            put_adapter(model, places[theirs], A, B, setting_of(settings, "lora_alpha", theirs))
     return model
 
 
-def match_adapter(model, file, rank):
-    """{our module name: {"lora_A": name in the file, "lora_B": name in the file}}. ValueError for
-    what does not belong to this model, or is more than a LoRA of its blocks."""
-    ours = {theirs: name for name, theirs in published_modules(model).items()}
+def put_adapter(model, place, A, B, alpha):
+    """Adapt the modules of ours that a published matrix is by its A [rank, in] and B [out, rank]. A
+    fused one gives each of them all of A and its own rows of B."""
+    start = 0
+    for name in place.names:
+        module = model.get_submodule(name)
+        if not isinstance(module, LoRALinear | LoRAExperts):
+            module = adapted(module, len(A), alpha, 0.0)
+            replace_module(model, name, module)
+        rows = module.weight.shape[-2]
+        index = slice(None) if place.expert is None else place.expert
+        module.lora_A.data[index] = A.to(module.lora_A)
+        module.lora_B.data[index] = B[start:start + rows].to(module.lora_B)
+        start += rows
+
+
+def match_adapter(model, places, file, settings):
+    """{published module name: {"lora_A": name in the file, "lora_B": name in the file}}. ValueError
+    for what does not belong to this model, or is more than a LoRA of its blocks."""
     family = model.config.family
     prefix = FAMILIES[family].prefix
     embedding_and_head = {theirs for theirs, parts, _ in tensor_table(model)
@@ -297,20 +414,23 @@ def match_adapter(model, file, rank):
         match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB])(?:\.default)?\.weight",
                              name)
         place = match[1] if match else name.removeprefix(PEFT_PREFIX)
-        if match and place not in ours:
+        if match and place not in places:
             place = prefix + place                      # trained without the head
         spellings = {place, place + ".weight", prefix + place}
         if re.search(WHOLE_TENSORS, name) or embedding_and_head & spellings:
             raise ValueError(f"{file} holds {name}: {LEARNED_MORE}")
-        if not match or place not in ours:
+        if not match or place not in places:
             raise ValueError(f"{file}: {name} has no place in this {family} model: the adapter "
                              "belongs to another one")
-        linear = model.get_submodule(ours[place])
-        asked = [rank, linear.in_features] if match[2] == "lora_A" else [linear.out_features, rank]
+        rank = setting_of(settings, "r", place)
+        weights = [model.get_submodule(our).weight for our in places[place].names]
+        asked = [rank, weights[0].shape[-1]]
+        if match[2] == "lora_B":
+            asked = [sum(weight.shape[-2] for weight in weights), rank]
         if list(tensor.shape) != asked:
             raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, this model and r = "
                              f"{rank} ask for {asked}: the adapter belongs to another model")
-        found.setdefault(ours[place], {})[match[2]] = name
+        found.setdefault(place, {})[match[2]] = name
     if not found:
         raise ValueError(f"{file} lacks half of the adapter of any matrix")
     for name, pair in found.items():

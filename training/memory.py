@@ -2,7 +2,8 @@
 
 The forward and backward pass runs on tensors that have shapes but no memory (torch's
 FakeTensorMode), and a counter follows every allocation from its birth to its end. So the figures
-are those of the code itself; what several processes share is then divided. RMSNorm is counted as it
+are those of the code itself; what several processes share is then divided. Experts are reckoned
+with equal shares of the tokens. RMSNorm is counted as it
 runs on a CPU, by hand; where a GPU has no fused kernel for it, it keeps float32 copies besides
 (LLaDA-8B, T 1024, without checkpointing: 0.6 GB).
 """
@@ -27,12 +28,23 @@ from training.lora import add_lora
 
 LLADA = dict(family="llada", vocab_size=126464, dim=4096, n_layers=32, n_heads=32,
              hidden_dim=12288, max_len=4096, qk_norm=False)
+LLADA_MOE = dict(family="lladamoe", vocab_size=157184, dim=2048, n_layers=16, n_heads=16,
+                 max_len=8192, n_experts=64, experts_per_token=8, expert_dim=1024)
+LLADA2_MINI = dict(family="llada2", vocab_size=157184, dim=2048, n_layers=20, n_heads=16,
+                   n_kv_heads=4, hidden_dim=5120, max_len=32768, n_experts=256, experts_per_token=8,
+                   expert_dim=512, shared_dim=512, dense_layers=[0], router="sigmoid",
+                   router_bias="choice", router_groups=8, router_top_groups=4, router_norm=True,
+                   router_scale=2.5, rope_share=0.5, block_length=32, blocks_from_start=True)
 DREAM = dict(family="Dream", vocab_size=152064, dim=3584, n_layers=28, n_heads=28, n_kv_heads=4,
              hidden_dim=18944, max_len=131072, qk_norm=False, qkv_bias=True, shift=True)
 SHAPES = {                  # what can be planned without a network
     "GSAI-ML/LLaDA-8B-Base": LLADA,
     "GSAI-ML/LLaDA-8B-Instruct": LLADA,
     "GSAI-ML/LLaDA-1.5": LLADA,
+    "inclusionAI/LLaDA-MoE-7B-A1B-Base": LLADA_MOE,
+    "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": LLADA_MOE,
+    "inclusionAI/LLaDA2.0-mini": LLADA2_MINI,
+    "inclusionAI/LLaDA2.1-mini": LLADA2_MINI,
     "Dream-org/Dream-v0-Base-7B": DREAM,
     "Dream-org/Dream-v0-Instruct-7B": DREAM,
 }
@@ -157,7 +169,7 @@ def run_step(model, seq_len, batch_size, autocast, ranks):
 def gathered_bytes(model, dtype):
     """What FSDP2 puts together for a while: embedding, head and last norm, two blocks, and the
     gradients of the largest group on their way to their process."""
-    block = list(model.blocks[0].parameters())
+    block = list(max(model.blocks, key=lambda block: elements(block.parameters())).parameters())
     outer = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     on_their_way = 0
     for group in (block, outer):

@@ -13,7 +13,8 @@ class Muon(torch.optim.Optimizer):
 
     Five steps of a Newton-Schulz iteration, X <- aX + b(XX^T)X + c(XX^T)^2 X, drive the singular
     values to about 1. Matrices of one shape are stacked and go through it together, which takes
-    half the time of one after the other (torch.optim.Muon).
+    half the time of one after the other (torch.optim.Muon). A parameter of three dimensions is a
+    stack of matrices already: those of the experts.
     """
 
     def __init__(self, matrices, lr=0.02, momentum=0.9, weight_decay=0.0):
@@ -22,19 +23,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}                             # (rows <= columns) -> [(matrix, update), ...]
+            by_shape = {}                             # (rows <= columns) -> [(p, its updates), ...]
             for p in group["params"]:
                 if p.grad is not None:
                     update = wide(self.momentum(p, group["momentum"]))
-                    by_shape.setdefault(update.shape, []).append((p, update))
+                    update = update[None] if p.ndim == 2 else update    # [1 or E, rows, columns]
+                    by_shape.setdefault(update.shape[1:], []).append((p, update))
             for pairs in by_shape.values():
-                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                sizes = [len(update) for _, update in pairs]
+                updates = orthogonal(torch.cat([update for _, update in pairs])).split(sizes)
                 for (p, _), update in zip(pairs, updates):
-                    if p.shape[0] > p.shape[1]:
-                        update = update.T
-                    scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+                    rows, columns = p.shape[-2:]
+                    if rows > columns:
+                        update = update.mT
+                    scale = max(1, rows / columns) ** 0.5
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * scale)
+                    p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
     def momentum(self, p, beta):
         """Nesterov's look ahead: the gradient moved towards the running mean of gradients."""
@@ -46,8 +50,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def wide(matrix):
-    """The matrix, or its transpose if it has more rows than columns."""
-    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    """The matrix, or its transpose if it has more rows than columns; each one of a stack."""
+    return matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
 
 
 def orthogonal(matrices, steps=5):
@@ -76,7 +80,7 @@ def make_optimizers(model, kind, learning_rate, muon_lr=0.0, beta2=0.99, weight_
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        if p.ndim == 2 and p in in_blocks:
+        if p.ndim >= 2 and p in in_blocks:
             matrices.append(p)
         elif p is table and p is not model.head.weight and embedding_lr is not None:
             embedding.append(p)

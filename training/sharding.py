@@ -48,13 +48,15 @@ def shard(model, device, dtype=torch.float32):
 
 
 def training_tensors(model, optimizers):
-    """{name: tensor} of all that training changes: the parameters that learn and what the
-    optimizers keep for each of them."""
+    """{name: tensor} of all that training changes: the parameters that learn, what the optimizers
+    keep for each of them, and the biases of routers, which balance.py moves."""
     states = {}
     for optimizer in optimizers:
         states |= dict(optimizer.state)
     tensors = {}
     for name, parameter in model.named_parameters():
+        if name.endswith("router_bias"):
+            tensors[f"model.{name}"] = parameter.detach()
         if parameter.requires_grad:
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in states.get(parameter, {}).items():

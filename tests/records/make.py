@@ -3,10 +3,10 @@ of them.
 
     python tests/records/make.py
 
-Writes llada/, dream/ and qwen3/ (config.json, model.safetensors), records.safetensors (logits and
-losses) and records.json (one call of a sampler a line). Seeds are fixed. Every sampler's answer
-must stay the same in float32 and with a little noise on the weights: a record that hangs on
-rounding is refused.
+Writes llada/, dream/, qwen3/, lladamoe/ and llada2/ (config.json, model.safetensors),
+records.safetensors (logits and losses) and records.json (one call of a sampler a line). Seeds are
+fixed. Every sampler's answer must stay the same in float32 and with a little noise on the weights:
+a record that hangs on rounding is refused.
 """
 import json
 import sys
@@ -44,6 +44,21 @@ DREAM = {**QWEN, "architectures": ["DreamModel"], "model_type": "Dream", "num_ke
 QWEN3 = {**QWEN, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 8,
          "num_key_value_heads": 1, "attention_bias": False, "tie_word_embeddings": True}
 
+MIXTURE = {
+    **QWEN, "num_key_value_heads": 2, "partial_rotary_factor": 0.5, "num_experts": 6,
+    "num_experts_per_tok": 2, "tie_word_embeddings": False, "pad_token_id": EOS}
+LLADA_MOE = {
+    **MIXTURE, "architectures": ["LLaDAMoEModelLM"], "model_type": "lladamoe", "head_dim": None,
+    "partial_rotary_factor": 0.7,
+    "dense_intermediate_size": HIDDEN, "expert_intermediate_size": 12, "moe_layer_freq": [1, 0],
+    "shared_expert_intermediate_size": 20, "qk_layernorm": True, "attention_bias": False,
+    "moe_router_enable_expert_bias": True}
+LLADA2 = {
+    **MIXTURE, "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "head_dim": 8,
+    "moe_intermediate_size": 12, "num_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 3,
+    "topk_group": 2, "routed_scaling_factor": 1.5, "use_qk_norm": True, "use_bias": True,
+    "use_qkv_bias": True}
+
 # What the samplers are asked: the lengths of the prompts, and the arguments.
 CALLS = [
     dict(sampler="llada", prompts=[10], gen_length=16, steps=16, block_length=16),
@@ -71,7 +86,24 @@ for alg in ("entropy", "maskgit_plus", "topk_margin"):
 for block_length in (4, 8):
     CALLS.append(dict(sampler="block", prompts=[9, 6], gen_length=16, steps=8,
                       block_length=block_length))
-CHECKPOINTS = {"dream": "dream", "block": "qwen3"}      # all other samplers run on llada
+MIXTURE_CALLS = [
+    dict(sampler="llada2", prompts=[7, 10], max_new_tokens=16, block_length=8, steps=24,
+         threshold=0.95),
+    dict(sampler="llada2", prompts=[5], max_new_tokens=20, block_length=8, steps=8, threshold=0.6),
+    dict(sampler="llada2", prompts=[9, 16, 3], max_new_tokens=12, block_length=4, steps=100,
+         threshold=0.5),
+    dict(sampler="llada2", prompts=[7, 10], max_new_tokens=16, block_length=8, steps=24,
+         threshold=0.95, edit_threshold=0.2),
+    dict(sampler="llada2", prompts=[6], max_new_tokens=24, block_length=8, steps=64, threshold=0.4,
+         edit_threshold=0.3, edit_passes=3),
+    dict(sampler="llada2", prompts=[5, 12], max_new_tokens=16, block_length=8, steps=1,
+         threshold=0.7, edit_threshold=0.4, edit_passes=0, minimum=3),
+    dict(sampler="llada2", prompts=[8], max_new_tokens=16, block_length=16, steps=16, threshold=0.3,
+         edit_threshold=0.0, edit_passes=5, minimum=1),
+]
+CHECKPOINT_NAMES = ("llada", "dream", "qwen3", "lladamoe", "llada2")
+# All other samplers run on llada.
+CHECKPOINTS = {"llada2": "llada2", "dream": "dream", "block": "qwen3"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -80,8 +112,8 @@ CHECKPOINTS = {"dream": "dream", "block": "qwen3"}      # all other samplers run
 
 def shapes(config):
     """{published name: shape} of all tensors of a checkpoint."""
-    names = naive.LLADA if config["model_type"] == "llada" else naive.QWEN
-    head_dim = config.get("head_dim", DIM // HEADS)
+    names = naive.NAMES.get(config["model_type"], naive.QWEN)
+    head_dim = config.get("head_dim") or DIM // HEADS
     queries = HEADS * head_dim
     keys = config.get("n_kv_heads", config.get("num_key_value_heads")) * head_dim
     parts = {
@@ -89,17 +121,43 @@ def shapes(config):
         "value": (keys, DIM), "out": (DIM, queries), "mlp_norm": (DIM,), "gate": (HIDDEN, DIM),
         "up": (HIDDEN, DIM), "down": (DIM, HIDDEN),
     }
-    if config["model_type"] == "qwen3":
+    if config["model_type"] in ("qwen3", "lladamoe", "llada2_moe"):
         parts.update(query_norm=(head_dim,), key_norm=(head_dim,))
     result = {f"{names['embedding']}.weight": (V, DIM), f"{names['final_norm']}.weight": (DIM,)}
     if not config.get("tie_word_embeddings"):
         result[f"{names['head']}.weight"] = (V, DIM)
     for layer in range(LAYERS):
-        for part, shape in parts.items():
-            name = names["layer"].format(layer) + names[part]
-            result[f"{name}.weight"] = shape
-            if config["model_type"] == "Dream" and part in ("query", "key", "value"):
-                result[f"{name}.bias"] = shape[:1]
+        own = layer_parts(config, names, parts, layer)
+        result.update({names["layer"].format(layer) + name: shape for name, shape in own.items()})
+    return result
+
+
+def layer_parts(config, names, parts, layer):
+    """{name within the layer: shape} of all tensors of a layer."""
+    result, sizes = {}, dict(parts)
+    sparse = ("moe_layer_freq" in config and config["moe_layer_freq"][layer]
+              or layer >= config.get("first_k_dense_replace", LAYERS))
+    if "fused" in names:
+        rows = sum(sizes.pop(part)[0] for part in ("query", "key", "value"))
+        sizes["fused"] = (rows, DIM)
+    if sparse:
+        for part in ("gate", "up", "down"):
+            del sizes[part]
+        E, shared = config["num_experts"], config.get("shared_expert_intermediate_size")
+        hidden = config.get("expert_intermediate_size", config.get("moe_intermediate_size"))
+        sizes["router"] = (E, DIM)
+        result[names["router_bias"]] = (E,)
+        widths = {names["expert"].format(expert): hidden for expert in range(E)}
+        widths[names["shared"]] = shared or hidden * config["num_shared_experts"]
+        for prefix, width in widths.items():
+            result[f"{prefix}gate_proj.weight"] = (width, DIM)
+            result[f"{prefix}up_proj.weight"] = (width, DIM)
+            result[f"{prefix}down_proj.weight"] = (DIM, width)
+    for part, shape in sizes.items():
+        result[f"{names[part]}.weight"] = shape
+        has_bias = config["model_type"] == "Dream" and part in ("query", "key", "value")
+        if has_bias or config.get("use_bias") and part in ("fused", "out"):
+            result[f"{names[part]}.bias"] = shape[:1]
     return result
 
 
@@ -111,7 +169,7 @@ def make_checkpoint(folder, config, seed):
         tensors[name] = 0.2 * torch.randn(shape, generator=generator)
         if "norm" in name or "ln_f" in name:
             tensors[name] += 1
-    names = naive.LLADA if config["model_type"] == "llada" else naive.QWEN
+    names = naive.NAMES.get(config["model_type"], naive.QWEN)
     head = tensors.get(f"{names['head']}.weight")
     if head is None:
         # The embedding is the head as well: the mask's row is short, which the first norm undoes.
@@ -150,13 +208,17 @@ def answer_questions(models, asked):
     """{name: tensor}: logits [2, 12, V], losses [], token_nll [2, 32], by naive.py."""
     answers = {}
     order = torch.ones(12, 12, dtype=torch.bool).tril()             # an autoregressive model's
-    for name in ("llada", "dream", "qwen3"):
+    for name in CHECKPOINT_NAMES:
         rows = asked[f"{name}.tokens"].tolist()
         logits = models[name].logits
         answers[f"{name}.logits"] = torch.stack([logits(row) for row in rows])
         if name == "qwen3":
             causal = torch.stack([logits(row, order) for row in rows])
             answers["qwen3.logits_causal"] = causal
+        elif name == "llada2":
+            block_of = torch.arange(12) // 4
+            blocks = block_of[:, None] >= block_of[None, :]
+            answers["llada2.logits_blocks"] = torch.stack([logits(row, blocks) for row in rows])
         else:
             padded = [logits(row, shown.expand(12, 12))
                       for row, shown in zip(rows, asked["attention_mask"])]
@@ -196,9 +258,9 @@ def noisy(model, generator):
     return model
 
 
-def make_records(generator):
+def make_records(calls, generator):
     records = []
-    for call in CALLS:
+    for call in calls:
         arguments = {k: v for k, v in call.items() if k not in ("sampler", "prompts")}
         checkpoint = CHECKPOINTS.get(call["sampler"], "llada")
         prompts = [make_prompt(length, call["sampler"] == "infill")
@@ -220,12 +282,18 @@ def main():
     make_checkpoint(HERE / "llada", LLADA, seed=13)
     make_checkpoint(HERE / "dream", DREAM, seed=1)
     make_checkpoint(HERE / "qwen3", QWEN3, seed=2)
+    make_checkpoint(HERE / "lladamoe", LLADA_MOE, seed=4)
+    make_checkpoint(HERE / "llada2", LLADA2, seed=5)
     generator = torch.Generator().manual_seed(3)
-    models = {name: naive.Model(HERE / name) for name in ("llada", "dream", "qwen3")}
+    models = {name: naive.Model(HERE / name) for name in CHECKPOINT_NAMES}
     asked = make_questions(generator)
+    later = torch.Generator().manual_seed(6)    # of its own: the older records stay as they are
+    for name in ("lladamoe", "llada2"):
+        asked[f"{name}.tokens"] = torch.randint(EOS, (2, 12), generator=later)
     answers = {name: x.float() for name, x in answer_questions(models, asked).items()}
     save_file({**asked, **answers}, HERE / "records.safetensors")
-    lines = [json.dumps(record) for record in make_records(generator)]
+    records = make_records(CALLS, generator) + make_records(MIXTURE_CALLS, later)
+    lines = [json.dumps(record) for record in records]
     (HERE / "records.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
