@@ -23,7 +23,7 @@ from sampling.terminal import Terminal, printable
 from sampling.trace import Trace
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
-checkpoint = default_checkpoint()   # out/scratch, untrained checkpoints/mdlm; a folder or hub id
+checkpoint = default_checkpoint()   # out/scratch, untrained checkpoints/tales; a folder or hub id
 adapter = ""                # the folder of a LoRA adapter for it (finetune_llada.py, PEFT)
 # what to write
 prompt = ""                 # text to continue; FILE:path reads it from a file; empty: none

@@ -28,7 +28,7 @@ def default_checkpoint():
     comes with the repository."""
     if Path("out/scratch/config.json").is_file():
         return "out/scratch"
-    return os.path.relpath(Path(__file__).parent.parent / "checkpoints" / "mdlm")
+    return os.path.relpath(Path(__file__).parent.parent / "checkpoints" / "tales")
 
 
 class Sampler:
