@@ -158,22 +158,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_parallel(world_size, script, *arguments, before=None):
+def run_parallel(world_size, script, *arguments, **options):
     """The Results of all ranks, in the environment that torchrun makes."""
-    environment = {
+    torchrun = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world_size),
     }
-    ranks = [
-        Script(
-            script,
-            *arguments,
-            environment=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            before=before,
-        )
-        for r in range(world_size)
-    ]
+    ranks = []
+    for rank in range(world_size):
+        environment = torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(Script(script, *arguments, environment=environment, **options))
     return [script.wait() for script in ranks]
 
 

@@ -77,9 +77,10 @@ class Naive:
     "n,steps,block_length", [(12, 12, 12), (12, 6, 4), (12, 3, 4), (16, 8, 16), (8, 6, 4)]
 )
 def test_low_confidence_equals_the_naive_loop(n, steps, block_length):
-    model, prompt = never_mask(tiny(vocab_size=40, seed=3)), [1, 2, 3, 4]
+    model, prompt = never_mask(tiny(vocab_size=40, seed=4)), [1, 2, 3, 4]
     loop, passes = naive.llada_generate(Naive(model), prompt, n, steps, block_length)
     assert MASK not in loop and passes == steps
+    assert len(set(loop[4:])) > 4       # one token everywhere would be right in any order
     assert generate(model, [prompt], n, steps, block_length)[0] == loop
 
 

@@ -270,8 +270,9 @@ def test_the_last_line_of_a_recipe_is_that_of_eval(tmp_path):
     assert run("eval.py", *arguments).out.splitlines()[-1] != line, "another number of tokens"
 
 
-def test_nelbo_divides_its_passes(checkpoint):
-    arguments = f"--checkpoint={checkpoint}", "--max_tokens=4000", "--seq_len=32", "--device=cpu"
+def test_nelbo_divides_its_passes(checkpoint, text):
+    arguments = (f"--checkpoint={checkpoint}", f"--dataset={text}", "--max_tokens=2000",
+                 "--seq_len=32", "--device=cpu")
     ranks = run_parallel(2, "eval.py", *arguments)
     assert ranks[0].status == 0 and ranks[0].out == run("eval.py", *arguments).out
 

@@ -920,20 +920,22 @@ def test_plan_of_published_models(tmp_path):
             getattr(config, field) == value for field, value in SHAPES[name].items()
         )  # what is planned without a network
 
-    arguments = "--plan", "--memory_gb=24", f"--init_from={tmp_path / 'GSAI-ML/LLaDA-8B-Base'}"
-    out = succeed(run_here(SCRIPT, *arguments)).out
-    figures = {
-        name: float(value.replace(",", ""))
-        for name, value in re.findall(r"^  ([\w ]+?) +([\d.,]+)(?: |$)", out, re.MULTILINE)
-    }
+    # Every layer takes as much as any other: those of eight and of four tell of all 32.
+    four, eight = (plan_of_llada(tmp_path, llada | {"n_layers": n}) for n in (4, 8))
+    all_layers = {name: eight[name] + 6 * (eight[name] - four[name]) for name in eight}
+    learn = all_layers["of them learn"]
+    assert all_layers["parameters"] - learn == 8015581184
+    assert 16.0 < all_layers["weights"] < all_layers["peak"] < 22
+    assert all_layers["weights"] == pytest.approx((2 * 8015581184 + 4 * learn) / 1e9, abs=0.01)
+
+
+def plan_of_llada(folder, raw):
+    """The figures that --plan prints for a config.json: numbers of parameters, and GB."""
+    (folder / "config.json").write_text(json.dumps(raw))
+    out = succeed(run_here(SCRIPT, "--plan", "--memory_gb=24", f"--init_from={folder}")).out
     assert "fits into 24 GB: yes" in out and "1 x 1024 tokens a process, 1 process" in out
-    assert (
-        figures["parameters"] - figures["of them learn"] == 8015581184
-        and 16.0 < figures["weights"] < figures["peak"] < 22
-    )
-    assert figures["weights"] == pytest.approx(
-        (2 * 8015581184 + 4 * figures["of them learn"]) / 1e9, abs=1e-3
-    )
+    lines = re.findall(r"^  ([\w ]+?) +([\d.,]+)(?: |$)", out, re.MULTILINE)
+    return {name: float(value.replace(",", "")) for name, value in lines}
 
 
 def test_plan_of_several_processes():

@@ -9,13 +9,13 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from runs import (
     LAST_LINE,
     Killer,
@@ -25,9 +25,10 @@ from runs import (
     rows,
     same_run,
     state_of,
+    succeed,
 )
 from safetensors import safe_open
-from scripts import ROOT, Script, run, run_parallel
+from scripts import ROOT, Script, free_port, run, run_parallel
 
 from data.loader import TokenDataset
 from data.prepare import prepare
@@ -328,32 +329,15 @@ def test_processes_without_a_masked_token(tiny, tmp_path):
 def test_torchrun_resumes(tiny, unbroken, tmp_path):
     """torchrun itself, on a run that two processes began, with the default optimizer."""
     settings = ("--batch_size=2", "--max_steps=12")
-    first, _ = run_parallel(2, SCRIPT, *tiny(tmp_path / "whole", *settings))
-    assert first.status == 0, first
+    whole = tiny(tmp_path / "whole", *settings)
+    first = succeed(*run_parallel(2, SCRIPT, *whole, plots=True))       # for torchrun draws them
     scripts = run_parallel(2, SCRIPT, *tiny(tmp_path / "broken", *settings), before=Killer(12))
     assert -signal.SIGKILL in [script.status for script in scripts]
     assert 4 <= state_of(tmp_path / "broken")["step"] < 12
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-        SCRIPT,
-    ]
-    result = subprocess.run(
-        [*command, *tiny(tmp_path / "broken", *settings, "--resume=True")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == first.out.splitlines()[-1]
+    torchrun = torch.distributed.run.__file__, "--nproc_per_node=2", f"--master_port={free_port()}"
+    settings = tiny(tmp_path / "broken", *settings, "--resume=True")
+    result = succeed(run(*torchrun, "--master_addr=127.0.0.1", SCRIPT, *settings))
+    assert result.out.splitlines()[-1] == first.out.splitlines()[-1]
     same_run(tmp_path / "broken", tmp_path / "whole")
 
 
