@@ -130,7 +130,7 @@ def own_block_length(config, asked):
     for no wish, counts with all other models and with LLaDA2, whose blocks may have any length."""
     if config.causal:
         return 1
-    if config.block_length and not (config.blocks_from_start and asked):
+    if config.block_length and not (config.blocks_from_start and asked is not None):
         return config.block_length
     return asked
 

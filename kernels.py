@@ -178,13 +178,12 @@ def expert_linear(x, weight, counts):
 
 
 def shares(counts, total):
-    """`counts` as a list. Where tensors have no numbers (FakeTensorMode, which plans memory), equal
-    shares of the total."""
+    """`counts` as a list. Where tensors have no numbers (FakeTensorMode, which plans memory), the
+    first gets all: it makes no difference to the memory."""
     try:
         return counts.tolist()
     except DataDependentOutputException:
-        E = len(counts)
-        return [total // E + (e < total % E) for e in range(E)]
+        return [total] + [0] * (len(counts) - 1)
 
 
 class ExpertLinearProduct(torch.autograd.Function):

@@ -131,21 +131,18 @@ class Config:
     def check_experts(self):
         E, k, groups = self.n_experts, self.experts_per_token, self.router_groups
         self.expert_dim = self.expert_dim or max(1, self.hidden_dim // k)
-        self.dense_layers = self.dense_layers or None
         if not self.gated or self.mlp_bias:
-            raise ValueError("experts are gated MLPs without biases: gated = False and mlp_bias = "
-                             "True are for dense ones")
-        if k > E:
-            raise ValueError(f"{k} experts a token (experts_per_token) cannot be chosen of {E}")
-        if E % groups:
-            raise ValueError(f"{E} experts do not divide into {groups} groups (router_groups)")
+            raise ValueError("experts are gated MLPs without biases: gated must be true, mlp_bias "
+                             "false")
+        if k > E or E % groups:
+            raise ValueError(f"{k} experts a token (experts_per_token) cannot be chosen of {E}, "
+                             f"or {E} do not divide into {groups} groups (router_groups)")
         if not k <= E // groups * self.router_top_groups <= E:
             raise ValueError(f"router_top_groups {self.router_top_groups} does not fit: {k} of {E} "
                              f"experts are to be chosen in the best of {groups} groups")
-        for layer in self.dense_layers or ():
-            if type(layer) is not int or not 0 <= layer < self.n_layers:
-                raise ValueError(f"dense_layers must be a list of layers below {self.n_layers}, "
-                                 f"got {self.dense_layers!r}")
+        layers = self.dense_layers or []
+        if not set(layers) <= set(range(self.n_layers)):
+            raise ValueError(f"dense_layers must be layers below {self.n_layers}, got {layers}")
 
     def check_ends(self):
         ends = [] if self.eos_token_ids is None else self.eos_token_ids
@@ -209,12 +206,10 @@ class Config:
         return self.local_window > 0 and layer % self.global_every != 0
 
     def is_sparse(self, layer):
-        """Whether a layer has experts."""
         return self.n_experts > 0 and layer not in (self.dense_layers or ())
 
     @property
     def rope_dim(self):
-        """The dimensions of a head that RoPE rotates."""
         return int(self.head_dim * self.rope_share)
 
 
@@ -354,13 +349,10 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of E small MLPs. Each token goes through the k that its router chooses, and through
-    the shared one, if there is one:
+    """A mixture of E small MLPs, of which a token goes through the k that the router chooses, and
+    perhaps a shared one:
 
         y = sum over the chosen e of weight_e * down_e(act(gate_e x) * up_e x) + shared(x)
-
-    Chosen are the k highest scores, softmax or sigmoid of the router's logits, plus a bias that no
-    gradient teaches; training/balance.py says why and how.
     """
 
     def __init__(self, config):
@@ -369,7 +361,7 @@ class Experts(nn.Module):
         self.config, self.act = config, ACTIVATIONS[config.activation]
         self.router = nn.Linear(D, E, bias=False)
         self.router_bias = None
-        if config.router_bias != "none":
+        if config.router_bias != "none":        # no gradient teaches it: see training/balance.py
             self.router_bias = nn.Parameter(torch.zeros(E), requires_grad=False)
         self.gates = ExpertLinear(E, D, hidden)
         self.ups = ExpertLinear(E, D, hidden)

@@ -27,6 +27,7 @@ from data.tokenizer import Tokenizer
 from diffusion import (SCHEDULES, ar_loss, block_loss, canvas_mask_id, denoise, mask_tokens,
                        mdlm_loss, nelbo, restored, sample_t)
 from model import Config, Transformer
+from training import balance
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
@@ -54,6 +55,10 @@ n_heads = 8 if _on_gpu else 4       # attention heads
 dim = 512 if _on_gpu else 192       # width
 seq_len = 512 if _on_gpu else 128   # tokens in a sequence; grids: whole ones, whatever this says
 positions = "learned" if _grids else "rope"     # rope knows distances alone, but a grid has places
+n_experts = 0               # small MLPs in place of each MLP, as wide together; 0: it stays whole
+experts_per_token = 2       # of them, which share the MLP's width
+balance_loss = 0.0          # weight of the loss that evens out the experts' loads, 0.01; 0: none
+balance_rate = 0.0          # step by which biases do so without a loss, 0.001; 0: none
 # diffusion
 objective = "mdlm"          # mdlm, bd3lm, ar
 block_length = 4            # bd3lm: tokens in a block
@@ -86,12 +91,15 @@ common.check(
     at_least_1=["n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum", "eval_tokens",
                 "final_eval_tokens"],
     positive=["learning_rate", "embedding_lr", "muon_lr"],
-    not_negative=["max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes",
-                  "eval_interval", "sample_tokens"],
+    not_negative=["n_experts", "balance_loss", "balance_rate", "max_weight", "weight_decay",
+                  "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval",
+                  "sample_tokens"],
     objective=["mdlm", "bd3lm", "ar"], positions=["rope", "learned"], schedule=list(SCHEDULES),
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):
     raise ValueError("max_steps and max_minutes are both 0: say when to stop")
+if n_experts == 0 and (balance_loss or balance_rate):
+    raise ValueError("balance_loss and balance_rate are for experts: set n_experts")
 if objective == "ar" and seq_len < 2:
     raise ValueError("objective ar predicts each token from those before it: seq_len must be at "
                      "least 2")
@@ -117,7 +125,9 @@ config = Config(
     positions=positions, causal=objective == "ar", shift=objective == "ar",
     block_length=block_length if objective == "bd3lm" else 0,
     mask_token_id=data.mask_token_id, eos_token_id=text.eos_token_id,
-    pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id)
+    pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id,
+    n_experts=n_experts, experts_per_token=experts_per_token, router_norm=n_experts > 0,
+    router_bias="choice" if balance_rate else "none")
 model = Transformer(config).init_weights(seed).to(device)
 if compile:
     model.compile_blocks()
@@ -126,8 +136,8 @@ if compile:
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay,
                              embedding_lr)
 must_match = {name: settings[name] for name in (
-    "objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "positions", "tokenizer",
-    "optimizer", "weight_decay", "beta2", "seed")}
+    "objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "positions", "n_experts",
+    "tokenizer", "optimizer", "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
 flops = model.flops_per_token(T, head_share=1.0 if objective == "ar" else 0.5)
@@ -207,6 +217,8 @@ while run.goes_on():
                                   schedule=schedule, max_weight=max_weight)
             else:
                 loss = ar_loss(model, tokens)
+            if balance_loss:
+                loss.loss = loss.loss + balance_loss * balance.balance_loss(model)
         (loss.loss / grad_accum).backward()
         run.count(loss)
     average_gradients(model)                        # over the processes
@@ -214,6 +226,8 @@ while run.goes_on():
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
+    if balance_rate:
+        balance.move_biases(model, balance_rate)
     run.end_step(tokens=G * T)
 
 run.finish()

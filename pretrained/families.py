@@ -172,6 +172,9 @@ LLADA_MOE = Family(
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 4096,
         "dense_intermediate_size": None,
+        "num_experts": 0,
+        "num_experts_per_tok": 1,
+        "expert_intermediate_size": None,
         "shared_expert_intermediate_size": None,
         "partial_rotary_factor": 1.0,
         "qk_layernorm": False,
@@ -225,6 +228,7 @@ LLADA2 = Family(
     defaults={
         **LLAMA_DEFAULTS,
         "intermediate_size": None,
+        "moe_intermediate_size": None,
         "max_position_embeddings": 16384,
         "rms_norm_eps": 1e-5,
         "partial_rotary_factor": 0.5,

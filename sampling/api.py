@@ -13,9 +13,10 @@ MAX_STEPS = 10_000
 
 SAMPLER_FIELDS = {
     "steps": int, "block_length": int, "temperature": float, "top_p": float, "top_k": int,
-    "remasking": str, "alg_temp": float, "threshold": float, "factor": float,
-    "entropy_bound": float, "remask": float, "remask_schedule": str, "suppress": str, "defer": str,
-    "cache": str, "cfg_scale": float, "schedule": str, "seed": int}
+    "remasking": str, "alg_temp": float, "threshold": float, "edit_threshold": float,
+    "factor": float, "entropy_bound": float, "remask": float, "remask_schedule": str,
+    "suppress": str, "defer": str, "cache": str, "cfg_scale": float, "schedule": str,
+    "seed": int}
 COMMON_FIELDS = {"model", "max_tokens", "n", "stop", "stream", "stream_options", "user",
                  "metadata", "store", "service_tier", *SAMPLER_FIELDS}
 # OpenAI's fields that exist here with one value only, which clients may well send.

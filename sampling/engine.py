@@ -402,42 +402,45 @@ class Engine:
         block = torch.tensor([row.block for row in work])                               # [A]
         inside = (self.block_of[rows] == block[:, None]) & self.shown[rows]             # [A, T]
         eligible = inside & self.is_masked[rows]
-        again = torch.zeros_like(inside)
+        again = written = torch.zeros_like(inside)
         if self.how.blind:
             eligible, again = self.choose_blindly(work, rows, inside, eligible)
+        if self.how.edit_threshold is not None:         # what may be written anew
+            written = inside & ~self.given[rows] & ~eligible
         predicted, score, keep = self.canvas[rows], torch.zeros(inside.shape).double(), eligible
-        asked = eligible
-        if self.how.edit_threshold is not None:         # what was written may be written anew
-            asked = inside & ~self.given[rows]
+        asked = eligible | written
         looked = bool(asked.any())
         if looked:
             logits = self.look(rows, asked, block)
             self.passes += 1
-            anew = torch.zeros_like(inside)
-            if self.how.edit_threshold is not None:
-                is_open = eligible[asked]                                               # [N]
-                anew = self.edit(rows, asked & ~eligible, logits[~is_open], predicted, score)
+            is_open = eligible[asked].to(logits.device)                                 # [N]
+            if written.any():
+                anew = self.edit(work, written, logits[~is_open], predicted, score)
                 logits = logits[is_open]
-            logits, chosen = self.choose(work, rows, eligible, logits)
-            predicted[eligible] = chosen.cpu()
-            conf = self.how.remask_schedule == "conf"
-            if not self.how.blind or self.how.on_step is not None or conf:
-                score[eligible] = self.how.score(logits, chosen).cpu()
-            if not self.how.blind:
-                count = torch.tensor([row.count for row in work])
-                keep = self.how.keep(score, eligible, count, logits,
-                                     lambda: draw(self.streams, rows, eligible))
-            keep = keep | anew
-            for row, changed in zip(work, anew.any(1).tolist()):
-                row.settled = row.looks > 0 and not changed
-                if row.looks and row.looks == self.how.edit_passes and changed:
-                    self.unsettled += 1
+            if eligible.any():
+                keep = self.predict(work, rows, eligible, logits, predicted, score)
+            if written.any():
+                keep = keep | anew
         self.write(rows, keep, predicted, again, score)
         if len(self.ends):
             for row in work:
                 self.stop_at_end(row)
         if self.how.on_step is not None and looked:
             self.report(rows, keep, score)
+
+    def predict(self, work, rows, eligible, logits, predicted, score):
+        """bool [A, T]: the predictions at the `eligible` positions that stay. The tokens go into
+        `predicted`, what the rule says of them into `score`, [A, T] each. logits [N, V]: there."""
+        logits, chosen = self.choose(work, rows, eligible, logits)
+        predicted[eligible] = chosen.cpu()
+        conf = self.how.remask_schedule == "conf"
+        if not self.how.blind or self.how.on_step is not None or conf:
+            score[eligible] = self.how.score(logits, chosen).cpu()
+        if self.how.blind:
+            return eligible
+        count = torch.tensor([row.count for row in work])
+        return self.how.keep(score, eligible, count, logits,
+                             lambda: draw(self.streams, rows, eligible))
 
     def choose_blindly(self, work, rows, inside, masked):
         """(masks to write, written tokens to mask again), bool [A, T] each, before the model is
@@ -453,15 +456,19 @@ class Engine:
             sigma = sigma * unsure.softmax(dim=1)
         return masked & (u < write), written & (u < sigma)
 
-    def edit(self, rows, written, logits, predicted, score):
-        """bool [A, T]: which of the `written` positions are written anew, by diffusion.edits; their
-        tokens go into `predicted`, their probabilities into `score`. logits [N, V]: there."""
+    def edit(self, work, written, logits, predicted, score):
+        """The same for the `written` positions: which of them are written anew, by
+        diffusion.edits."""
         mask_id = torch.tensor(self.mask_id, device=logits.device)
         chosen = logits.index_fill(1, mask_id, -torch.inf).argmax(dim=-1)
         sure = low_confidence(logits, chosen).cpu()
         chosen, anew = chosen.cpu(), written.clone()
         anew[written] = (chosen != predicted[written]) & (sure > self.how.edit_threshold)
         predicted[written], score[written] = chosen, sure
+        for row, changed in zip(work, anew.any(1).tolist()):
+            row.settled = row.looks > 0 and not changed
+            if changed and row.looks and row.looks == self.how.edit_passes:
+                self.unsettled += 1
         return anew
 
     def choose(self, work, rows, eligible, logits):

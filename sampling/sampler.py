@@ -19,8 +19,9 @@ from training.lora import load_adapter, merge_lora
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")        # [MASK], or [MASK:12] for twelve tokens
 
 # Sampler settings that a caller of `Sampler.arguments` may leave out, as they are when not in use.
-NOT_USED = {"threshold": 0.0, "factor": 0.0, "entropy_bound": 0.0, "top_p": 1.0, "top_k": 0,
-            "alg_temp": 0.0, "remask": 0.0, "remask_schedule": "cap", "suppress": "", "defer": ""}
+NOT_USED = {"threshold": 0.0, "edit_threshold": -1.0, "factor": 0.0, "entropy_bound": 0.0,
+            "top_p": 1.0, "top_k": 0, "alg_temp": 0.0, "remask": 0.0, "remask_schedule": "cap",
+            "suppress": "", "defer": ""}
 
 
 def default_checkpoint():
@@ -272,6 +273,10 @@ class Sampler:
         arguments = {} if gaps else {"max_new_tokens": count}
         arguments["steps"] = s["steps"] or count                # one token a step
         arguments["block_length"] = s["block_length"] or (None if gaps else count)  # all at once
+        if self.config.blocks_from_start:       # its own; the first and the last block count whole
+            arguments["block_length"] = s["block_length"] or self.config.block_length
+            if not s["steps"]:
+                arguments["steps"] += 2 * arguments["block_length"]
         arguments["temperature"] = self.choose_temperature(s, gaps, chat)
         arguments["remasking"] = self.choose_remasking(s, gaps, chat)
         arguments["cache"] = self.choose_cache(s)
@@ -279,6 +284,8 @@ class Sampler:
             arguments[name] = s[name]
         for name in ("threshold", "factor", "entropy_bound", "top_k", "alg_temp", "schedule"):
             arguments[name] = s[name] or None
+        if s["edit_threshold"] >= 0:
+            arguments["edit_threshold"] = s["edit_threshold"]
         arguments["top_p"] = None if s["top_p"] == 1 else s["top_p"]
         for name in ("suppress", "defer"):
             arguments[name] = self.named_tokens(name, s[name])

@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT.parent / "shared" / "fixtures"
 TOLERANCE = 2e-4  # of the largest logit, float32
-CAUSAL = "gpt2", "llama", "qwen2", "qwen3"
+CAUSAL = "gpt2", "llama", "qwen2", "qwen3", "qwen3_moe"
 PUBLISHED = [family for family in FAMILIES if family != "unmask"]
 
 # Six configurations and more for each family that transformers has: overrides of BASE.
@@ -54,6 +54,9 @@ BASE = {
     "llama": ROPE,
     "qwen2": dict(ROPE, use_sliding_window=False),
     "qwen3": dict(ROPE, head_dim=16),
+    "qwen3_moe": dict(
+        ROPE, head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=20
+    ),
     "bert": ENCODER,
     "roberta": dict(ENCODER, pad_token_id=1),
     "modernbert": dict(
@@ -118,6 +121,15 @@ VARIANTS = {
         dict(hidden_size=30, num_attention_heads=5, num_key_value_heads=5, head_dim=22),
         dict(rope_scaling=LLAMA3, rope_theta=1000000.0),
         dict(hidden_act="gelu_fast", rms_norm_eps=0.001, num_hidden_layers=1),
+    ],
+    "qwen3_moe": [
+        dict(),
+        dict(norm_topk_prob=True, num_experts_per_tok=3),
+        dict(num_experts=1, num_experts_per_tok=1, moe_intermediate_size=33),
+        dict(num_hidden_layers=4, mlp_only_layers=[0, 2], attention_bias=True),
+        dict(num_experts=0),
+        dict(norm_topk_prob=True, num_experts_per_tok=1, tie_word_embeddings=True),
+        dict(num_experts=5, num_experts_per_tok=5, hidden_act="gelu_fast"),
     ],
     "bert": [
         dict(),
@@ -298,7 +310,8 @@ def test_logits_of_transformers(family, number, tmp_path):
     ours.export_pretrained(tmp_path / "exported")
     assert_same_checkpoint(tmp_path / "theirs", tmp_path / "exported")
     back = type(theirs).from_pretrained(tmp_path / "exported")
-    assert torch.equal(their_logits(back, tokens), their_logits(theirs, tokens))
+    # Not bit for bit: the small products of experts round by where their memory happens to lie.
+    assert difference(their_logits(back, tokens), their_logits(theirs, tokens)) < 1e-6
 
 
 def test_modernbert_past_its_window_and_llama_past_its_context(tmp_path):
@@ -407,10 +420,11 @@ def test_llada_and_dream_are_llama_and_qwen2_opened(family, number, tmp_path):
     )
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", [family for family in VARIANTS if family != "qwen3_moe"])
 def test_bfloat16_on_the_cpu(family, tmp_path):
     """Both round differently, so both differ from float32: ours by no more than theirs, and from
-    theirs by no more than both."""
+    theirs by no more than both. (A token whose rounded scores choose another expert is off by
+    chance: no test of a mixture.)"""
     theirs, tokens = reference_model(family), random_tokens(2, 60)
     exact = their_logits(theirs, tokens)
     theirs.to(torch.bfloat16).save_pretrained(tmp_path)

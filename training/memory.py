@@ -2,8 +2,7 @@
 
 The forward and backward pass runs on tensors that have shapes but no memory (torch's
 FakeTensorMode), and a counter follows every allocation from its birth to its end. So the figures
-are those of the code itself; what several processes share is then divided. Experts are reckoned
-with equal shares of the tokens. RMSNorm is counted as it
+are those of the code itself; what several processes share is then divided. RMSNorm is counted as it
 runs on a CPU, by hand; where a GPU has no fused kernel for it, it keeps float32 copies besides
 (LLaDA-8B, T 1024, without checkpointing: 0.6 GB).
 """
