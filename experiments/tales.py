@@ -114,7 +114,8 @@ def minutes(out, lengths, seeds="1337"):
     for length in lengths.split(","):
         for seed in seeds.split(","):
             folder = Path(out, f"{length}min-{seed}")
-            train(folder, max_minutes=length, seed=seed, threads=0, eval_interval=0)
+            train(folder, dataset="tales", max_minutes=length, seed=seed, threads=2,
+                  eval_interval=0)
             found, last = score(write(Sampler.load(folder), 100)), log_of(folder)[-1]
             print(f"{length} minutes, seed {seed}: {last['step']} updates, nelbo "
                   f"{last['val_nelbo']:.4f} +- {last['val_stderr']:.4f}, restored "
