@@ -34,12 +34,12 @@ max_new_tokens = 110        # masks; what is written behind an end of text is le
 steps = 55                  # denoising steps, a frame each
 block_length = 0            # tokens denoised together, from the left; 0: all of them
 temperature = 0.5           # 0: the most probable token
-remasking = "low_confidence"    # which predictions a step keeps: a key of diffusion.REMASKING
-seed = 1                    # another seed, another text
+remasking = "entropy"       # which predictions a step keeps: a key of diffusion.REMASKING
+seed = 3                    # another seed, another text
 # the grid
-grid_checkpoint = "checkpoints/sudoku"      # a model of grids; empty: none
-puzzle = ("....8.3.. 7.6.....2 ..9.2.6.. 3...5.... .2.8.4.1. ....1...5 ..2.4.9.. 8.....7.1 "
-          "..4.9....")     # its dots are masks
+grid_checkpoint = "checkpoints/sudoku6"     # a model of grids; empty: none
+puzzle = "3.5.24 .2.5.1 2.31.6 65.3.2 ..2.65 5..21."      # its dots are masks
+# time
 seconds = 10.0              # of the loop, the pauses at both ends included
 settings = common.override(globals())
 
