@@ -114,7 +114,7 @@ def refuses(folder, words, error=ValueError):
         (
             dict(model_type="mamba"),
             "unknown model_type 'mamba'; known are unmask, qwen3, llama, qwen2, Dream, llada, "
-            "gpt2, bert, roberta, modernbert",
+            "lladamoe, llada2_moe, ",
         ),
         (dict(model_type=...), "unknown model_type None"),
         (dict(model_type=["llama"]), "unknown model_type"),

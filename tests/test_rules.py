@@ -233,7 +233,7 @@ def test_factor_and_threshold_rules_equal_their_loops():
         assert keep.sum() == top and torch.equal(
             score[keep].sort(descending=True).values, best[:top]
         )
-        keep = rules.keep_confident(score, eligible, 0.9)
+        keep = rules.keep_confident(score, eligible, 0.9, torch.ones(1, dtype=torch.int64))
         assert torch.equal(
             score[keep].sort(descending=True).values, best[: max(1, int((best >= 0.9).sum()))]
         )

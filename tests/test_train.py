@@ -164,9 +164,9 @@ def test_a_run(tiny, text, tmp_path, objective):
     samples = dict(re.findall(r"^step (\d+): (.*)$", result.out, re.MULTILINE))
     assert list(samples) == ["20", "40", "60", "80"]
     canvas = torch.full((1, 16), tokenizer.mask_token_id)
-    if objective == "ar":  # a text begins with one token of start
+    if objective == "ar":
         canvas = torch.full((1, 16), model.config.vocab_size)
-        canvas[0, 0] = tokenizer.bos_token_id
+    canvas[0, 0] = tokenizer.bos_token_id  # a text begins where another has ended
     ids = denoise(model, canvas, 16, temperature=1.0, remasking="random", seed=80)[0]
     assert repr(tokenizer.decode(ids, skip_special_tokens=True)) == samples["80"]
 
