@@ -215,10 +215,9 @@ class ExpertLinearProduct(torch.autograd.Function):
                 if len(part):
                     torch.mm(part, matrix, out=out)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+            grad_weight = torch.empty_like(weight)
             for part, rows, out in zip(parts, x.split(ctx.counts), grad_weight):
-                if len(part):
-                    torch.mm(part.T, rows, out=out)
+                torch.mm(part.T, rows, out=out)         # 0 for an expert without rows
         return grad_x, grad_weight, None
 
 

@@ -293,6 +293,9 @@ def stored_dtype(plan):
 
 def fill_parameters(model, part, device, dtype):
     """Read a stored tensor into the parameters that it becomes."""
+    # Published in float32 beside bfloat16 weights: it decides between experts of like scores.
+    if part.ours[0].endswith("router_bias"):
+        dtype = torch.promote_types(part.dtype, dtype)
     # If it is one parameter as it is, a process reads its rows alone.
     as_it_is = len(part.ours) == 1 and not part.transposed
     first, last = 0, part.shape[0]

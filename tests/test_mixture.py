@@ -201,6 +201,20 @@ def changed(family, tmp_path, change):
     return tmp_path
 
 
+def test_the_bias_of_a_router_keeps_its_precision(tmp_path):
+    """Published in float32 beside bfloat16 weights, it is exported so."""
+    tiny("llada2").to(torch.bfloat16).export_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[BIAS] = torch.arange(8) / 7 + 1e-4
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    model = Transformer.from_pretrained(tmp_path)
+    assert model(torch.arange(9)[None]).isfinite().all()
+    model.export_pretrained(tmp_path / "again")
+    exported = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(exported[name].dtype == weights[name].dtype for name in weights)
+    assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
 BIAS = "model.layers.1.mlp.gate.expert_bias"
 
