@@ -458,6 +458,15 @@ def masked_nll(model, tokens, mask, attention_mask=None):
     return nll[:, :tokens.shape[1]]
 
 
+@torch.no_grad()
+def restored(model, tokens, hidden, target):
+    """The probability [B] that the model gives the tokens at `target` when all at `hidden` are
+    masked; tokens int64 [B, T], hidden and target bool [B, T]. Several tokens count as if they were
+    independent."""
+    nll = masked_nll(model, tokens, hidden).cpu()                                       # [B, T]
+    return (nll * target).sum(1).neg().exp()
+
+
 def in_blocks(config, noisy, tokens, mask, attention_mask):
     """([noisy, clean] int64 [B, 2T], tokens, mask, who sees whom) with T rounded up to whole
     blocks; what fills the last block, and padding, is seen by nobody but itself."""

@@ -5,7 +5,7 @@ A masked diffusion model knows no log p(answer), only an average over sets of hi
 arXiv 2502.09992, eq. 6); evaluation/likelihood.py asks for it many texts at a time and says how far
 off it may be. Autoregressive models get it exactly.
 
-    python eval.py                                      NELBO of out/scratch on pydocs
+    python eval.py                                      NELBO of out/scratch on tales
     python eval.py --dataset=notes.txt --checkpoint=answerdotai/ModernBERT-base
     python eval.py --include_path=evaluation/tasks --tasks=stdlib_choice,stdlib_cloze,stdlib_text
     python eval.py --tasks=arc_challenge,piqa --checkpoint=GSAI-ML/LLaDA-8B-Base --cfg_scale=0.5
@@ -35,11 +35,11 @@ from pretrained.hub import tokenizer_folder
 from sampling.sampler import default_checkpoint
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
-checkpoint = default_checkpoint()   # out/scratch, untrained checkpoints/mdlm; a folder or hub id
+checkpoint = default_checkpoint()   # out/scratch, untrained checkpoints/tales; a folder or hub id
 adapter = ""                # a folder with a LoRA adapter to add to it
 # what to measure
 tasks = "nelbo"             # lm-eval's tasks or groups, with commas; nelbo: the bound on `dataset`
-dataset = "pydocs"          # nelbo: a data set as the recipes take it, or a text file or folder
+dataset = "tales"           # nelbo: a data set as the recipes take it, or a text file or folder
 max_tokens = 2**18          # nelbo: so many tokens of its validation split at most
 seq_len = 0         # nelbo: tokens of a window; 0: the model's context (published models: 1024)
 limit = 0.0                 # first so many documents of each task, below 1 a share of them; 0: all

@@ -15,7 +15,7 @@ RMSNorm, Zhang & Sennrich 2019 (1910.07467), eq. 4; SwiGLU and GeGLU, Shazeer 20
 alternating local attention, ModernBERT, Warner et al. 2024 (2412.13663); mixtures of experts,
 Shazeer et al. 2017 (1701.06538), their sigmoid scores and groups, DeepSeek-V3 (2412.19437).
 
-    python model.py FOLDER_OR_HUB_ID      prints the architecture as read
+    python model.py CHECKPOINT      prints the architecture as read; a folder, .gguf or hub id
 """
 import dataclasses
 import math
@@ -663,10 +663,11 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, causal=None, device="cpu", dtype=None):
-        """The model in a folder of ours or a published checkpoint (config.json and .safetensors).
+        """The model in a folder of ours or a published checkpoint (config.json and .safetensors),
+        or in a GGUF file.
 
         causal  None: as published; False opens the attention of an autoregressive model.
-        dtype   of the loaded weights; None: as the embedding is stored.
+        dtype   of the loaded weights; None: as the embedding is stored, float32 if quantised.
         The model is built without memory and filled tensor by tensor: the peak is the weights once
         and little more. Raises FileNotFoundError or ValueError with one line that says what is
         wrong.
@@ -692,5 +693,5 @@ if __name__ == "__main__":
     from pretrained.load import describe
     show_errors_in_one_line()
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise ValueError("usage: python model.py FOLDER_OR_HUB_ID")
+        raise ValueError("usage: python model.py FOLDER_OR_GGUF_OR_HUB_ID")
     print(describe(sys.argv[1]))

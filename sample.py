@@ -6,6 +6,7 @@ kept, until none is left.
     python sample.py --num_samples=3                    out of nothing but masks
     python sample.py --prompt='Return the' --show       a continuation, and how it comes about
     python sample.py --infill='Return the [MASK:4] of the list.'    gaps, [MASK] for one token
+    python sample.py --checkpoint=out/grids --infill=FILE:puzzle.txt    a puzzle, dots for blanks
     python sample.py --prompt=FILE:prompt.txt --html=trace.html     a page with a slider over steps
     python sample.py --checkpoint=GSAI-ML/LLaDA-8B-Instruct --chat --block_length=32
     python sample.py --serve=8000                       a web page and OpenAI's API on 127.0.0.1
@@ -22,11 +23,11 @@ from sampling.terminal import Terminal, printable
 from sampling.trace import Trace
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
-checkpoint = default_checkpoint()   # out/scratch, untrained checkpoints/mdlm; a folder or hub id
+checkpoint = default_checkpoint()   # out/scratch, untrained checkpoints/tales; a folder or hub id
 adapter = ""                # the folder of a LoRA adapter for it (finetune_llada.py, PEFT)
 # what to write
 prompt = ""                 # text to continue; FILE:path reads it from a file; empty: none
-infill = ""                 # a text with gaps, [MASK] one token, [MASK:12] twelve; or FILE:path
+infill = ""         # a text with gaps, [MASK] or [MASK:12]; grids: a puzzle with dots; FILE:path
 num_samples = 1             # different ones, made together
 max_new_tokens = 0          # tokens to generate; 0: what fits into the model's context, 128 at most
 chat = False                # a conversation in the terminal, in the checkpoint's own chat format
@@ -80,6 +81,8 @@ device, *_ = common.init_process(device, threads)
 
 # ---- model ---------------------------------------------------------------------------------------
 sampler = Sampler.load(checkpoint, device, common.weights_dtype(device, dtype), adapter)
+if chat and sampler.grid is not None:
+    raise ValueError(f"{checkpoint} writes grids, it cannot chat: give it a puzzle by --infill")
 if chat:
     from sampling.chat import converse
     converse(sampler, settings)
@@ -112,7 +115,7 @@ else:
 
 # ---- denoise -------------------------------------------------------------------------------------
 arguments = sampler.arguments(count, settings, gaps=bool(infill))
-terminal = Terminal(pause=pause)
+terminal = Terminal(pause=pause, grid=sampler.grid)
 trace = Trace(sampler, arguments["remasking"], terminal.draw if show else None)
 try:
     samples = sampler.run([tokens] * num_samples, arguments, gaps=bool(infill), on_step=trace)
@@ -130,8 +133,11 @@ def text_of(sample):
     if prompt:
         _, used, _ = sampler.decode(sample[len(tokens):])
         return sampler.tokenizer.decode(sample[:len(tokens) + used], skip_special_tokens=True)
-    # What is written out of nothing may hold several texts.
-    return "\n\n".join(text.strip("\n") for text in sampler.split(sample) if text.strip())
+    # What is written out of nothing may hold several texts, the last one cut off by the canvas.
+    texts = [text.strip("\n") for text in sampler.split(sample) if text.strip()]
+    if len(texts) > 1 and sample[-1] not in sampler.ends:
+        texts.pop()
+    return "\n\n".join(texts)
 
 
 new_tokens = count * num_samples
@@ -140,7 +146,10 @@ if not infill:                                          # an end of text may hav
 for number, sample in enumerate(samples, 1):
     if num_samples > 1:
         print(f"--- {number} of {num_samples}")
-    print(printable(text_of(sample)))
+    if sampler.grid is not None:
+        print(f"{terminal.draw_grid(trace.rows[number - 1])}\n\n{sampler.verdict(sample)}")
+    else:
+        print(printable(text_of(sample)))
 print(f"\n{trace.report(new_tokens)}")
 if html:
     trace.finish().write_html(html, arguments)

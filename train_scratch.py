@@ -10,6 +10,7 @@ token, on the same transformer.
     python train_scratch.py                               minutes on a CPU or a GPU, no network
     python train_scratch.py --max_minutes=1 --dim=64      a first look
     python train_scratch.py --dataset=notes.txt           your own text: a file or a folder
+    python train_scratch.py --dataset=sudoku6             grids; then sample.py solves puzzles
     python train_scratch.py --objective=bd3lm --block_length=8
     torchrun --nproc_per_node=4 train_scratch.py --dataset=tinystories --max_minutes=60
 
@@ -20,9 +21,11 @@ import torch
 
 from data.loader import TokenDataset
 from data.prepare import prepare
+from data.sudoku import SHAPES, draw
+from data.tales_copying import hidden_things
 from data.tokenizer import Tokenizer
-from diffusion import (SCHEDULES, ar_loss, block_loss, denoise, mask_tokens, mdlm_loss, nelbo,
-                       sample_t)
+from diffusion import (SCHEDULES, ar_loss, block_loss, canvas_mask_id, denoise, mask_tokens,
+                       mdlm_loss, nelbo, restored, sample_t)
 from model import Config, Transformer
 from training import balance
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
@@ -42,14 +45,16 @@ compile = _on_gpu           # torch.compile; on a CPU it takes half a minute to 
 threads = 0                 # CPU threads; 0: torch's choice
 wandb = ""                  # a project of Weights & Biases that gets the rows of log.jsonl as well
 # data
-dataset = "pydocs"    # pydocs, pystdlib, shakespeare, tinystories, fineweb_edu, openwebtext; a path
+dataset = "tales"     # a text file, a folder or a name that `python data/prepare.py --help` lists
+_grids = common.given("dataset", dataset) in SHAPES         # sudoku, sudoku6, sudoku4
 tokenizer = "bpe"           # bpe (trained on the data), byte, gpt2
 vocab_size = 2048           # pieces of the bpe tokenizer, special tokens included
 # model
 n_layers = 8 if _on_gpu else 4      # transformer blocks
 n_heads = 8 if _on_gpu else 4       # attention heads
 dim = 512 if _on_gpu else 192       # width
-seq_len = 512 if _on_gpu else 128   # tokens in a sequence
+seq_len = 512 if _on_gpu else 128   # tokens in a sequence; grids: whole ones, whatever this says
+positions = "learned" if _grids else "rope"     # rope knows distances alone, but a grid has places
 n_experts = 0               # small MLPs in place of each MLP, as wide together; 0: it stays whole
 experts_per_token = 2       # of them, which share the MLP's width
 balance_loss = 0.0          # weight of the loss that evens out the experts' loads, 0.01; 0: none
@@ -64,6 +69,7 @@ batch_size = 64 if _on_gpu else 16  # sequences a step and process; a CPU likes 
 grad_accum = 1              # steps of batch_size sequences before each update
 optimizer = "muon"          # muon (AdamW for embeddings, head and norms) or adamw
 learning_rate = 3e-3        # AdamW's peak
+embedding_lr = 0.05         # AdamW's for the embedding, whose numbers are of size 1
 muon_lr = 0.02              # Muon's peak
 weight_decay = 0.0          # of the blocks' matrices
 beta2 = 0.99                # AdamW's second moment
@@ -84,16 +90,14 @@ common.check(
     settings,
     at_least_1=["n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum", "eval_tokens",
                 "final_eval_tokens"],
-    positive=["learning_rate", "muon_lr"],
+    positive=["learning_rate", "embedding_lr", "muon_lr"],
     not_negative=["n_experts", "balance_loss", "balance_rate", "max_weight", "weight_decay",
                   "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval",
                   "sample_tokens"],
-    objective=["mdlm", "bd3lm", "ar"], schedule=list(SCHEDULES), optimizer=["muon", "adamw"],
-    decay=["linear", "cosine"])
+    objective=["mdlm", "bd3lm", "ar"], positions=["rope", "learned"], schedule=list(SCHEDULES),
+    optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):
     raise ValueError("max_steps and max_minutes are both 0: say when to stop")
-if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
-    raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")
 if n_experts == 0 and (balance_loss or balance_rate):
     raise ValueError("balance_loss and balance_rate are for experts: set n_experts")
 if objective == "ar" and seq_len < 2:
@@ -107,14 +111,18 @@ make_folder(out_dir)                # fail early if it cannot be written to
 data_folder = common.first_on_rank_0(prepare, dataset, tokenizer, vocab_size)
 data = TokenDataset(data_folder)
 text = Tokenizer.from_pretrained(data_folder)
-val_tokens = max(eval_tokens, final_eval_tokens, 2 * seq_len)
-val_windows = data.windows("val", seq_len, val_tokens)                              # [N, T]
-data.batch("train", batch_size, seq_len, seed, 0)   # fail early: less text than one sequence
+T = data.document_length or seq_len     # documents that all have one length are not cut
+if objective == "bd3lm" and (block_length < 1 or T % block_length):
+    raise ValueError(f"block_length {block_length} does not divide seq_len {T}")
+val_tokens = max(eval_tokens, final_eval_tokens, 2 * T)
+val_windows = data.windows("val", T, val_tokens)                                    # [N, T]
+data.batch("train", batch_size, T, seed, 0)         # fail early: less text than one sequence
+things = hidden_things(data.val, text, T) if dataset == "tales" else None
 
 # ---- model ---------------------------------------------------------------------------------------
 config = Config(
-    vocab_size=data.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_len=seq_len,
-    causal=objective == "ar", shift=objective == "ar",
+    vocab_size=data.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_len=T,
+    positions=positions, causal=objective == "ar", shift=objective == "ar",
     block_length=block_length if objective == "bd3lm" else 0,
     mask_token_id=data.mask_token_id, eos_token_id=text.eos_token_id,
     pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id,
@@ -125,33 +133,49 @@ if compile:
     model.compile_blocks()
 
 # ---- optimizer -----------------------------------------------------------------------------------
-optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay)
+optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay,
+                             embedding_lr)
 must_match = {name: settings[name] for name in (
-    "objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "n_experts", "tokenizer",
-    "optimizer", "weight_decay", "beta2", "seed")}
+    "objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "positions", "n_experts",
+    "tokenizer", "optimizer", "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
-flops = model.flops_per_token(seq_len, head_share=1.0 if objective == "ar" else 0.5)
+flops = model.flops_per_token(T, head_share=1.0 if objective == "ar" else 0.5)
 run = Run(settings, model, optimizers, text, device, must_match, flops)
 
 
 def evaluate(tokens):
     """(NELBO, standard error, bytes per token) on so many validation tokens, always with the same
     masks, in the precision of the weights, as eval.py has it. The processes divide the passes."""
-    windows = val_windows[:max(2, tokens // seq_len)].to(device)
+    windows = val_windows[:max(2, tokens // T)].to(device)
     value, error = nelbo(model, windows, seed=seed, run_passes=common.share)
     return value, error, data.bytes_per_token("val")
 
 
+def look_back():
+    """Of tales: the probability of a hidden thing that other mentions tell. A model that has not
+    learned to look back gives each of the twenty things the same, 0.05."""
+    if things is None:
+        return {}
+    found = restored(model, things.tokens.to(device), things.hidden, things.target)     # [N]
+    return {"restored": found.mean().item()}
+
+
 def show_sample():
     """One text out of nothing, as far as the model has come."""
-    canvas = torch.full((1, min(sample_tokens, seq_len)), config.mask_token_id)
-    if objective == "ar":
-        canvas = torch.full_like(canvas, config.vocab_size)
+    length = data.document_length or min(sample_tokens, T)
+    canvas = torch.full((1, length), canvas_mask_id(model))
+    if config.bos_token_id is not None:                 # a text begins where another has ended
         canvas[0, 0] = config.bos_token_id
-    ids = denoise(model, canvas.to(device), sample_tokens, temperature=1.0, remasking="random",
+    elif objective == "ar":
+        canvas[0, 0] = val_windows[0, 0]
+    ids = denoise(model, canvas.to(device), length, temperature=1.0, remasking="random",
                   seed=run.step)[0]
-    run.say(f"step {run.step}: {text.decode(ids, skip_special_tokens=True)!r}")
+    if _grids:
+        digits = [text.decode([token], skip_special_tokens=True) for token in ids]
+        run.say(f"step {run.step}:\n{draw(digits)}\n")
+    else:
+        run.say(f"step {run.step}: {text.decode(ids, skip_special_tokens=True)!r}")
 
 
 # ---- loop ----------------------------------------------------------------------------------------
@@ -159,14 +183,15 @@ def show_sample():
 # and takes its slices: the result does not depend on how many processes share the work.
 slices = grad_accum * world_size                    # of a step, batch_size sequences each
 G = slices * batch_size                             # sequences of a step
-blocks = seq_len // block_length if objective == "bd3lm" else 1
+blocks = T // block_length if objective == "bd3lm" else 1
 run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data.train):,} training "
         f"tokens, {objective} on {device}")
 while run.goes_on():
     factor = learning_rate_factor(run.progress, warmup, decay)
     if run.evaluates():
         run.save()                              # first: a resumed run repeats what a kill cut short
-        run.log(*evaluate(final_eval_tokens if run.finished else eval_tokens), factor)
+        values = evaluate(final_eval_tokens if run.finished else eval_tokens)
+        run.log(*values, factor, **look_back())
         if sample_tokens and run.main:
             show_sample()
         run.bar.begin_window()
@@ -177,12 +202,12 @@ while run.goes_on():
     noise = common.stream("noise", seed, run.step)
     t = sample_t((G, blocks), noise)                                                # [G, blocks]
     alpha, _ = SCHEDULES[schedule](t)
-    mask_prob = (1 - alpha).repeat_interleave(seq_len // blocks, dim=1)             # [G, T]
-    mask = mask_tokens((G, seq_len), mask_prob, noise)
+    mask_prob = (1 - alpha).repeat_interleave(T // blocks, dim=1)             # [G, T]
+    mask = mask_tokens((G, T), mask_prob, noise)
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
-        tokens = data.batch("train", batch_size, seq_len, seed, run.step, piece, slices).to(device)
+        tokens = data.batch("train", batch_size, T, seed, run.step, piece, slices).to(device)
         with autocast:
             if objective == "mdlm":
                 loss = mdlm_loss(model, tokens, t[rows, 0], mask[rows], schedule=schedule,
@@ -203,7 +228,7 @@ while run.goes_on():
         o.zero_grad(set_to_none=True)
     if balance_rate:
         balance.move_biases(model, balance_rate)
-    run.end_step(tokens=G * seq_len)
+    run.end_step(tokens=G * T)
 
 run.finish()
 common.end_process()

@@ -28,8 +28,10 @@ from data.files import (
 )
 from data.hub import stream_rows
 from data.python_docs import docstrings
+from data.tales_chat import conversations_about_tales
 
 ROLES = ("system", "user", "assistant")
+EMBEDDED = ("tales_chat", "pydocs_chat")
 STREAM_VAL_FRACTION = 0.005     # of a streamed set
 ENOUGH_FOR_VALIDATION = 200     # conversations
 
@@ -67,6 +69,15 @@ def question(signature):
     return ways[int(hash_fraction(signature) * len(ways))]
 
 
+def tales_chat():
+    """questions about short tales, and requests for some: 4 MB, embedded"""
+    for turns in conversations_about_tales():
+        messages = []
+        for prompt, response in turns:
+            messages += exchange(prompt, response)
+        yield keyed(messages)
+
+
 def alpaca():
     """Stanford Alpaca, 52,000 instructions and answers: streamed"""
     for row in stream_rows("tatsu-lab/alpaca"):
@@ -96,6 +107,7 @@ def opc():
 
 
 CHAT_SETS = {
+    "tales_chat": tales_chat,
     "pydocs_chat": pydocs_chat,
     "alpaca": alpaca,
     "tulu3": tulu3,
@@ -218,7 +230,7 @@ def find_part(name, limit):
 def published_val_fraction(name, limit):
     """The share for validation of a published set: a tenth of what this machine holds; of a small
     part of a streamed one more than else, up to a tenth."""
-    if name == "pydocs_chat":
+    if name in EMBEDDED:
         return VAL_FRACTION
     if limit is None:
         return STREAM_VAL_FRACTION

@@ -81,8 +81,9 @@ def read_meta(folder):
 
 class TokenDataset:
     """A prepared data set: `train` and `val` (np.memmap of ids), `vocab_size`, `mask_token_id`,
-    `eos_token_id`, `fingerprint` (a hash of all ids: equal means the same data set) and `meta` (all
-    of meta.json).
+    `eos_token_id`, `fingerprint` (a hash of all ids: equal means the same data set),
+    `document_length` (tokens of each document where all have the same number, as Sudoku grids do;
+    else 0) and `meta` (all of meta.json).
 
     Raises FileNotFoundError and ValueError for a folder that is missing, truncated or of another
     format.
@@ -94,6 +95,7 @@ class TokenDataset:
         self.fingerprint = self.meta["fingerprint"]
         self.mask_token_id = self.meta["mask_token_id"]
         self.eos_token_id = self.meta["eos_token_id"]
+        self.document_length = self.meta.get("document_length", 0)
         for split in SPLITS:
             ids, self.vocab_size = open_tokens(self.folder / f"{split}.bin")
             found = (len(ids), self.vocab_size)
@@ -114,18 +116,21 @@ class TokenDataset:
         same arguments.
 
         An epoch cuts the split, from a random offset, into windows of T tokens and visits them in a
-        random order, each once. No two ranks see the same window in a step, unless a step takes
-        more windows than there are. With gradient accumulation pass micro_step * world_size + rank
-        as rank, and grad_accum * world_size as world_size. Raises ValueError when the split is
-        shorter than T.
+        random order, each once. Where all documents have one length and T is that length, or a
+        multiple of it, there is no offset: windows are whole documents. No two ranks see the same
+        window in a step, unless a step takes more windows than there are. With gradient
+        accumulation pass micro_step * world_size + rank as rank, and grad_accum * world_size as
+        world_size. Raises ValueError when the split is shorter than T.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} but world_size {world_size}: pass the number of "
                              "slices of a step")
         ids = self._long_enough(split, seq_len)
-        # As many windows as fit for every offset below T.
-        num_windows = max(1, (len(ids) - seq_len + 1) // seq_len)
-        num_offsets = min(seq_len, len(ids) - num_windows * seq_len + 1)
+        if self.document_length and seq_len % self.document_length == 0:
+            num_windows, num_offsets = len(ids) // seq_len, 1
+        else:                                   # as many windows as fit for every offset below T
+            num_windows = max(1, (len(ids) - seq_len + 1) // seq_len)
+            num_offsets = min(seq_len, len(ids) - num_windows * seq_len + 1)
         steps_of_epoch = max(1, num_windows // (batch_size * world_size))
         epoch, step = divmod(step, steps_of_epoch)      # no step spans two epochs
         epoch_seed = (SPLITS.index(split), seed % 2**64, epoch)

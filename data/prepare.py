@@ -20,10 +20,15 @@ from data.files import did_you_mean, file_digest, file_name, short_hash, split_f
 from data.hub import fineweb_edu, openwebtext, shakespeare, tinystories
 from data.loader import SPLITS, TokenDataset
 from data.python_docs import pydocs, pystdlib
+from data.sudoku import SETS as SUDOKU
+from data.sudoku import SHAPES
+from data.tales import tales
 from data.tokenizer import Tokenizer, check_vocab_size
 from data.writer import RENDERING, make_dataset, write_conversations, write_dataset
 
 DATASETS = {
+    "tales": tales,
+    **SUDOKU,
     "pydocs": pydocs,
     "pystdlib": pystdlib,
     "shakespeare": shakespeare,
@@ -35,14 +40,15 @@ STREAMED = (tinystories, fineweb_edu, openwebtext)
 MAX_TOKENS = 100_000_000        # of a streamed data set, unless max_tokens says otherwise
 
 
-def prepare(dataset="pydocs", tokenizer="bpe", vocab_size=2048, max_tokens=None, root=None):
+def prepare(dataset="tales", tokenizer="bpe", vocab_size=2048, max_tokens=None, root=None):
     """The folder (a Path) of a prepared data set, for TokenDataset and Tokenizer.from_pretrained;
     made if need be.
 
     dataset     a name in DATASETS, a text file or folder, or chat data as data/chat_sets.py
                 describes it.
     tokenizer   "bpe" (learned from the training split, vocab_size ids), "byte", "gpt2", a
-                checkpoint's folder, or a Tokenizer.
+                checkpoint's folder or GGUF file, or a Tokenizer. Sudoku grids bring their own, the
+                digits: they take "bpe" for it, and a Tokenizer or folder that is equal.
     max_tokens  how much of a streamed text to take.
     root        where prepared data sets are kept.
     Raises ValueError, FileNotFoundError or another OSError (off-line, disk full).
@@ -56,13 +62,21 @@ def prepare(dataset="pydocs", tokenizer="bpe", vocab_size=2048, max_tokens=None,
     if max_tokens is not None and read not in STREAMED:
         raise ValueError(f"max_tokens bounds what is streamed, as tinystories; {name} is taken "
                          "whole")
-    tokenizer_name, tokenizer = find_tokenizer(tokenizer, vocab_size)
+    if name in SHAPES:
+        tokenizer_name, tokenizer = digits_tokenizer(name, tokenizer, vocab_size)
+    else:
+        tokenizer_name, tokenizer = find_tokenizer(tokenizer, vocab_size)
     folder_name = f"{name}-{tokenizer_name}"
     if max_tokens is not None:
         folder_name = f"{folder_name}-{max_tokens}"
     folder = prepared_root(root) / folder_name
     if holds_text(folder):
         return folder
+    if isinstance(tokenizer, Tokenizer) and max_tokens is None:
+        # A model that was trained here brings the pieces that were learned here.
+        for learned in prepared_root(root).glob(f"{name}-bpe-*"):
+            if holds_text(learned) and same_pieces(learned, tokenizer):
+                return learned
     if read in STREAMED and max_tokens is None:
         max_tokens = MAX_TOKENS
     facts = {"name": name, "source": source, "tokenizer": tokenizer_name}
@@ -151,13 +165,27 @@ def find_tokenizer(tokenizer, vocab_size):
     if tokenizer == "gpt2":
         return "gpt2", Tokenizer.gpt2()
     folder = Path(tokenizer).expanduser()
-    if not tokenizer or not folder.is_dir():
+    if not tokenizer or not folder.exists():
         hint = did_you_mean(tokenizer, ("bpe", "byte", "gpt2"))
         raise FileNotFoundError(f"no tokenizer called {tokenizer!r}{hint} (take bpe, byte, gpt2 or "
                                 "the folder of a checkpoint)")
     loaded = Tokenizer.from_pretrained(folder)
     content = short_hash(loaded.backend.to_str().encode())
     return f"{file_name(folder.resolve().name)}-{content}", loaded
+
+
+def digits_tokenizer(name, tokenizer, vocab_size):
+    """("digits", the Tokenizer) of a set of Sudoku grids. ValueError where another tokenizer was
+    asked for."""
+    digits = Tokenizer.characters(SHAPES[name].digits)
+    equal = tokenizer == "bpe"                          # the default: nothing was asked for
+    if tokenizer not in ("bpe", "byte", "gpt2"):
+        _, asked = find_tokenizer(tokenizer, vocab_size)
+        equal = asked.backend.to_str() == digits.backend.to_str()
+    if not equal:
+        raise ValueError(f"{name} has a tokenizer of its own, a token for each of its digits: "
+                         "leave --tokenizer away (a checkpoint with another cannot read grids)")
+    return "digits", digits
 
 
 def prepared_root(root=None):
@@ -183,6 +211,11 @@ def holds_text(folder):
     except (FileNotFoundError, ValueError):
         return False
     return True
+
+
+def same_pieces(folder, tokenizer):
+    """Whether a data set was prepared with an equal tokenizer."""
+    return Tokenizer.from_pretrained(folder).backend.to_str() == tokenizer.backend.to_str()
 
 
 def holds_conversations(folder):

@@ -21,13 +21,14 @@ import sys
 import threading
 from pathlib import Path
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from data.templates import one_line, render_template
 
 EOS, MASK, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|mask|>", "<|im_start|>",
                                                 "<|im_end|>")
+ANY_CHARACTER = r"[\s\S]"
 OWN_ROLES = {"eos_token": EOS, "pad_token": EOS, "bos_token": EOS, "mask_token": MASK}
 
 # ChatML, for checkpoints that bring no template of their own.
@@ -52,8 +53,8 @@ class Tokenizer:
     `pad_token_id`, `bos_token_id` (int or None), `mask_token` (str or None), `roles` ({"eos_token":
     its text}) and `chat_templates` ({name: jinja}).
 
-    Make one with Tokenizer.train, .bytes, .gpt2 or .from_pretrained. Bad input is a ValueError or
-    FileNotFoundError.
+    Make one with Tokenizer.train, .bytes, .characters, .gpt2 or .from_pretrained. Bad input is a
+    ValueError or FileNotFoundError.
     """
 
     # encode_special_tokens is a switch of the backend, which the threads of a server share.
@@ -75,6 +76,7 @@ class Tokenizer:
         # library needed.
         self._is_bytes = (backend.get_vocab(with_added_tokens=False) == _byte_vocab()
                           and backend.normalizer is None and backend.post_processor is None)
+        self._characters = _character_vocab(backend)
 
     def _set_ids(self):
         vocab = self.backend.get_vocab(with_added_tokens=True)
@@ -103,7 +105,7 @@ class Tokenizer:
         return None if token_id is None else self.backend.id_to_token(token_id)
 
     # ----------------------------------------------------------------------------------------------
-    # Four ways to get one
+    # Five ways to get one
 
     @classmethod
     def train(cls, texts, vocab_size=2048):
@@ -123,6 +125,17 @@ class Tokenizer:
         """The 256 byte values, each its own id, and the 4 special tokens as 256..259."""
         backend = _byte_level(models.BPE(vocab=_byte_vocab(), merges=[]))
         return cls(_with_special_tokens(backend))
+
+    @classmethod
+    def characters(cls, characters):
+        """Each of these characters its own id, in this order, and the mask behind them; there is no
+        end of text, and any other character is a ValueError. For the digits of data/sudoku.py."""
+        vocab = {character: i for i, character in enumerate(characters)}
+        backend = Backend(models.WordLevel(vocab=vocab))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(ANY_CHARACTER), "isolated")
+        backend.decoder = decoders.Fuse()               # no spaces between them
+        backend.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
+        return cls(backend, {"mask_token": MASK})
 
     @classmethod
     def gpt2(cls):
@@ -158,10 +171,10 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, folder):
         """The tokenizer in a checkpoint's folder: what save_pretrained wrote, or the files of a
-        published one (pretrained/tokenizer_files.py). FileNotFoundError when there is none,
-        ValueError naming the file that is damaged."""
+        published one (pretrained/tokenizer_files.py); or the one in a GGUF file. FileNotFoundError
+        when there is none, ValueError naming the file that is damaged."""
         folder = Path(folder)
-        if not folder.is_dir():
+        if not folder.exists():
             raise FileNotFoundError(f"no tokenizer at {folder}: there is no such folder")
         own = _read_own(folder)
         if own is not None:
@@ -190,6 +203,8 @@ class Tokenizer:
             raise ValueError("only str can be encoded, one by one or in a list")
         if self._is_bytes and not parse_special:
             return [list(text.encode("utf-8")) for text in texts]
+        if self._characters and not parse_special:      # the library would take 25 times as long
+            return [self._encode_characters(text) for text in texts]
         rows = self._encode(self.backend, texts, add_special_tokens, parse_special)
         if parse_special and parse_mask:
             return rows
@@ -204,6 +219,14 @@ class Tokenizer:
             for i, ids in zip(masked, again):
                 rows[i] = ids
         return rows
+
+    def _encode_characters(self, text):
+        try:
+            return [self._characters[character] for character in text]
+        except KeyError as error:
+            known = "".join(sorted(self._characters))
+            raise ValueError(f"this text cannot be encoded: the tokenizer has no "
+                             f"{error.args[0]!r}, only {known}") from None
 
     def _encode(self, backend, texts, add_special_tokens, parse_special):
         try:
@@ -450,6 +473,20 @@ def _byte_characters():
 
 def _byte_vocab():
     return {character: byte for byte, character in enumerate(_byte_characters())}
+
+
+def _character_vocab(backend):
+    """{character: id} of a backend as Tokenizer.characters makes them, None for any other."""
+    vocab = backend.get_vocab(with_added_tokens=False)
+    plain = backend.normalizer is None and backend.post_processor is None
+    if not (plain and isinstance(backend.model, models.WordLevel)):
+        return None
+    layout = json.loads(backend.to_str())
+    splits = {"type": "Split", "pattern": {"Regex": ANY_CHARACTER}, "behavior": "Isolated",
+              "invert": False}
+    if layout["pre_tokenizer"] != splits or backend.model.unk_token in vocab:
+        return None
+    return vocab
 
 
 def _byte_level(model):

@@ -25,6 +25,7 @@ BATCH_BYTES = 2**22         # text encoded in one go
 BPE_BYTES = 32 * 2**20      # text that a BPE is learned from: more changes little
 BATCH_CONVERSATIONS = 1000  # encoded in one go
 RENDERING = 2               # the rules that mark responses; what older ones prepared is made again
+MAX_SEQUENCE = 1024         # tokens: longer documents are cut, even if all have one length
 ONE_DAY_S = 86400
 
 # --------------------------------------------------------------------------------------------------
@@ -40,6 +41,8 @@ class TokenWriter:
         self.dtype = token_dtype(vocab_size)
         self.file.write(pack_header(vocab_size, 0))
         self.tokens = self.bytes = self.documents = 0
+        self.begin = 0                  # of the document that is being written
+        self.document_lengths = set()   # in tokens, of the documents so far; two differ: enough
         self.hash = hashlib.sha256()
 
     def write(self, text, ids):
@@ -50,9 +53,15 @@ class TokenWriter:
         self.hash.update(block)
         self.tokens += len(ids)
         if text is None:
-            self.documents += 1
+            self.end_document()
         else:
             self.bytes += len(text.encode("utf-8"))
+
+    def end_document(self):
+        self.documents += 1
+        if len(self.document_lengths) < 2:
+            self.document_lengths.add(self.tokens - self.begin)
+        self.begin = self.tokens
 
     def close(self):
         """Write the header, which counts the tokens, and flush all to the disk."""
@@ -199,12 +208,14 @@ def write_meta(folder, writers, tokenizer, facts):
     if not all(counts["bytes"].values()):
         raise ValueError(f"{facts['source']} is too short to split: {counts['bytes']['train']} "
                          f"bytes of text for training, {counts['bytes']['val']} for validation")
+    lengths = writers["train"].document_lengths | writers["val"].document_lengths
     hashes = "".join(writers[split].hash.hexdigest() for split in SPLITS)
     fingerprint = hashlib.sha256(f"{tokenizer.vocab_size} {hashes}".encode()).hexdigest()
     meta = facts | {
         "vocab_size": tokenizer.vocab_size,
         "mask_token_id": tokenizer.mask_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        "document_length": common_length(lengths),
         **counts,       # tokens count the end of each document; bytes are the text's in UTF-8 alone
         "fingerprint": fingerprint[:16],
         "versions": {"format": VERSION, "python": platform.python_version(),
@@ -212,6 +223,14 @@ def write_meta(folder, writers, tokenizer, facts):
     }
     tokenizer.save_pretrained(folder)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def common_length(lengths):
+    """The length of all documents, {length, ...} in tokens; 0 where they differ or are too long to
+    be one sequence."""
+    if len(lengths) != 1 or max(lengths) > MAX_SEQUENCE:
+        return 0
+    return max(lengths)
 
 
 def make_dataset(folder, fill, is_prepared):

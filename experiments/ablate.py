@@ -1,13 +1,15 @@
-"""What pays in a training run of 2.5 minutes? One change at a time against the recipe of
-train_scratch.py, equal updates.
+"""What pays in a short training run? One change at a time against the recipe of train_scratch.py,
+equal updates.
 
-    python experiments/ablate.py TEXT_FILE OUT.jsonl ARM,ARM... SEED,SEED... [UPDATES or MINUTESmin]
+    python experiments/ablate.py DATASET OUT.jsonl ARM,ARM... SEED,SEED... [UPDATES or MINUTESmin]
 
-Byte level, T 128, 4 layers, D 128. 1000 updates of 2,048 tokens (other batches: equal tokens) on
-one thread (two runs side by side fill two cores and do not disturb each other), or, with "2.5min",
-as many as 2.5 minutes allow on all cores. An arm is a name below, or several as in "old + adamw".
-Each line of OUT: arm, seed, validation NELBO in nats/byte with the true weights, its standard
-error, tokens/s.
+DATASET: tales, pydocs, any other name or a text file. T 128, 4 layers, D 192, 2,048 pieces of
+words, as in train_scratch.py. 800 updates of 2,048 tokens (other batches: equal tokens) on one
+thread (two runs side by side fill two cores and do not disturb each other), or, with "2.5min", as
+many as 2.5 minutes allow on all cores. An arm is a name below, or several as in "old + adamw". Each
+line of OUT: arm, seed, validation NELBO in nats/token with the true weights, its standard error,
+tokens/s and, of tales, what share of a hidden thing's probability is right (`restored`) at each
+tenth of the run.
 """
 import copy
 import dataclasses
@@ -27,9 +29,22 @@ import torch.nn.functional as F  # noqa: E402
 import model as model_module  # noqa: E402
 from data.loader import TokenDataset  # noqa: E402
 from data.prepare import prepare  # noqa: E402
-from diffusion import ar_loss, mask_tokens, mdlm_loss, nelbo, sample_t  # noqa: E402
+from data.tales_copying import hidden_things  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from diffusion import (  # noqa: E402
+    ar_loss,
+    mask_tokens,
+    mdlm_loss,
+    nelbo,
+    restored,
+    sample_t,
+)
 from model import Config, Transformer  # noqa: E402
-from training.optimizers import Muon, learning_rate_factor, set_learning_rate  # noqa: E402
+from training.optimizers import (  # noqa: E402
+    learning_rate_factor,
+    make_optimizers,
+    set_learning_rate,
+)
 
 T = 128         # tokens of a sequence
 CPU = torch.device("cpu")
@@ -39,6 +54,8 @@ CPU = torch.device("cpu")
 class Recipe:
     """What an arm may change, and what train_scratch.py does."""
     objective: str = "mdlm"         # mdlm, ar
+    ar_share: float = 0.0           # of the run that an mdlm learns from left to right at first
+    shift: bool = False             # token i is predicted at i - 1, which ar_share needs
     t: str = "stratified"           # how times are drawn: a kind of `draw_times`, or complementary
     max_weight: float = 10.0        # None: not clipped
     weight_power: float = 1.0       # the weight is 1 / t to this power
@@ -46,6 +63,7 @@ class Recipe:
     muon_lr: float = 0.02
     momentum: float = 0.9           # Muon's
     lr: float = 3e-3                # AdamW's
+    embedding_lr: float = 0.05      # AdamW's for the embedding
     beta2: float = 0.99             # AdamW's
     weight_decay: float = 0.0
     grad_clip: float = 1.0
@@ -64,14 +82,19 @@ class Recipe:
 
 FAN_IN_ZEROS = dict(matrix_std=None, embedding_std=1.0, zero_outputs=True)
 PLAIN = dict(
-    optimizer="adamw", lr=1e-3, decay="cosine", t="uniform", max_weight=None, matrix_std=0.02,
-    embedding_std=0.02, zero_outputs=False, weight_decay=0.1, batch=32, config=dict(qk_norm=False))
+    optimizer="adamw", lr=1e-3, embedding_lr=1e-3, decay="cosine", t="uniform", max_weight=None,
+    matrix_std=0.02, embedding_std=0.02, zero_outputs=False, weight_decay=0.1, batch=32,
+    config=dict(qk_norm=False))
 ARMS = {
     "recipe": {},
     "old": dict(FAN_IN_ZEROS, momentum=0.95),
     "plain": PLAIN,
     "plain float32": dict(PLAIN, dtype="float32"),
     "autoregressive": dict(objective="ar"),
+    "shift": dict(shift=True),
+    "ar first 0.2": dict(ar_share=0.2, shift=True),
+    "ar first 0.4": dict(ar_share=0.4, shift=True),
+    "ar first 0.6": dict(ar_share=0.6, shift=True),
     # times and weights
     "uniform t": dict(t="uniform"),
     "complementary masks": dict(t="complementary"),
@@ -92,6 +115,11 @@ ARMS = {
     "lr 1.5e-3": dict(lr=1.5e-3),
     "lr 6e-3": dict(lr=6e-3),
     "lr 1e-2": dict(lr=1e-2),
+    "embedding lr 3e-3": dict(embedding_lr=3e-3),
+    "embedding lr 0.01": dict(embedding_lr=0.01),
+    "embedding lr 0.02": dict(embedding_lr=0.02),
+    "embedding lr 0.1": dict(embedding_lr=0.1),
+    "embedding lr 0.3": dict(embedding_lr=0.3),
     "beta2 0.95": dict(beta2=0.95),
     "weight decay 0.1": dict(weight_decay=0.1),
     "cosine decay": dict(decay="cosine"),
@@ -142,7 +170,7 @@ class SoftCap(nn.Module):
 
 def build_model(recipe, data, seed):
     causal = recipe.objective == "ar"
-    settings = dict(dim=128, n_layers=4, n_heads=4, causal=causal, shift=causal)
+    settings = dict(dim=192, n_layers=4, n_heads=4, causal=causal, shift=causal or recipe.shift)
     config = Config(vocab_size=data.vocab_size, mask_token_id=data.mask_token_id, max_len=T,
                     **{**settings, **recipe.config})
     model = Transformer(config).init_weights(seed)
@@ -167,18 +195,11 @@ def draw_weights(model, recipe, generator):
 
 
 def build_optimizers(recipe, model):
-    in_blocks = set(model.blocks.parameters())
-    matrices, others = [], []
-    for p in model.parameters():
-        if p.ndim == 2 and p in in_blocks:
-            matrices.append(p)
-        else:
-            others.append(p)
-    how = dict(lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
-    if recipe.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), weight_decay=recipe.weight_decay, **how)]
-    muon = Muon(matrices, recipe.muon_lr, recipe.momentum, recipe.weight_decay)
-    return [muon, torch.optim.AdamW(others, weight_decay=0.0, **how)]
+    optimizers = make_optimizers(model, recipe.optimizer, recipe.lr, recipe.muon_lr, recipe.beta2,
+                                 recipe.weight_decay, recipe.embedding_lr)
+    if recipe.optimizer == "muon":
+        optimizers[0].param_groups[0]["momentum"] = recipe.momentum
+    return optimizers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,7 +234,8 @@ def draw_noise(recipe, tokens, progress, generator):
 def objective(recipe, model, tokens, progress, generator):
     """The Loss of a batch. `mdlm_loss` weighs by 1 over the times it is given: other weights are
     other times for masks that are drawn already."""
-    if recipe.objective == "ar":
+    model.config.causal = recipe.objective == "ar" or progress < recipe.ar_share
+    if model.config.causal:
         return ar_loss(model, tokens)
     tokens, t, mask = draw_noise(recipe, tokens, progress, generator)
     if recipe.weight_power != 1:
@@ -237,18 +259,20 @@ def recipe_of(arm):
     return dataclasses.replace(Recipe(), **changes)
 
 
-def run(arm, text, seed, updates, minutes=0.0):
+def run(arm, dataset, seed, updates, minutes=0.0):
     """A line of OUT. minutes 0: so many updates, of the recipe's batch or as many tokens."""
     recipe = recipe_of(arm)
     torch.manual_seed(seed)
-    data = TokenDataset(prepare(text, "byte"))
+    folder = prepare(dataset)
+    data, tokenizer = TokenDataset(folder), Tokenizer.from_pretrained(folder)
+    things = hidden_things(data.val, tokenizer, T) if dataset == "tales" else None
     model = build_model(recipe, data, seed)
     optimizers = build_optimizers(recipe, model)
     average = copy.deepcopy(model) if recipe.ema else None
     if recipe.softcap:
         model = SoftCap(model, recipe.softcap)
     updates = updates * Recipe.batch // recipe.batch    # equal tokens, which is about equal minutes
-    begin, step, progress = time.perf_counter(), 0, 0.0
+    begin, step, progress, looks_back = time.perf_counter(), 0, 0.0, []
     while progress < 1:
         factor = learning_rate_factor(progress, recipe.warmup, recipe.decay, recipe.decay_from)
         set_learning_rate(optimizers, factor)
@@ -260,11 +284,16 @@ def run(arm, text, seed, updates, minutes=0.0):
         progress = step / updates
         if minutes:
             progress = (time.perf_counter() - begin) / 60 / minutes
+        if things is not None and progress >= (len(looks_back) + 1) / 10:
+            model.config.causal = recipe.objective == "ar"
+            share = restored(average or model, things.tokens, things.hidden, things.target)
+            looks_back.append(round(share.mean().item(), 3))
     speed = step * recipe.batch * T / (time.perf_counter() - begin)
     model = (average or model).eval()
+    model.config.causal = recipe.objective == "ar"
     value, error = nelbo(model, data.windows("val", T, 2**16), num_samples=2, seed=0)
     return dict(arm=arm, seed=seed, nelbo=round(value, 4), stderr=round(error, 4),
-                tokens_per_s=round(speed), updates=step)
+                tokens_per_s=round(speed), updates=step, restored=looks_back)
 
 
 def update(recipe, model, optimizers, tokens, progress, generator):
@@ -283,7 +312,7 @@ def move_average(average, model, share):
         mean.lerp_(p, 1 - share)
 
 
-def main(text, out, arms, seeds, length="1000"):
+def main(dataset, out, arms, seeds, length="800"):
     updates, minutes = 0, 0.0
     if length.endswith("min"):
         minutes = float(length.removesuffix("min"))
@@ -292,7 +321,7 @@ def main(text, out, arms, seeds, length="1000"):
         torch.set_num_threads(1)
     for seed in seeds.split(","):
         for arm in arms.split(","):
-            result = run(arm, text, int(seed), updates, minutes)
+            result = run(arm, dataset, int(seed), updates, minutes)
             print(json.dumps(result), flush=True)
             with open(out, "a") as file:
                 file.write(json.dumps({**result, "minutes": minutes}) + "\n")

@@ -73,7 +73,8 @@ def train(folder, **settings):
     """Run train_scratch.py with these settings, unless `folder` holds such a run already."""
     if is_done(folder):
         return
-    settings |= dict(out_dir=folder, sample_tokens=0, device="cpu", threads=1)
+    always = dict(out_dir=folder, sample_tokens=0, device="cpu")
+    settings = dict(dataset="pydocs", threads=1) | settings | always
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     subprocess.run([sys.executable, ROOT / "train_scratch.py", *arguments], check=True)
 
@@ -189,7 +190,8 @@ def exercises(out, seeds, part="1/1"):
     seeds, (k, n) = seeds.split(","), map(int, part.split("/"))
     runs = [(name, seed) for seed in seeds for name in EXERCISES]
     for name, seed in runs[k - 1::n]:
-        settings = dict(dim=128, n_layers=4, batch_size=16, max_steps=800, eval_interval=0)
+        settings = dict(dim=128, n_layers=4, batch_size=16, max_steps=800, eval_interval=0,
+                        embedding_lr=3e-3)
         train(exercise_folder(out, name, seed), **{**settings, **EXERCISES[name]}, seed=seed)
     print("| constants | bits/byte | seeds | minutes |\n| --- | --- | --- | --- |")
     for name in EXERCISES:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from model import Config
+from pretrained import gguf
 from pretrained.families import FAMILIES
 
 # What a family's own config.json cannot say is written under these keys where a model was turned
@@ -22,7 +23,9 @@ ACTIVATION_NAMES = {"swish": "silu", "gelu_python": "gelu", "gelu_new": "gelu_ta
 
 def read_config(folder):
     """(Config, {field: where its value came from}) of the config.json in `folder`, ours or a
-    published one. Raises ValueError or FileNotFoundError."""
+    published one, or of a GGUF file. Raises ValueError or FileNotFoundError."""
+    if gguf.is_gguf(folder):
+        return read_gguf(folder)
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: is it a checkpoint folder?")
@@ -79,6 +82,35 @@ def read_published(raw):
     name = family_name(raw)
     values, origin = interpret(FAMILIES[name], raw)
     return Config(family=name, published=raw, **values), origin
+
+
+def read_gguf(file):
+    """`read_config` for a GGUF file: its metadata become the config.json that its family would
+    have. Raises ValueError."""
+    header = gguf.read_whole_header(file)
+    name = gguf.family_of(header)
+    fields, where = gguf.config_fields(header)
+    family = FAMILIES[name]
+    raw = {"architectures": [family.architecture], "model_type": name}
+    for key, allowed in family.only.items():            # their own code may have other defaults
+        known = [value for value in allowed if value is not None]
+        if known:
+            raw[key] = known[0]
+    for field, value in fields.items():
+        if field in family.keys:
+            raw.update(dict.fromkeys(key_names(family, field), value))
+        elif field in ROLE_KEYS and value != family.fixed.get(field, False):
+            raw[ROLE_KEYS[field]] = value
+    raw.update(dict.fromkeys(key_names(family, "activation"), "silu"))
+    try:
+        config, origin = read_published(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    for field, value in fields.items():
+        if not field.endswith("_token_id") and getattr(config, field) != value:
+            raise ValueError(f"{file}: {field} is {value!r}, a {family.architecture} has "
+                             f"{getattr(config, field)!r}")
+    return config, {**origin, **where}
 
 
 def family_name(raw):

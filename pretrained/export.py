@@ -1,10 +1,13 @@
 """A Transformer becomes a checkpoint folder, in our own layout or in its family's."""
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
 
 from pretrained.config import publish_config, read_config, read_json
+from pretrained.gguf import is_gguf
+from pretrained.gguf_tokenizer import write_tokenizer
 from pretrained.tensors import stack_of, tensor_table
 from training.files import save_model, write_checkpoint, write_json
 
@@ -40,9 +43,16 @@ def export(model, folder):
 
 
 def copy_from_source(model, folder, patterns):
-    """Copy what stands beside the weights in the checkpoint that the model was loaded from."""
+    """Copy what stands beside the weights in the checkpoint that the model was loaded from; a GGUF
+    becomes the files of its tokenizer."""
     folder, source = Path(folder), getattr(model, "source", None)
     if source is None or source.resolve() == folder.resolve():
+        return
+    if is_gguf(source):
+        try:
+            write_tokenizer(source, folder)
+        except ValueError as error:                     # the weights are worth having without
+            warnings.warn(f"no tokenizer was written: {error}", stacklevel=4)
         return
     for pattern in patterns:
         for file in source.glob(pattern):

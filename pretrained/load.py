@@ -13,6 +13,7 @@ import torch
 
 from common import stream
 from model import Transformer
+from pretrained import gguf
 from pretrained.config import read_config
 from pretrained.families import FAMILIES
 from pretrained.hub import adapter_base, find_checkpoint, model_folder, weight_files
@@ -84,7 +85,7 @@ def match_tensors(config, stored, fresh_head=False):
     ValueError that names it. fresh_head: the head is not looked for, see `open_checkpoint`.
     """
     check_layers(config, stored)                        # before anything of that size is built
-    model = model_without_memory(config)
+    model = model_without_memory(config, stored)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wanted, copies = wanted_tensors(model, stored, fresh_head)
     family = FAMILIES[config.family]
@@ -102,14 +103,24 @@ def match_tensors(config, stored, fresh_head=False):
         elif is_unused(family, name):
             continue
         else:
-            refuse(config, name, tensor)                # raises
+            refuse(config, name, stored)                # raises
         check_dtype(name, tensor)
-        check_shape(name, tensor, [shape_of(shapes, our) for our in ours], transposed)
+        check_shape(name, stored, [shape_of(shapes, our) for our in ours], transposed)
         dtype = DTYPES[tensor.dtype]
         parts.append(Part(tensor.file, name, tensor.shape, dtype, ours, transposed))
     if wanted:
         refuse_incomplete(config, stored, wanted)
     return model, plan + plan_of_copies
+
+
+def from_gguf(stored):
+    """Whether the tensors of `read_headers` stand in a GGUF."""
+    return any(gguf.is_gguf(file) for file in {tensor.file for tensor in stored.values()})
+
+
+def described_in(stored):
+    """What says how large the model is, for messages."""
+    return "its metadata" if from_gguf(stored) else "config.json"
 
 
 def shape_of(shapes, our):
@@ -118,14 +129,14 @@ def shape_of(shapes, our):
     return shapes[name] if expert is None else shapes[name][1:]
 
 
-def model_without_memory(config):
+def model_without_memory(config, stored):
     """A Transformer on the meta device. ValueError if no memory could ever hold it."""
     try:
         with torch.device("meta"):
             return Transformer(config)
     except RuntimeError as error:                       # its size overflows 64 bits
         reason = str(error).splitlines()[0]
-        raise ValueError(f"config.json asks for too large a model ({reason})") from None
+        raise ValueError(f"{described_in(stored)} asks for too large a model ({reason})") from None
 
 
 def check_layers(config, stored):
@@ -136,16 +147,19 @@ def check_layers(config, stored):
         if match:
             layers.add(match[1])
     if len(layers) != config.n_layers:
-        raise ValueError(f"config.json says {config.n_layers} layers, the weights hold "
+        raise ValueError(f"{described_in(stored)} says {config.n_layers} layers, the weights hold "
                          f"{len(layers)}")
 
 
 def wanted_tensors(model, stored, fresh_head):
     """(what must be in the files, what may be there too), each {name in the file: (our parameters,
-    stored transposed)}. A file of ours has our names, any other its family's."""
+    stored transposed)}. A file of ours has our names, a GGUF those of llama.cpp, any other its
+    family's."""
     config = model.config
     is_own = "embed.weight" in stored or "head.weight" in stored
     table = tensor_table(model)
+    if from_gguf(stored):
+        table = tensor_table(model, gguf.TENSORS)
     if is_own:
         table = [(name, [name], False) for name in model.state_dict()]
     wanted, copies = {}, {}
@@ -183,15 +197,16 @@ def is_unused(family, name):
     return any(re.fullmatch(family.unused, spelling) for spelling in spellings)
 
 
-def refuse(config, name, tensor):
+def refuse(config, name, stored):
     """ValueError for a stored tensor that has no place in the model."""
+    tensor = stored[name]
     if tensor.dtype in ("I64", "BOOL"):
         raise ValueError(f"{tensor.file} holds {name}, a buffer of type {tensor.dtype} and no "
                          f"weights, which has no place in a {config.family} model: write the file "
                          "without it if it is but a table of positions or the like")
     check_dtype(name, tensor)
     raise ValueError(f"{tensor.file} holds the tensor {name}, which has no place in a "
-                     f"{config.family} model of this config.json")
+                     f"{config.family} model as {described_in(stored)} has it")
 
 
 def check_dtype(name, tensor):
@@ -201,14 +216,15 @@ def check_dtype(name, tensor):
                          f"cannot be read (only {', '.join(DTYPES)})")
 
 
-def check_shape(name, tensor, shapes, transposed):
+def check_shape(name, stored, shapes, transposed):
     """ValueError if a stored tensor is not of the size of our parameters, of these shapes."""
+    tensor = stored[name]
     asked = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
     if transposed:
         asked.reverse()
     if list(tensor.shape) != asked:
-        raise ValueError(f"{tensor.file}: {name} has shape {list(tensor.shape)}, config.json asks "
-                         f"for {asked}")
+        raise ValueError(f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
+                         f"{described_in(stored)} asks for {asked}")
 
 
 def refuse_incomplete(config, stored, wanted):
@@ -372,6 +388,8 @@ def describe(path_or_hub_id):
                  f"{config.hidden_dim}, vocabulary {config.vocab_size}, context {config.max_len}")
     lines.append(f"weights: float32 {n * 4 / 1e9:.3f} GB, bfloat16 and float16 "
                  f"{n * 2 / 1e9:.3f} GB")
+    if gguf.is_gguf(folder):
+        lines.append(f"file: {gguf.describe(folder)}")
     width = max(len(field.name) for field in dataclasses.fields(config))
     for field in dataclasses.fields(config):
         if field.name != "published":

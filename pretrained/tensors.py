@@ -8,13 +8,14 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
 from common import rank_and_size
+from pretrained import gguf
 from pretrained.families import FAMILIES
 
 # safetensors' spelling of the types that are read.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # --------------------------------------------------------------------------------------------------
-# In files
+# In files, .safetensors and GGUF
 
 
 @dataclass
@@ -37,6 +38,10 @@ def read_headers(files):
     """{tensor name: Stored} of some files; no weights are read. Raises ValueError."""
     stored = {}
     for file in files:
+        if gguf.is_gguf(file):
+            for name, (shape, dtype) in gguf.stored_tensors(file).items():
+                stored[name] = Stored(file, shape, dtype)
+            continue
         with open_tensors(file) as tensors:
             for name in tensors.keys():
                 part = tensors.get_slice(name)
@@ -51,32 +56,38 @@ def read_rows(file, name, shape, first, last):
     step = max(1, 2**22 * shape[0] // max(1, math.prod(shape)))
     for begin in range(first, last, step):
         end = min(begin + step, last)
+        rows = slice(begin - first, end - first)
+        if gguf.is_gguf(file):
+            yield rows, gguf.read_rows(file, name, begin, end)
+            continue
         with open_tensors(file) as tensors:
-            yield slice(begin - first, end - first), tensors.get_slice(name)[begin:end]
+            yield rows, tensors.get_slice(name)[begin:end]
 
 
 # --------------------------------------------------------------------------------------------------
 # In models
 
 
-def tensor_table(model):
-    """[(published name, our parameters, stored transposed)]: the family's table written out for
-    every layer and expert of this model. The matrix of an expert is a slice of a parameter of ours:
-    "blocks.1.mlp.gates.weight.3", see `stack_of`."""
+def tensor_table(model, names=None):
+    """[(published name, our parameters, stored transposed)]: the family's table, or another one of
+    its form, `names`, written out for every layer and expert of this model. The matrix of an expert
+    is a slice of a parameter of ours: "blocks.1.mlp.gates.weight.3", see `stack_of`."""
+    if names is None:
+        names = FAMILIES[model.config.family].tensors
     parameters = model.state_dict(keep_vars=True)
     table = []
-    for ours, theirs in FAMILIES[model.config.family].tensors.items():
+    for ours, theirs in names.items():
         ours = (ours,) if isinstance(ours, str) else ours
         transposed = theirs.endswith(" ^T")
         theirs = theirs.removesuffix(" ^T")
         layers = range(model.config.n_layers) if "*" in theirs else [0]
         for layer in map(str, layers):
             name = theirs.replace("*", layer, 1)
-            names = [our.replace("*", layer) for our in ours]
+            own = [our.replace("*", layer) for our in ours]
             for suffix in ("", ".weight", ".bias"):     # "": the table has the name in full
-                if names[0] + suffix not in parameters:
+                if own[0] + suffix not in parameters:
                     continue
-                parts = [our + suffix for our in names]
+                parts = [our + suffix for our in own]
                 if "*" in name:
                     for expert in map(str, range(model.config.n_experts)):
                         table.append((name.replace("*", expert) + suffix, [f"{parts[0]}.{expert}"],

@@ -1,5 +1,5 @@
 """The tokenizer files of published checkpoints: tokenizer.json, or the older vocab.txt or
-vocab.json + merges.txt, and the config files that stand around them.
+vocab.json + merges.txt, and the config files that stand around them; or the tokenizer in a GGUF.
 
 `read_tokenizer` gives the object of the `tokenizers` library that encodes as `transformers` would,
 BOS and EOS included, and what a data.tokenizer.Tokenizer needs beside it. What cannot be followed
@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+
+from pretrained import gguf_tokenizer
+from pretrained.gguf import is_gguf
+from pretrained.gguf_tokenizer import QWEN2_REGEX
 
 # What `tokenizer_class` (without its "TokenizerFast") or else `model_type` says of how text is
 # split.
@@ -75,11 +79,6 @@ CLASS_OF_MODEL = {
 FLAGS = ("add_bos_token", "add_eos_token", "do_lower_case", "strip_accents",
          "tokenize_chinese_chars", "add_prefix_space")
 
-# Qwen2 splits digits one by one and keeps a newline with what stands before it; GPT-2's rule is
-# inside ByteLevel.
-QWEN2_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-
 
 class Published(NamedTuple):
     """What the files of a folder say."""
@@ -92,9 +91,11 @@ class Published(NamedTuple):
 def read_tokenizer(folder):
     """The Published tokenizer in a folder: from tokenizer.json, or else vocab.txt (BERT) or
     vocab.json + merges.txt (GPT-2, RoBERTa, Qwen2, Dream); special tokens and templates from the
-    config files beside it. FileNotFoundError when there is none of these, ValueError naming the
-    file that is damaged."""
+    config files beside it. Or the one in a GGUF file. FileNotFoundError when there is none of
+    these, ValueError naming the file that is damaged."""
     folder = Path(folder)
+    if is_gguf(folder):
+        return Published(*gguf_tokenizer.read_tokenizer(folder))
     settings = read_json(folder / "tokenizer_config.json")
     config = read_json(folder / "generation_config.json") | read_json(folder / "config.json")
     family = find_family(settings, config)

@@ -7,7 +7,6 @@ import json
 import time
 import uuid
 
-from sampling.sampler import GAP
 from sampling.worker import MAX_BATCH, Job, Refusal
 
 MAX_STEPS = 10_000
@@ -137,7 +136,7 @@ def make_job(sampler, settings, body, prompts, chat=False, suffix="", watched=Fa
     if n * len(prompts) > MAX_BATCH:
         raise Refusal(400, f"{n * len(prompts)} answers asked for, {MAX_BATCH} are possible in one "
                       "request", "n")
-    has_gaps = any(isinstance(prompt, str) and GAP.search(prompt) for prompt in prompts)
+    has_gaps = any(isinstance(prompt, str) and sampler.has_gaps(prompt) for prompt in prompts)
     if has_gaps and not chat and not suffix:
         gaps = True
         rows, spans, count = rows_with_gaps(sampler, prompts)

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from data import sudoku
 from data.tokenizer import Tokenizer
 from diffusion import canvas_mask_id
 from model import Transformer
@@ -28,7 +29,7 @@ def default_checkpoint():
     comes with the repository."""
     if Path("out/scratch/config.json").is_file():
         return "out/scratch"
-    return os.path.relpath(Path(__file__).parent.parent / "checkpoints" / "mdlm")
+    return os.path.relpath(Path(__file__).parent.parent / "checkpoints" / "tales")
 
 
 class Sampler:
@@ -37,9 +38,11 @@ class Sampler:
 
     head, tail  lists of ids that the checkpoint puts around a text ([CLS] and [SEP], BOS); often
                 empty
-    opening     list of one id: what an autoregressive model continues where there is no text; else
-                empty
+    opening     list of one id: what stands before a text that has no beginning given, in an
+                autoregressive model and in our own family, trained on one text behind the other;
+                else empty
     ends        set of ids that end a text
+    grid        the Shape of the grids that it writes (data/sudoku.py); None: it writes texts
     """
 
     def __init__(self, model, tokenizer, name="unmask"):
@@ -53,12 +56,16 @@ class Sampler:
         self.mask_id = canvas_mask_id(model)
         self.head, self.tail = tokenizer.frame()
         self.opening = []
-        if self.config.causal:
+        if self.config.causal or self.config.family == "unmask":
             roles = [self.config.bos_token_id, self.config.eos_token_id]
             self.opening = [token for token in roles if token is not None][:1]
         self.ends = {*self.config.ends, tokenizer.eos_token_id} - {None}
-        # Most tokenizers glue a space to the word behind it: a gap takes the space before it along.
-        self.glues_space = tokenizer.encode(" the")[:1] != tokenizer.encode(" ")
+        self.grid = sudoku.grid_shape(tokenizer)
+        self.glues_space = False
+        if self.grid is None:
+            # Most tokenizers glue a space to the word behind it: a gap takes the space before it
+            # along.
+            self.glues_space = tokenizer.encode(" the")[:1] != tokenizer.encode(" ")
         self.decode_some = functools.lru_cache(2**16)(tokenizer.decode)
 
     def take_roles_from_tokenizer(self):
@@ -95,11 +102,22 @@ class Sampler:
             if gap[1]:
                 raise ValueError(f"the prompt contains {gap[0]} at character {gap.start()}: use "
                                  "infill to fill it")
+        if self.grid is not None:
+            text = "".join(c for c in text if c not in sudoku.SEPARATORS)
         return self.head + self.tokenizer.encode(text) or list(self.opening)
+
+    def has_gaps(self, text):
+        """Whether a text is for `encode_gaps`; what a model of grids is given is a puzzle."""
+        if self.grid is not None:
+            return bool(text.strip())
+        return GAP.search(text) is not None
 
     def encode_gaps(self, text):
         """The tokens of a text in which [MASK] stands for a token to fill in and [MASK:12] for
-        twelve. Raises ValueError where there is no gap, or one that is too long."""
+        twelve; for a model of grids, of a puzzle. Raises ValueError where there is no gap, or one
+        that is too long, or for what is no puzzle."""
+        if self.grid is not None:
+            return self.encode_puzzle(text)
         tokens, position = list(self.head), 0
         for gap in GAP.finditer(text):
             count = int(gap[1] or 1)
@@ -117,9 +135,18 @@ class Sampler:
                              "tokens, where text is missing")
         return tokens + self.tokenizer.encode(text[position:]) + self.tail
 
+    def encode_puzzle(self, text):
+        """The tokens of a puzzle, a mask for each empty cell."""
+        tokens = []
+        for digit in sudoku.parse_puzzle(text, self.grid):
+            tokens += self.tokenizer.encode(str(digit)) if digit else [self.mask_id]
+        return tokens
+
     def encode_chat(self, messages):
         """The tokens of a conversation, [{"role": "user", "content": "..."}, ...], in the
-        checkpoint's own format."""
+        checkpoint's own format. Raises ValueError for a model of grids."""
+        if self.grid is not None:
+            raise ValueError(f"{self.name} writes grids, it cannot chat")
         return self.tokenizer.apply_chat_template(messages)
 
     @functools.cached_property
@@ -142,6 +169,10 @@ class Sampler:
         used = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         text = self.tokenizer.decode(tokens[:used], skip_special_tokens=True)
         return text, used, used < len(tokens)
+
+    def verdict(self, tokens):
+        """What to say of a grid that is written, one line."""
+        return sudoku.verdict([int(piece or 0) for piece in self.pieces(tokens)])
 
     def split(self, tokens):
         """The texts in a row of tokens, which ends of text separate."""
@@ -246,8 +277,8 @@ class Sampler:
             arguments["block_length"] = s["block_length"] or self.config.block_length
             if not s["steps"]:
                 arguments["steps"] += 2 * arguments["block_length"]
-        arguments["temperature"] = self.choose_temperature(s, chat)
-        arguments["remasking"] = self.choose_remasking(s, chat)
+        arguments["temperature"] = self.choose_temperature(s, gaps, chat)
+        arguments["remasking"] = self.choose_remasking(s, gaps, chat)
         arguments["cache"] = self.choose_cache(s)
         for name in ("cfg_scale", "seed", "remask", "remask_schedule"):
             arguments[name] = s[name]
@@ -260,28 +291,31 @@ class Sampler:
             arguments[name] = self.named_tokens(name, s[name])
         return arguments
 
-    def samples_freely(self, chat):
+    def samples_freely(self, gaps, chat):
         """Whether "auto" means sampling in random order, outside of chats: small models, as
-        train_scratch.py makes them, repeat themselves when greedy."""
-        return self.config.family == "unmask" and not chat
+        train_scratch.py makes them, repeat themselves when greedy. But of a puzzle the most
+        probable solution is wanted."""
+        is_puzzle = self.grid is not None and gaps
+        return self.config.family == "unmask" and not chat and not is_puzzle
 
-    def choose_temperature(self, s, chat):
+    def choose_temperature(self, s, gaps, chat):
         if s["temperature"] == "auto":
-            return 0.7 if self.samples_freely(chat) else 0.0
+            return 0.7 if self.samples_freely(gaps, chat) else 0.0
         try:
             return float(s["temperature"])
         except ValueError:
             raise ValueError("temperature takes a number or auto, got "
                              f"{s['temperature']!r}") from None
 
-    def choose_remasking(self, s, chat):
+    def choose_remasking(self, s, gaps, chat):
         if s["remasking"] != "auto":
             return s["remasking"]
         if s["remask"]:
             return "ancestral"
-        # These need a rule that asks the model.
+        # These need a rule that asks the model; so does a grid, where one wrong digit spoils all.
         asking = ("threshold", "factor", "entropy_bound", "alg_temp", "defer")
-        if self.samples_freely(chat) and not any(s[name] for name in asking):
+        asks = self.grid is not None or any(s[name] for name in asking)
+        if self.samples_freely(gaps, chat) and not asks:
             return "random"
         return "low_confidence"
 
@@ -318,11 +352,17 @@ class Sampler:
 
     def fit(self, prompt, max_new_tokens, most=128):
         """How many tokens to generate behind a prompt: what was asked for, or if that is 0 what
-        fits, `most` at most. Raises ValueError when they do not fit."""
+        fits, `most` at most; of a grid always the rest. Raises ValueError when they do not fit."""
         room = self.config.max_len - len(prompt)
+        if self.grid is not None:
+            most = room = min(room, self.grid.cells - len(prompt))
+            if max_new_tokens not in (0, room):
+                raise ValueError(f"this model writes whole grids, {self.grid.cells} cells: leave "
+                                 "max_new_tokens at 0")
         if room < max(max_new_tokens, 1):
+            context = self.config.max_len if self.grid is None else self.grid.cells
             raise ValueError(f"{len(prompt)} tokens of prompt and {max(max_new_tokens, 1)} new "
-                             f"ones exceed the context of {self.config.max_len}")
+                             f"ones exceed the context of {context}")
         return max_new_tokens or min(most, room)
 
     def run(self, sequences, arguments, gaps=False, on_step=None):

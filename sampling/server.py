@@ -133,7 +133,10 @@ class Handler(BaseHTTPRequestHandler):
             new_tokens = sum(row.count(sampler.mask_id) for row in job.sequences)
         else:
             new_tokens = sum(map(len, job.result)) - sum(map(len, job.sequences))
-        self.event({"report": job.trace.report(new_tokens), "texts": texts})
+        report = job.trace.report(new_tokens)
+        if sampler.grid is not None:
+            report = "; ".join([*map(sampler.verdict, job.result), report])
+        self.event({"report": report, "texts": texts})
 
     def completions(self):
         body, sampler = self.read_body(), self.server.sampler

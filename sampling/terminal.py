@@ -4,15 +4,19 @@ import sys
 import time
 import unicodedata
 
+from data.sudoku import draw_cells
+
 
 class Terminal:
     """Draws a Trace as it grows: in place in a terminal, elsewhere a line a step."""
 
     palette = (203, 209, 215, 221, 185, 149, 113, 77)   # of 256 colours: from unsure, red, to green
 
-    def __init__(self, stream=None, begin=0, pause=0.0):
-        """begin: the first position to show. pause: seconds to wait after each step."""
+    def __init__(self, stream=None, begin=0, pause=0.0, grid=None):
+        """begin: the first position to show. pause: seconds to wait after each step. grid: the
+        Shape of what is written, if that is a grid."""
         self.stream, self.begin, self.pause = stream or sys.stdout, begin, pause
+        self.grid = grid
         self.height = 0                                 # lines that stand there
         self.in_place = self.stream.isatty()
 
@@ -27,6 +31,9 @@ class Terminal:
 
     def print_lines(self, trace, step):
         for row in trace.rows:
+            if self.grid is not None:
+                print(f"step {step}\n{self.draw_grid(row)}\n", file=self.stream, flush=True)
+                continue
             text = "".join("░" if cell.text is None else cell.text for cell in row[self.begin:])
             line = f"step {step:3}  {printable(text, newline='⏎')}"
             print(line, file=self.stream, flush=True)
@@ -35,7 +42,10 @@ class Terminal:
         size = shutil.get_terminal_size()
         lines = []
         for row in trace.rows:
-            lines += self.wrap(row[self.begin:], step, size.columns - 1)
+            if self.grid is not None:
+                lines += [*self.draw_grid(row, step).split("\n"), ""]
+            else:
+                lines += self.wrap(row[self.begin:], step, size.columns - 1)
         lines = lines[-(size.lines - 2):] + [f"\033[2mstep {step}\033[0m"]
         self.clear()
         self.stream.write("\n".join(lines) + "\n")
@@ -67,6 +77,16 @@ class Terminal:
                     column += columns
             lines[-1] += "\033[0m"
         return lines
+
+    def draw_grid(self, row, step=None):
+        """A row of cells as a grid; in a terminal they are coloured, and the givens bold."""
+        texts = []
+        for cell in row:
+            text = cell.text or "."
+            if self.in_place:
+                text = f"\033[{self.style(cell, step)}m{text}\033[0m"
+            texts.append(text)
+        return draw_cells(texts, self.grid)
 
     def style(self, cell, step):
         """The numbers of the escape sequence that a cell is drawn with."""

@@ -23,7 +23,8 @@ class Trace:
 
     rows      for each sequence a list of Cell
     canvas    for each sequence the list of its tokens, the same with ids
-    messages  {"rows": [[text, ...], ...]} at the beginning,
+    messages  {"rows": [[text, ...], ...]} at the beginning; of grids also {"grid": [size, rows of a
+              box, columns of a box]},
               {"step": n, "changes": [[row, position, text, confidence], ...], "lengths": [...]} for
               each step,
               {"pieces": [[text, ...], ...]} at the end, when every token knows its neighbours
@@ -52,7 +53,10 @@ class Trace:
         self.canvas = [row[:n] for row, n in zip(before.tolist(), step.lengths.tolist())]
         texts = [self.sampler.pieces(row) for row in self.canvas]
         self.rows = [[Cell(text) for text in row] for row in texts]
-        self.tell({"rows": texts})
+        message, grid = {"rows": texts}, self.sampler.grid
+        if grid is not None:
+            message["grid"] = [grid.size, grid.box_rows, grid.box_columns]
+        self.tell(message)
 
     def change_row(self, b, step, tokens):
         """Make `tokens` row b; returns [[b, position, text, confidence], ...] of what changed."""

@@ -6,6 +6,8 @@ runs from its file, as __main__; its signals, files, streams and exit status are
 process.
 """
 
+import gc
+import io
 import multiprocessing
 import os
 import runpy
@@ -25,11 +27,11 @@ _forks.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed",
         "torch.nn.parallel",
-        "matplotlib.figure",
         "tokenizers",
         "diffusion",
         "data.prepare",
         "pretrained.load",
+        "training.sharding",
         "lm_eval.evaluator",
         "scripts",
     ]
@@ -47,10 +49,13 @@ class Script:
     """A script at work: `Script("train_scratch.py", "--seed=1").wait()`.
 
     before: a function that the process calls first, to do some damage. environment: variables on
-    top of this process's.
+    top of this process's. folder: where it is started. plots: matplotlib is there; drawing loss.png
+    takes as long as the other half of a small run.
     """
 
-    def __init__(self, script, *arguments, environment=None, before=None):
+    def __init__(
+        self, script, *arguments, environment=None, before=None, folder=ROOT, plots=False
+    ):
         descriptors, self.paths = zip(
             *(tempfile.mkstemp(prefix=f"unmask-{name}-") for name in ("out", "err"))
         )
@@ -61,7 +66,7 @@ class Script:
         } | (environment or {})
         self.process = _forks.Process(
             target=_main,
-            args=(str(ROOT / script), arguments, self.paths, variables, before),
+            args=(str(ROOT / script), arguments, self.paths, variables, before, folder, plots),
             daemon=True,
         )
         self.process.start()
@@ -101,32 +106,74 @@ def run(script, *arguments, **options):
     return Script(script, *arguments, **options).wait()
 
 
+def status_of(error):
+    """What the interpreter makes of a SystemExit."""
+    if error.code is None:
+        return 0
+    return error.code if type(error.code) is int else 1
+
+
+class Left(BaseException):
+    """What os._exit raises in run_here."""
+
+    def __init__(self, status):
+        self.status = status
+
+
+def run_here(script, *arguments):
+    """The Result of a script that runs in this process, with its exception hook: ten times as fast,
+    and enough where only what it says is asked for."""
+
+    def leave(status):
+        raise Left(status)
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(3)]
+    plain = sys.argv, sys.excepthook, os._exit, sys.stdin, sys.stdout, sys.stderr
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv, os._exit, status = [str(script), *arguments], leave, 0
+    sys.stdin, sys.stdout, sys.stderr = streams
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as error:
+        status = status_of(error)
+    except Exception:
+        try:
+            sys.excepthook(*sys.exc_info())
+        except Left as left:
+            status = left.status
+    finally:
+        sys.argv, sys.excepthook, os._exit, sys.stdin, sys.stdout, sys.stderr = plain
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    said = []
+    for stream in streams[1:]:
+        stream.flush()
+        said.append(stream.buffer.getvalue().decode())
+    return Result(status, *said)
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def run_parallel(world_size, script, *arguments, before=None):
+def run_parallel(world_size, script, *arguments, **options):
     """The Results of all ranks, in the environment that torchrun makes."""
-    environment = {
+    torchrun = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world_size),
     }
-    ranks = [
-        Script(
-            script,
-            *arguments,
-            environment=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            before=before,
-        )
-        for r in range(world_size)
-    ]
+    ranks = []
+    for rank in range(world_size):
+        environment = torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(Script(script, *arguments, environment=environment, **options))
     return [script.wait() for script in ranks]
 
 
-def _main(path, arguments, streams, environment, before):
+def _main(path, arguments, streams, environment, before, folder, plots):
+    gc.freeze()  # what is imported already is no garbage: it need not be looked through
     for stream, file in zip((1, 2), streams):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     sys.stdout, sys.stderr = (
@@ -137,7 +184,9 @@ def _main(path, arguments, streams, environment, before):
         "fork", force=True
     )  # what a process started by a user has: tqdm makes a lock with it
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
+    if not plots:
+        sys.modules["matplotlib.figure"] = None  # what Python makes of a package that is missing
     sys.argv, sys.path[0] = [path, *arguments], str(ROOT)
     status = 0
     try:
@@ -145,7 +194,7 @@ def _main(path, arguments, streams, environment, before):
             before()
         runpy.run_path(path, run_name="__main__")
     except SystemExit as error:
-        status = error.code if type(error.code) is int else 0 if error.code is None else 1
+        status = status_of(error)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # as the interpreter would; multiprocessing does not
         status = 1

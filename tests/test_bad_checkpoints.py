@@ -6,15 +6,15 @@ import random
 import re
 import resource
 import struct
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from runs import refused
 from safetensors.torch import load_file, save_file
+from scripts import run
 
 from model import Config, Transformer
 from pretrained.config import read_config
@@ -382,15 +382,7 @@ def test_files_that_are_not_there(folder, tmp_path):
 )
 def test_command_line(folder, change, words):
     change(folder)
-    result = subprocess.run(
-        [sys.executable, "model.py", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 2 and result.stdout == ""
-    assert (
-        result.stderr.startswith("error: ")
-        and result.stderr.count("\n") == 1
-        and words in result.stderr
-    )
+    assert refused(run("model.py", str(folder)), words)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,21 +2,19 @@
 and what is wrong with some."""
 import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from scripts import run
 
-from data import chat_sets
+from data import chat_sets, python_docs
 from data import prepare as prepare_module
 from data.chat import ChatDataset, encode_rendered, is_chat, open_dataset, render
 from data.files import VAL_FRACTION, split_by_hash
 from data.prepare import prepare, prepare_chat
-from data.python_docs import docstrings
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from diffusion import corrupt, mask_tokens, mdlm_loss, nelbo, weighted_nll
 from model import Config, Transformer
@@ -61,12 +59,15 @@ def texts(folder, split):
 # Data sets
 
 
-def test_pydocs_chat(prepared_data):
+def test_pydocs_chat(tmp_path, monkeypatch):
     """Every docstring is an answer, its question names the signature, and the held-out ones are
-    those of pydocs."""
-    folder = prepare("pydocs_chat", "byte")
+    those of pydocs. A fifth of the library's modules, for all take ten seconds."""
+    modules = list(python_docs.library_sources())[::5]
+    monkeypatch.setattr(python_docs, "library_sources", lambda: modules)
+    folder = prepare("pydocs_chat", "byte", root=tmp_path)
     train, val = texts(folder, "train"), texts(folder, "val")
-    known = dict((text, signature) for signature, text in docstrings())
+    known = {text: signature for signature, text in python_docs.docstrings()}
+    assert len(known) > 1000
     for given, answer in train + val:
         assert known[answer.removesuffix("<|im_end|>\n")] in given
         assert given.endswith("<|im_end|>\n<|im_start|>assistant\n")
@@ -146,15 +147,10 @@ def test_off_line(tmp_path, monkeypatch):
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "talk.jsonl", *map(pair, range(20)))
-    environment = os.environ | {"UNMASK_DATA": str(tmp_path / "p")}
-
-    def run(*arguments):
-        return subprocess.run([sys.executable, prepare_module.__file__, *arguments],
-                              capture_output=True, text=True, cwd=tmp_path, env=environment)
-
-    result = run("talk.jsonl", "--tokenizer=byte")
-    assert result.returncode == 0 and result.stderr == ""
-    assert texts(result.stdout.splitlines()[-1], "val")
+    started = dict(folder=tmp_path, environment={"UNMASK_DATA": str(tmp_path / "p")})
+    result = run("data/prepare.py", "talk.jsonl", "--tokenizer=byte", **started)
+    assert result.status == 0 and result.err == ""
+    assert texts(result.out.splitlines()[-1], "val")
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--help"])
     with pytest.raises(SystemExit):
         prepare_module.main()
@@ -162,8 +158,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     for name in ("pydocs_chat", "alpaca", "tulu3", "smoltalk", "opc"):
         assert re.search(rf"^  {name} +\S", listed, re.MULTILINE)
     write(path, "{")
-    assert run("talk.jsonl").stderr == ("error: talk.jsonl, line 1 is not JSON: Expecting property "
-                                        "name enclosed in double quotes\n")
+    again = run("data/prepare.py", "talk.jsonl", **started)
+    assert again.err == ("error: talk.jsonl, line 1 is not JSON: Expecting property name enclosed "
+                         "in double quotes\n")
 
 
 # --------------------------------------------------------------------------------------------------

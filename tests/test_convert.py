@@ -4,7 +4,6 @@ processes, mistakes. Tiny models, easy talk."""
 import functools
 import json
 import math
-import random
 import re
 import shutil
 import signal
@@ -12,62 +11,13 @@ import sys
 
 import pytest
 import torch
+from runs import LAST_LINE, Killer, SignalAt, equal, refused, rows, same_run, state_of
 from safetensors.torch import load_file, save_file
 from scripts import run, run_parallel
-from test_train import Killer, equal, refused, rows, same_run, state_of
-from tokenizers import AddedToken, models
+from tiny import DECODERS, ENCODERS
 
-from data.tokenizer import EOS, Tokenizer, _byte_level, _byte_vocab
+from data.tokenizer import Tokenizer
 from model import Transformer
-from pretrained.tiny import tiny_config
-
-LAST_LINE = re.compile(
-    r"val nelbo (\d+\.\d{4}) \+- (\d+\.\d{4}) nats/token, (\d+\.\d{3}) bits/byte"
-)
-ENCODERS, DECODERS = ("bert", "roberta", "modernbert"), ("gpt2", "llama", "qwen2", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def talk(tmp_path_factory):
-    """A file of 80 conversations in which the answer repeats the question."""
-    rng, words = random.Random(0), "cat dog sat ran red big".split()
-    path = tmp_path_factory.mktemp("talk") / "talk.jsonl"
-    questions = [" ".join(rng.choice(words) for _ in range(rng.randint(1, 4))) for _ in range(80)]
-    path.write_text(
-        "".join(
-            json.dumps({"prompt": f"{n}: {q}", "response": q}) + "\n"
-            for n, q in enumerate(questions)
-        )
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """published(family): a random checkpoint in the family's own layout; a decoder's tokenizer
-    knows bytes and an end of text, no mask."""
-
-    @functools.cache
-    def folder(family):
-        path = tmp_path_factory.mktemp(family)
-        tokenizer = Tokenizer.bytes()
-        if family in DECODERS:
-            backend = _byte_level(models.BPE(vocab=_byte_vocab(), merges=[]))
-            backend.add_special_tokens([AddedToken(EOS, special=True)])
-            tokenizer = Tokenizer(backend, {"eos_token": EOS})
-        model = Transformer(
-            tiny_config(family, tokenizer, 96, dim=16, n_layers=2, n_heads=2)
-        ).init_weights()
-        torch.manual_seed(0)
-        torch.nn.init.normal_(model.head.weight, std=0.3)
-        for block in model.blocks:  # a new one's blocks do nothing
-            torch.nn.init.normal_(block.attn.o.weight, std=0.5)
-            torch.nn.init.normal_(block.mlp.down.weight, std=0.5)
-        model.export_pretrained(path)
-        tokenizer.save_pretrained(path)
-        return path
-
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -101,28 +51,6 @@ def convert(*arguments, **options):
     result = run(*arguments, **options)
     assert result.status == 0 and LAST_LINE.fullmatch(result.out.splitlines()[-1]), result
     return result
-
-
-class StopAt:
-    """Asks its process to stop, as Ctrl-C does, when the n-th batch is read."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __call__(self):
-        import os
-
-        from data.chat import ChatDataset
-
-        batch = ChatDataset.batch
-
-        def counted(*arguments, **options):
-            self.n -= 1
-            if self.n == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-            return batch(*arguments, **options)
-
-        ChatDataset.batch = counted
 
 
 def ask(path):
@@ -376,30 +304,6 @@ def test_a_killed_run_goes_on_bit_for_bit(short, tmp_path, script):
 
 @pytest.mark.parametrize(
     ("script", "settings"),
-    [
-        ("convert_bert.py", ()),
-        ("convert_ar.py", ("--objective=bd3lm", "--block_length=8")),
-        ("convert_ar.py", ("--padding=hidden", "--anneal_steps=4")),
-    ],
-)
-def test_two_processes_are_one(short, tmp_path, script, settings):
-    """Answers differ in length, so this holds only because sums are divided by the counts of the
-    whole step."""
-    convert(*short(script, tmp_path / "whole", *settings, "--batch_size=8"))
-    convert(*short(script, tmp_path / "accumulated", *settings, "--batch_size=2", "--grad_accum=4"))
-    first, second = run_parallel(
-        2, *short(script, tmp_path / "parallel", *settings, "--batch_size=2", "--grad_accum=2")
-    )
-    assert first.status == second.status == 0 and second.out == second.err == "", (first, second)
-    for name in ("accumulated", "parallel"):
-        assert equal(rows(tmp_path / name), rows(tmp_path / "whole"), 2e-5), name
-        assert equal(
-            state_of(tmp_path / name)["model"], state_of(tmp_path / "whole")["model"], 2e-4
-        ), name
-
-
-@pytest.mark.parametrize(
-    ("script", "settings"),
     [("convert_bert.py", ()), ("convert_ar.py", ("--objective=bd3lm", "--block_length=8"))],
 )
 def test_a_sharded_run_is_the_same(short, tmp_path, script, settings):
@@ -414,7 +318,7 @@ def test_a_sharded_run_is_the_same(short, tmp_path, script, settings):
         "--fsdp=True",
         "--sample_tokens=2",
     )
-    deaths = run_parallel(2, *sharded, before=StopAt(5))
+    deaths = run_parallel(2, *sharded, before=SignalAt(5))
     assert [result.status for result in deaths] == [0, 0] and "stopped at step" in deaths[0].out, (
         deaths
     )
@@ -426,60 +330,3 @@ def test_a_sharded_run_is_the_same(short, tmp_path, script, settings):
     ]
     assert equal(*(dict(model) for model in models), 2e-3)
 
-
-# ---------------------------------------------------------------- mistakes
-
-
-@pytest.mark.parametrize(
-    ("script", "settings", "words"),
-    [
-        (
-            "convert_bert.py",
-            "--init_from=PUBLISHED/qwen3",
-            ["is an autoregressive model (qwen3)", "convert_ar.py"],
-        ),
-        ("convert_bert.py", "--init_from=tiny:gpt2", ["convert_ar.py"]),
-        (
-            "convert_bert.py",
-            "--init_from=PUBLISHED/llada",
-            ["is no BERT, RoBERTa or ModernBERT", "llada"],
-        ),
-        (
-            "convert_ar.py",
-            "--init_from=PUBLISHED/bert",
-            ["sees in both directions already (bert)", "convert_bert.py"],
-        ),
-        ("convert_ar.py", "--init_from=tiny:bert", ["convert_bert.py"]),
-        ("convert_ar.py", "--init_from=tiny:gpt5", ["no family called 'gpt5'"]),
-        (
-            "convert_bert.py",
-            "--init_from=PUBLISHED/bert --seq_len=97",
-            ["positions for 96 tokens", "--seq_len=96"],
-        ),
-        ("convert_bert.py", "--init_from=nowhere/at-all", ["nowhere/at-all"]),
-        (
-            "convert_ar.py",
-            "--objective=bd3lm --block_length=7",
-            ["block_length 7 does not divide seq_len 96"],
-        ),
-        ("convert_ar.py", "--objective=bd3lm --padding=hidden", ["padding=hidden"]),
-        ("convert_ar.py", "--objective=ar", ["objective must be one of mdlm, bd3lm, got 'ar'"]),
-        ("convert_bert.py", "--padding=none", ["padding must be eos or hidden"]),
-        ("convert_bert.py", "--seq_len=8", ["fill the context of 8 tokens"]),
-        ("convert_bert.py", "--learning_rate=-1", ["must be positive"]),
-        ("convert_bert.py", "--dataset=BROKEN", ["broken.jsonl, line 2 is not JSON"]),
-        ("convert_bert.py", "--dataset=ROBOT", ["robot.jsonl, line 1", "unknown role 'robot'"]),
-        ("convert_ar.py", "--dataset=SILENT", ["silent.jsonl", "no response"]),
-        ("convert_ar.py", "--dataset=alpakka[train:5]", ["alpakka"]),
-    ],
-)
-def test_a_mistake_is_one_line(short, published, tmp_path, script, settings, words):
-    for name, content in (
-        ("broken", '{"prompt": "a", "response": "b"}\n{"messages": \n'),
-        ("robot", '{"messages": [{"role": "robot", "content": "a"}]}\n'),
-        ("silent", '{"messages": [{"role": "user", "content": "a"}]}\n'),
-    ):
-        (tmp_path / f"{name}.jsonl").write_text(content)
-        settings = settings.replace(name.upper(), str(tmp_path / f"{name}.jsonl"))
-    settings = re.sub(r"PUBLISHED/(\w+)", lambda match: str(published(match[1])), settings)
-    assert refused(run(*short(script, tmp_path / "out", *settings.split(" "))), *words)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from runs import refused
+from scripts import run
 
 from data import files, hub, python_docs, writer
 from data import prepare as prepare_module
@@ -280,6 +282,18 @@ def test_prepared_once(book, tmp_path, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+def test_pieces_that_were_learned_here_are_known_again(book, tmp_path):
+    """A model's own tokenizer prepares nothing anew where it was learned; another one does."""
+    folder = prepare(book, "bpe", 300, root=tmp_path / "data")
+    model = tmp_path / "model"
+    Tokenizer.from_pretrained(folder).save_pretrained(model)
+    assert prepare(book, model, root=tmp_path / "data") == folder
+    Tokenizer.train(["other words of another book"] * 9, 290).save_pretrained(model)
+    other = prepare(book, model, root=tmp_path / "data")
+    assert other != folder
+    assert TokenDataset(other).vocab_size < TokenDataset(folder).vocab_size
+
+
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json", "tokenizer.json"])
 def test_damage_is_repaired(book, tmp_path, name):
     folder = prepare(book, "byte", root=tmp_path)
@@ -452,13 +466,6 @@ def test_off_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def command_line(folder, *arguments):
-    """What prepare.py does when it is called in a folder; data goes to a folder there."""
-    environment = os.environ | {"UNMASK_DATA": str(folder / "prepared")}
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True,
-                          check=False, cwd=folder, env=environment)
-
-
 @pytest.mark.parametrize(
     "arguments, words_expected",
     [
@@ -467,15 +474,14 @@ def command_line(folder, *arguments):
     ],
 )
 def test_command_line_mistakes(tmp_path, arguments, words_expected):
-    result = command_line(tmp_path, *arguments)
-    assert result.returncode == 2 and not result.stdout
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert words_expected in result.stderr
+    assert refused(run(SCRIPT, *arguments, folder=tmp_path), words_expected)
 
 
 def test_command_line(book, tmp_path):
-    """From another folder than the repository's."""
-    result = command_line(tmp_path, "book.txt", "--tokenizer=byte")
+    """From another folder than the repository's; data goes to a folder there."""
+    environment = os.environ | {"UNMASK_DATA": str(tmp_path / "prepared")}
+    command = [sys.executable, SCRIPT, "book.txt", "--tokenizer=byte"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0 and not result.stderr
     folder = Path(result.stdout.splitlines()[-1])
     assert TokenDataset(folder).vocab_size == 260 and folder.parent == tmp_path / "prepared"

@@ -3,6 +3,7 @@ against transformers itself."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -1191,8 +1192,8 @@ def test_mixed_dtypes_become_the_embeddings(tmp_path):
 
 
 def test_a_hub_id_is_found_in_the_cache_off_line(tmp_path):
-    """The layout that huggingface_hub leaves behind; HF_HUB_OFFLINE is read when it is imported,
-    hence another process."""
+    """The layout that huggingface_hub leaves behind. Its variables are read when it is imported,
+    hence another process, which looks for one id after the other."""
     hub = tmp_path / "hub" / "models--someone--tiny"
     reference_model("qwen3").save_pretrained(hub / "snapshots" / "0123abc")
     (hub / "refs").mkdir()
@@ -1200,22 +1201,18 @@ def test_a_hub_id_is_found_in_the_cache_off_line(tmp_path):
     environment = dict(
         os.environ, HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"
     )
-    found, lost = (
-        subprocess.run(
-            [sys.executable, "model.py", name],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        for name in ("someone/tiny", "someone/else")
+    both = (
+        "import runpy, sys\n"
+        "for name in ('someone/tiny', 'someone/else'):\n"
+        "    sys.argv = ['model.py', name]\n"
+        "    runpy.run_path('model.py', run_name='__main__')\n"
     )
-    assert found.returncode == 0 and "family qwen3" in found.stdout, found.stderr
-    assert lost.returncode == 2 and lost.stdout == "" and lost.stderr.count("\n") == 1
-    assert (
-        lost.stderr.startswith("error: there is no folder someone/else")
-        and "pass a local folder" in lost.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", both], cwd=ROOT, env=environment, capture_output=True, text=True
     )
+    assert result.returncode == 2 and result.stdout.count("family qwen3") == 1, result
+    assert re.fullmatch(r"error: there is no folder someone/else.*\n", result.stderr), result
+    assert "pass a local folder" in result.stderr
 
 
 def test_describe(tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -207,18 +208,21 @@ def test_a_copied_recipe_runs(tmp_path):
     ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["UNMASK_DATA"] = str(tmp_path / "prepared")
-    for steps, resume in ((2, "False"), (3, "True")):
-        command = [sys.executable, "train_scratch.py", f"--max_steps={steps}", f"--resume={resume}"]
-        result = subprocess.run(
-            [*command, *small],
-            cwd=copy,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.splitlines()[-1].startswith("val nelbo ")
+    both = (                    # one after the other, in a process that imports torch once
+        "import runpy, sys\n"
+        "small = sys.argv[1:]\n"
+        "for steps, resume in (2, False), (3, True):\n"
+        "    more = [f'--max_steps={steps}', f'--resume={resume}']\n"
+        "    sys.argv = ['train_scratch.py', *more, *small]\n"
+        "    runpy.run_path('train_scratch.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", both, *small]
+    result = subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    last_lines = re.findall("^val nelbo .*", result.stdout, re.MULTILINE)
+    assert len(last_lines) == 2 and result.stdout.splitlines()[-1] == last_lines[1]
     written = {file.name for file in (copy / "out" / "scratch").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "train_state.pt"} <= written
 

@@ -1,9 +1,11 @@
 """kernels.py: each fast form equals its plain line, in values and in gradients."""
 import pytest
 import torch
+from models import Independent, probabilities, tiny
 
 import diffusion
 import kernels
+from kernels import packed
 from model import Config, Transformer
 
 SHAPE = dict(vocab_size=700, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_len=512,
@@ -110,3 +112,44 @@ def test_packed_products_equal_the_plain_ones(dtype):
         kernels.unpack(linears)
     assert not any("forward" in vars(module) for module in model.modules())
     assert model(tokens).requires_grad
+
+
+def test_packed_matrices_give_the_same_logits_and_are_forgotten():
+    tokens = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    for options in (
+        {},
+        {
+            "qkv_bias": True,
+            "out_bias": True,
+            "mlp_bias": True,
+            "head_bias": True,
+            "gated": False,
+            "tie_embeddings": True,
+        },
+    ):
+        model = tiny(vocab_size=50, dim=32, mask_token_id=49, **options)
+        plain = lambda: not any("forward" in vars(module) for module in model.modules())  # noqa: E731
+        with torch.no_grad():
+            expected = model(tokens)
+            with packed(model):
+                assert not plain()
+                torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5)
+                alone = [model(tokens[:, :T], select=torch.tensor([0])) for T in (1, 9)]
+                assert alone[1].shape == (1, 50)
+            with packed(model, limit=4 * 50 * 32):  # the head's matrix, and no other
+                assert "forward" in vars(model.head) and not any(
+                    "forward" in vars(module) for module in model.blocks.modules()
+                )
+        with pytest.raises(KeyboardInterrupt), packed(model):
+            raise KeyboardInterrupt
+        assert plain() and model(tokens).requires_grad, (
+            "training takes the product that has a gradient"
+        )
+        with packed(model.bfloat16()):
+            assert plain()
+    with packed(Independent(probabilities(4, 7))):
+        pass
+    model = tiny()
+    model.blocks[0].compile()  # nothing is compiled before its first call
+    with packed(model):
+        assert not any("forward" in vars(module) for module in model.modules())

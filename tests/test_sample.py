@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from scripts import ROOT, Script, run
+from scripts import ROOT, Script, run, run_here
 from tiny import tiny_checkpoint, tiny_model, tiny_sampler
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
@@ -36,8 +36,10 @@ def checkpoint(tmp_path_factory):
 
 
 def sample(checkpoint, *arguments, **options):
-    """What a run that succeeded printed."""
-    result = run("sample.py", f"--checkpoint={checkpoint}", "--device=cpu", *arguments, **options)
+    """What a run that succeeded printed. It is one of this process, unless there are options for
+    one of its own."""
+    start = run if options else run_here
+    result = start("sample.py", f"--checkpoint={checkpoint}", "--device=cpu", *arguments, **options)
     assert (result.status, result.err) == (0, ""), result
     return result.out
 
@@ -55,7 +57,8 @@ def test_a_prompt_is_continued_and_the_seed_decides(checkpoint):
 def test_several_samples_out_of_nothing(checkpoint):
     out = sample(checkpoint, "--num_samples=2", "--max_new_tokens=10")
     assert re.match(r"--- 1 of 2\n.*--- 2 of 2\n.*20 tokens in 10 forward passes", out, re.DOTALL)
-    assert "128 tokens" in sample(checkpoint, "--steps=2"), "the default fits into the context"
+    # The default fits into the context, behind the end of text at which a text begins.
+    assert "127 tokens" in sample(checkpoint, "--steps=2")
 
 
 def test_gaps_are_filled_and_the_rest_is_kept(checkpoint):
@@ -371,72 +374,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path):
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ("--steps=1 --block_length=4 --max_new_tokens=8", "too few for 2 blocks"),
-        ("--steps=-1", "steps must be between 1"),
-        ("--block_length=-1", "block_length must be"),
-        ("--block_length=9 --max_new_tokens=8", "block_length must be between 1 and"),
-        ("--temperature=-1", "temperature must not be negative"),
-        ("--temperature=warm", "temperature takes a number or auto"),
-        ("--temperature=nan", "temperature"),
-        ("--threshold=1.5", "threshold must be between 0 and 1"),
-        ("--threshold=0.5 --remasking=random", "low_confidence"),
-        ("--threshold=0.5 --factor=1", "exclude each other"),
-        ("--cfg_scale=1 --cache=prefix", "cfg_scale works without a cache"),
-        ("--cache=big", "cache must be"),
-        ("--remasking=best", "remasking must be one of"),
-        ("--schedule=fast", "schedule must be one of"),
-        ("--top_p=-0.1", "top_p must be between 0 and 1"),
-        ("--top_k=-1", "top_k must be at least 1"),
-        ("--alg_temp=-1", "alg_temp must not be negative"),
-        ("--alg_temp=1 --remasking=ancestral", "needs a rule that asks the model"),
-        ("--entropy_bound=-1", "entropy_bound must not be negative"),
-        ("--entropy_bound=1 --threshold=0.5", "exclude each other"),
-        ("--remask=2", "remask must be between 0 and 1"),
-        ("--remask=0.1 --remasking=margin", "remask needs remasking ancestral"),
-        ("--remask_schedule=often", "remask_schedule must be one of cap, rescale"),
-        (
-            "--suppress=eos,nothing",
-            "suppress takes ids or names of tokens, eos or eot, separated by commas, got 'nothing'",
-        ),
-        ("--defer=99999", "outside the vocabulary"),
-        ("--prompt=a[MASK:3]b", "contains [MASK:3] at character 1"),
-        ("--infill=nothing", "nothing to fill"),
-        ("--infill=[MASK:0]", "between 1 and the context"),
-        ("--infill=[MASK:99999999999999999999]", "between 1 and the context"),
-        ("--infill=[MASK:100]and[MASK:100]", "exceed"),
-        ("--max_new_tokens=-1", "max_new_tokens"),
-        ("--max_new_tokens=129", "exceed the context of 128"),
-        ("--num_samples=0", "num_samples must be at least 1"),
-        ("--prompt=a --infill=[MASK]", "choose one of"),
-        ("--chat --html=x.html", "--html"),
-        ("--dtype=int8", "dtype must be"),
-        ("--device=tpu", "device must be"),
-        ("--html=/nowhere/t.html", "cannot write a page to /nowhere/t.html"),
-        ("--html=/tmp", "cannot write a page to /tmp"),
-        ("--prompt=caf\udce9", "the prompt is not UTF-8 at byte 3"),
-        ("--prompt=FILE:/nowhere", "/nowhere"),
-        ("--serve=99999", "port between 1 and 65535"),
-        ("--promt=x", "did you mean 'prompt'"),
-    ],
-)
-def test_a_mistake_is_one_line_and_status_2(checkpoint, arguments, words):
-    result = run("sample.py", f"--checkpoint={checkpoint}", *arguments.split())
-    assert (
-        result.status == 2 and re.fullmatch(r"error: [^\n]+\n", result.err) and words in result.err
-    ), result
-
-
 def test_mistakes_about_files(checkpoint, tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert (
-        "not UTF-8 at byte 3"
-        in run("sample.py", f"--checkpoint={checkpoint}", f"--prompt=FILE:{tmp_path}/latin.txt").err
-    )
-    result = run("sample.py", "--checkpoint=out/never_trained")
-    assert result.status == 2 and "run python train_scratch.py first" in result.err
     result = run("sample.py", "--checkpoint=checkpoints/mdml", environment={"HF_HUB_OFFLINE": "1"})
     assert (
         result.status == 2
@@ -447,32 +385,6 @@ def test_mistakes_about_files(checkpoint, tmp_path):
     result = run("sample.py", f"--checkpoint={checkpoint}")
     (tmp_path / "tokenizer.json").rename(checkpoint / "tokenizer.json")
     assert result.status == 2 and "no tokenizer" in result.err
-
-
-def test_help_names_every_setting():
-    result = run("sample.py", "--help")
-    for name in (
-        "prompt",
-        "infill",
-        "num_samples",
-        "max_new_tokens",
-        "steps",
-        "block_length",
-        "temperature",
-        "remasking",
-        "threshold",
-        "cache",
-        "cfg_scale",
-        "show",
-        "html",
-        "chat",
-        "serve",
-        "seed",
-        "checkpoint",
-    ):
-        assert re.search(rf"^  --{name}=.* \w.*$", result.out, re.MULTILINE), name
-        assert result.out.count(f"\n  --{name}=") == 1
-    assert result.status == 0
 
 
 # ---- sampling/sampler.py -------------------------------------------------------------------------

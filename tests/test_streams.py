@@ -8,15 +8,15 @@ import dataclasses
 import itertools
 import json
 import math
-import random
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from models import tiny
+from runs import SETTINGS, rows, succeed
 from scripts import run, run_parallel
-from test_diffusion import tiny
 
 import common
 import diffusion
@@ -26,84 +26,6 @@ from evaluation.likelihood import log_likelihood
 from model import Transformer
 from pretrained.tiny import tiny_model
 from sampling.engine import row_streams
-
-SMALL = (
-    "--threads=1",
-    "--init_from=tiny",
-    "--vocab_size=300",
-    "--seq_len=96",
-    "--batch_size=4",
-    "--max_steps=6",
-    "--sample_tokens=4",
-    "--eval_sequences=4",
-    "--final_eval_sequences=8",
-    "--eval_interval=3",
-)
-SHAPE = ("--dim=16", "--n_layers=2", "--n_heads=2")
-RECIPES = {
-    "train_scratch.py": (
-        "--tokenizer=byte",
-        "--seq_len=16",
-        "--eval_tokens=64",
-        "--final_eval_tokens=512",
-        *SHAPE,
-    ),
-    "convert_bert.py": (*SHAPE, "--padding=hidden"),
-    "convert_ar.py": (*SHAPE, "--anneal_steps=6"),
-    "finetune_llada.py": ("--lora_rank=4", "--lora_dropout=0.2", "--lora_targets=q,v"),
-}
-
-
-@pytest.fixture(scope="module")
-def talk(tmp_path_factory):
-    """A file of 80 conversations whose answers differ in length."""
-    rng, words = random.Random(0), "cat dog sat ran red big".split()
-    path = tmp_path_factory.mktemp("talk") / "talk.jsonl"
-    answers = [" ".join(rng.choice(words) for _ in range(rng.randint(1, 6))) for _ in range(80)]
-    rows = [
-        json.dumps({"prompt": f"{n}: {answer[:12]}", "response": answer})
-        for n, answer in enumerate(answers)
-    ]
-    path.write_text("\n".join(rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    rng, words = (
-        random.Random(0),
-        "the cat dog sat on mat and ran to a house with green door".split(),
-    )
-    path = tmp_path_factory.mktemp("text") / "easy.txt"
-    path.write_text(
-        "".join(" ".join(rng.choice(words) for _ in range(9)) + ".\n" for _ in range(500))
-    )
-    return path
-
-
-def command(script, out_dir, talk, text, *settings):
-    """The command line of a run of a second."""
-    own = script == "train_scratch.py"
-    shared = [s for s in SMALL if not (own and ("init_from" in s or "sequences" in s))]
-    return (
-        script,
-        *shared,
-        f"--dataset={text if own else talk}",
-        "--dtype=float32",
-        f"--out_dir={out_dir}",
-        *RECIPES[script],
-        *settings,
-    )
-
-
-def succeed(result):
-    assert result.status == 0, result
-    return result
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
 
 # ---------------------------------------------------------------- streams
 
@@ -206,13 +128,11 @@ class WatchSeeds:
         torch.Generator, torch.manual_seed = Generator, manual_seed
 
 
-@pytest.mark.parametrize("script", RECIPES)
-def test_no_two_places_of_a_recipe_draw_the_same_numbers(script, talk, text, tmp_path):
+@pytest.mark.parametrize("script", SETTINGS)
+def test_no_two_places_of_a_recipe_draw_the_same_numbers(script, small, tmp_path):
     """Weights, noise, dropout, opening attention, evaluation, samples: whoever draws has a seed
     that nobody else has."""
-    succeed(
-        run(*command(script, tmp_path / "out", talk, text), before=WatchSeeds(tmp_path / "seeds"))
-    )
+    succeed(run(*small(script, tmp_path / "out"), before=WatchSeeds(tmp_path / "seeds")))
     asked = {}
     for line in (tmp_path / "seeds").read_text().splitlines():
         seed, place = line.split(" ", 1)
@@ -238,23 +158,12 @@ class WatchMasks:
         diffusion.mdlm_loss = watched
 
 
-def test_the_pairs_that_open_say_nothing_about_the_masks(talk, text, tmp_path):
+def test_the_pairs_that_open_say_nothing_about_the_masks(small, tmp_path):
     """However the two rows of random numbers are laid beside each other, they are not
     correlated."""
-    succeed(
-        run(
-            *command(
-                "convert_ar.py",
-                tmp_path / "out",
-                talk,
-                text,
-                "--max_steps=12",
-                "--anneal_steps=12",
-                "--eval_interval=0",
-            ),
-            before=WatchMasks(tmp_path / "masks"),
-        )
-    )
+    settings = ("--max_steps=12", "--anneal_steps=12", "--eval_interval=0")
+    arguments = small("convert_ar.py", tmp_path / "out", *settings)
+    succeed(run(*arguments, before=WatchMasks(tmp_path / "masks")))
     columns = []
     for mask, pairs in torch.load(tmp_path / "masks")[1:]:  # nothing is open at the first step
         T = mask.shape[1]
@@ -270,19 +179,6 @@ def test_the_pairs_that_open_say_nothing_about_the_masks(talk, text, tmp_path):
         known = ~opened.isnan()
         correlation = torch.corrcoef(torch.stack((opened[known], hidden[known])))[0, 1]
         assert correlation.abs() < 5 / math.sqrt(int(known.sum()))
-
-
-def test_dropout_does_not_depend_on_the_number_of_processes(talk, text, tmp_path):
-    arguments = command(
-        "finetune_llada.py", "OUT", talk, text, "--batch_size=2", "--sample_tokens=0"
-    )
-    alone, both = (
-        [a.replace("OUT", str(tmp_path / name)) for a in arguments] for name in ("alone", "both")
-    )
-    succeed(run(*alone, "--grad_accum=2"))
-    assert [result.status for result in run_parallel(2, *both, "--fsdp=False")] == [0, 0]
-    losses = [[row["train_loss"] for row in rows_of(tmp_path / name)] for name in ("alone", "both")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 # ---------------------------------------------------------------- the training loss
@@ -315,36 +211,27 @@ class WatchLosses:
         return watched
 
 
-@pytest.mark.parametrize("script", RECIPES)
-def test_train_loss_is_the_bound_per_token_in_every_recipe(script, talk, text, tmp_path):
+@pytest.mark.parametrize("script", SETTINGS)
+def test_train_loss_is_the_bound_per_token_in_every_recipe(script, small, tmp_path):
     """Nats of the whole step over tokens of the whole step, whatever is minimised and however long
     the answers of each pass are."""
-    settings = (
-        "--eval_interval=1",
-        "--max_steps=4",
-        "--grad_accum=2",
-        "--batch_size=2",
-        "--sample_tokens=0",
-    )
-    succeed(
-        run(
-            *command(script, tmp_path / "out", talk, text, *settings),
-            before=WatchLosses(tmp_path / "losses"),
-        )
-    )
+    settings = ("--eval_interval=1", "--max_steps=4", "--grad_accum=2", "--batch_size=2",
+                "--sample_tokens=0")
+    arguments = small(script, tmp_path / "out", *settings)
+    succeed(run(*arguments, before=WatchLosses(tmp_path / "losses")))
     passes = [json.loads(line) for line in (tmp_path / "losses").read_text().splitlines()]
     nats, counts = ([a[i] + b[i] for a, b in zip(passes[::2], passes[1::2])] for i in (0, 1))
     expected = [n / c for n, c in zip(nats, counts)]
-    assert [row["train_loss"] for row in rows_of(tmp_path / "out")] == pytest.approx(
+    assert [row["train_loss"] for row in rows(tmp_path / "out")] == pytest.approx(
         expected, rel=1e-5
     )
 
 
-@pytest.mark.parametrize("script", RECIPES)
-def test_what_is_minimised_must_be_finite_too(script, talk, text, tmp_path):
+@pytest.mark.parametrize("script", SETTINGS)
+def test_what_is_minimised_must_be_finite_too(script, small, tmp_path):
     """The bound alone may be finite where the loss, which weighs otherwise, is not."""
     result = run(
-        *command(script, tmp_path / "out", talk, text, "--max_steps=2", "--sample_tokens=0"),
+        *small(script, tmp_path / "out", "--max_steps=2", "--sample_tokens=0"),
         before=WatchLosses(tmp_path / "losses", math.inf),
     )
     assert result.status == 1 and re.search(
@@ -370,7 +257,7 @@ def test_what_is_minimised_must_be_finite_too(script, talk, text, tmp_path):
         ("finetune_llada.py", ("--dtype=float32",)),
     ],
 )
-def test_eval_prints_the_recipe_s_last_line(script, settings, talk, text, tmp_path):
+def test_eval_prints_the_recipe_s_last_line(script, settings, small, talk, text, tmp_path):
     """The same sequences, masks and precision, also where training computes in bfloat16; only
     --dataset, --seq_len and --max_tokens are said."""
     data, seq_len, count = (
@@ -379,11 +266,9 @@ def test_eval_prints_the_recipe_s_last_line(script, settings, talk, text, tmp_pa
         else (text if "TEXT" in settings else talk, 96, 8 * 96)
     )
     settings = [f"--dataset={text}" if setting == "TEXT" else setting for setting in settings]
-    arguments = command(
+    arguments = small(
         script,
         tmp_path / "out",
-        talk,
-        text,
         "--dtype=bfloat16",
         "--eval_interval=0",
         "--sample_tokens=0",
@@ -434,14 +319,13 @@ def test_padding_is_not_scored():
     assert found == nelbo(model, tokens, seed=1, attention_mask=shown, maskable=shown)
 
 
-def test_a_model_is_evaluated_in_the_precision_of_its_weights(text, tmp_path):
+def test_a_model_is_evaluated_in_the_precision_of_its_weights(small, text, tmp_path):
     """A sharded run computes in bfloat16 because its weights are gathered so: then eval.py
     --dtype=bfloat16 prints its line."""
-    arguments = command(
+    arguments = small(
         "convert_ar.py",
         tmp_path / "out",
-        text,
-        text,
+        f"--dataset={text}",
         "--dtype=bfloat16",
         "--fsdp=True",
         "--optimizer=adamw",

@@ -15,7 +15,12 @@ import torch
 from training import log as log_module
 from training import optimizers as optimizers_module
 from training.log import Clock, Log
-from training.optimizers import learning_rate_factor, make_optimizers, orthogonal
+from training.optimizers import (
+    learning_rate_factor,
+    make_optimizers,
+    orthogonal,
+    set_learning_rate,
+)
 from training.state import load_state, make_folder, save_state
 
 # ---------------------------------------------------------------- learning rate
@@ -304,4 +309,30 @@ def test_what_each_optimizer_gets():
     assert len(matrices | others) == sum(p.requires_grad for p in model.parameters())
     assert id(model.embed.weight) in others and id(model.head.weight) in others
     (both,) = make_optimizers(model, "adamw", 1e-3, weight_decay=0.1)
-    assert [group["weight_decay"] for group in both.param_groups] == [0.1, 0.0]
+    assert [group["weight_decay"] for group in both.param_groups] == [0.0, 0.1]
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_the_embedding_has_a_rate_of_its_own(kind):
+    """It follows the schedule like all others, and one update moves its numbers by that much."""
+    from model import Config, Transformer
+
+    model = Transformer(Config(dim=32, n_layers=1, vocab_size=50)).init_weights(0)
+    optimizers = make_optimizers(model, kind, 1e-3, 0.02, embedding_lr=0.1)
+    set_learning_rate(optimizers, 0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    moved = {name: (p - before[name]).abs().mean().item() for name, p in model.named_parameters()}
+    assert moved["embed.weight"] == pytest.approx(0.05, rel=1e-3)
+    assert moved["head.weight"] == pytest.approx(0.0005, rel=1e-3)
+
+
+def test_a_tied_embedding_has_the_rate_of_the_head():
+    from model import Config, Transformer
+
+    model = Transformer(Config(dim=32, n_layers=1, vocab_size=50, tie_embeddings=True))
+    _, adamw = make_optimizers(model, "muon", 1e-3, 0.02, embedding_lr=0.1)
+    assert [group["lr"] for group in adamw.param_groups] == [1e-3]

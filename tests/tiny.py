@@ -1,10 +1,14 @@
 """Small random models with a tokenizer of bytes, made on the spot: enough for everything that does
 not depend on what the text says."""
 import torch
+from tokenizers import AddedToken, models
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import EOS, Tokenizer, _byte_level, _byte_vocab
 from model import Config, Transformer
+from pretrained.tiny import tiny_config
 from sampling.sampler import Sampler
+
+ENCODERS, DECODERS = ("bert", "roberta", "modernbert"), ("gpt2", "llama", "qwen2", "qwen3")
 
 
 def tiny_model(seed=0, **settings):
@@ -33,3 +37,23 @@ def tiny_checkpoint(folder, **settings):
 
 def tiny_sampler(**settings):
     return Sampler(tiny_model(**settings), Tokenizer.bytes(), "tiny")
+
+
+def publish(family, folder):
+    """The folder, with a random checkpoint in the family's own layout; a decoder's tokenizer knows
+    bytes and an end of text, no mask."""
+    tokenizer = Tokenizer.bytes()
+    if family in DECODERS:
+        backend = _byte_level(models.BPE(vocab=_byte_vocab(), merges=[]))
+        backend.add_special_tokens([AddedToken(EOS, special=True)])
+        tokenizer = Tokenizer(backend, {"eos_token": EOS})
+    sizes = dict(dim=16, n_layers=2, n_heads=2)
+    model = Transformer(tiny_config(family, tokenizer, 96, **sizes)).init_weights()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    for block in model.blocks:                          # a new one's blocks do nothing
+        torch.nn.init.normal_(block.attn.o.weight, std=0.5)
+        torch.nn.init.normal_(block.mlp.down.weight, std=0.5)
+    model.export_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

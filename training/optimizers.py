@@ -66,29 +66,43 @@ def orthogonal(matrices, steps=5):
     return x
 
 
-def make_optimizers(model, kind, learning_rate, muon_lr=0.0, beta2=0.99, weight_decay=0.0):
+def make_optimizers(model, kind, learning_rate, muon_lr=0.0, beta2=0.99, weight_decay=0.0,
+                    embedding_lr=None):
     """[optimizer, ...] of what learns in a Transformer: Muon for the matrices of its blocks and
-    AdamW for the rest, or (kind "adamw") AdamW for all. Only the matrices of the blocks decay."""
-    in_blocks = set(model.blocks.parameters())
-    matrices, others = [], []
+    AdamW for the rest, or (kind "adamw") AdamW for all. Only the matrices of the blocks decay.
+
+    embedding_lr: AdamW's for the token embedding, unless it is tied to the head; None: as the
+    others. AdamW moves every number by about its learning rate, however large the number is. So
+    embeddings that begin as N(0, 1) need a rate some thirty times that of a head of N(0, 0.02^2).
+    """
+    in_blocks, table = set(model.blocks.parameters()), model.embed.weight
+    matrices, embedding, others = [], [], []
     for p in model.parameters():
-        if p.requires_grad and p.ndim >= 2 and p in in_blocks:
+        if not p.requires_grad:
+            continue
+        if p.ndim >= 2 and p in in_blocks:
             matrices.append(p)
-        elif p.requires_grad:
+        elif p is table and p is not model.head.weight and embedding_lr is not None:
+            embedding.append(p)
+        else:
             others.append(p)
+    groups = [{"params": others}]
+    if embedding:
+        groups.append({"params": embedding, "lr": embedding_lr, "peak_lr": embedding_lr})
     how = dict(lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)
     if kind == "muon":
         muon = Muon(matrices, muon_lr, weight_decay=weight_decay)
-        return [muon, torch.optim.AdamW(others, **how)]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others}]
+        return [muon, torch.optim.AdamW(groups, **how)]
+    groups.append({"params": matrices, "weight_decay": weight_decay})
     return [torch.optim.AdamW(groups, **how)]
 
 
 def set_learning_rate(optimizers, factor):
-    """Every parameter's learning rate: `factor` times the peak that its optimizer was made with."""
+    """Every parameter's learning rate: `factor` times the peak of its group or, where it has none
+    of its own, of its optimizer."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * factor
+            group["lr"] = factor * group.get("peak_lr", optimizer.defaults["lr"])
 
 
 def learning_rate_factor(progress, warmup=0.02, decay="linear", decay_from=0.0):

@@ -97,8 +97,8 @@ class Run:
             self.tokenizer.save_pretrained(self.folder)
         common.barrier()
 
-    def log(self, val_nelbo, val_stderr, bytes_per_token, lr_factor):
-        """A row of log.jsonl."""
+    def log(self, val_nelbo, val_stderr, bytes_per_token, lr_factor, **more):
+        """A row of log.jsonl. more: further values for it."""
         self.val_nelbo, self.val_stderr = val_nelbo, val_stderr
         self.val_bpb = val_nelbo / math.log(2) / bytes_per_token
         train_loss = sum(self.losses) / len(self.losses) if self.losses else None
@@ -106,7 +106,7 @@ class Run:
             self.log_file.write(
                 step=self.step, train_loss=train_loss, val_nelbo=val_nelbo, val_stderr=val_stderr,
                 val_bpb=self.val_bpb, tokens_per_s=self.bar.tokens_per_s(), lr_factor=lr_factor,
-                elapsed_s=self.clock.seconds())
+                elapsed_s=self.clock.seconds(), **more)
         self.losses = []
 
     def count(self, loss):
