@@ -245,7 +245,7 @@ def published_modules(model):
             continue
         if transposed:
             raise ValueError(f"adapters of {model.config.family} models cannot be stored: {theirs} "
-                             "holds several of our matrices, or one, transposed")
+                             "is stored transposed")
         names = [stack_of(our)[0].removesuffix(".weight") for our in ours]
         places[theirs.removesuffix(".weight")] = Place(names, stack_of(ours[0])[1])
     return places
