@@ -9,8 +9,7 @@ estimated, --objective what is made of it; policy.py has them all, with their pa
 
     python train_grpo.py                          grids of 6 x 6: minutes on a CPU, no network
     python train_grpo.py --task=tales --init_from=checkpoints/tales --max_new_tokens=64
-    python train_scratch.py --dataset=gym:chain_sum --out_dir=out/sums      pip install reasoning-gym
-    python train_grpo.py --task=gym:chain_sum --init_from=out/sums          and then
+    python train_grpo.py --task=gym:chain_sum --init_from=out/sums      (pip install reasoning-gym)
     python train_grpo.py --task=mine.jsonl --reward=mine.py:reward --init_from=out/merged
     python train_grpo.py --plan=True --init_from=GSAI-ML/LLaDA-8B-Instruct --lora_rank=128 ...
 
