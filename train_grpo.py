@@ -174,7 +174,7 @@ if compile:
     model.compile_blocks()
 autocast = common.autocast(device, "float32" if lora_rank else dtype)
 sampler = Sampler(model, text, init_from)   # it finds the special tokens that config.json lacks
-settings["seq_len"] = seq_len = min(seq_len, config.max_len)
+settings["seq_len"] = min(seq_len, config.max_len)
 asker = Asker(sampler, asked, settings)
 asker.question("train", 0)                  # fail early: an answer longer than the context
 asker.question("val", 0)
@@ -221,21 +221,24 @@ run = RewardRun(settings, model, optimizers, text, device, must_match, save_mode
                 sharded=True)
 
 
-def answer(split, numbers, copies, how_warm):
+def answer(split, numbers, copies, temperature):
     """(Examples, Rollouts with rewards): `copies` answers to each of the questions `numbers`, those
     of a question together. The processes divide the work, and each gets all of it."""
+    step = run.step if split == "train" else 0          # held-out ones are asked in the same way
     questions = [asker.question(split, number) for number in numbers for _ in range(copies)]
     mine = range(rank * len(questions) // world_size, (rank + 1) * len(questions) // world_size)
-    seeds = [common.seed_for(f"{split} answer", seed, run.step, row) for row in mine]
-    rollouts = asker.write([questions[row][1] for row in mine], seeds, how_warm)
+    seeds = [common.seed_for(f"{split} answer", seed, step, row) for row in mine]
+    rollouts = asker.write([questions[row][1] for row in mine], seeds, temperature)
     failures = []
     for row, rollout in zip(mine, rollouts):
         score = judge(questions[row][0], rollout.text)
         rollout.reward, rollout.solved = score.value, score.solved
-        failures += [score.failure] if score.failure else []
+        if score.failure:
+            failures.append(score.failure)
     failures = sum(common.gather(failures), [])
     if len(failures) == len(questions):
-        run.save()                                      # nothing is lost
+        if run.step:
+            run.save()                                  # nothing is lost
         raise ValueError(failures[0])
     if failures:
         run.say_once(f"a reward failed and counts 0: {failures[0]}")
@@ -266,8 +269,9 @@ run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"answers a step, {objective} with {estimator}")
 while run.goes_on():
     factor = min(1.0, run.progress / warmup) if warmup else 1.0
-    if run.evaluates():
-        run.save()                              # first: a resumed run repeats what a kill cut short
+    if run.evaluates():                         # before the first step, too: where does it begin?
+        if run.step:
+            run.save()                          # first: a resumed run repeats what a kill cut short
         run.log(evaluate(), factor)
         run.bar.begin_window()
     if run.finished:

@@ -70,6 +70,7 @@ class Tales(Task):
 
     def __init__(self):
         self.name, self.own = "tales", Named(holds_together, 1.0)
+        check("Once.")          # the reader's tables, which are made once, take some seconds
 
     def example(self, split, number):
         rng = random.Random(f"tales {split} {number}")

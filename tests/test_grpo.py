@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from runs import equal, learned, rows, succeed
-from scripts import run, run_here
+from scripts import run_here
 from tiny import tiny_model
 
 from common import stream
@@ -58,7 +58,8 @@ def test_a_model_learns_what_is_rewarded_and_resumes(small, letters, published, 
     result = run_here(*small("train_grpo.py", tmp_path / "whole", *settings))
     succeed(result)
     log = rows(tmp_path / "whole")
-    assert log[1]["reward"] > log[0]["reward"]
+    assert [row["step"] for row in log] == [0, 4, 8]
+    assert log[2]["reward"] > log[1]["reward"]
     assert {"solve_rate", "solve_stderr", "val_reward", "length", "kl", "clipped"} <= log[1].keys()
     assert (tmp_path / "whole" / "reward.png").exists()
     short = [*settings, "--max_steps=4"]
@@ -109,12 +110,31 @@ def test_a_reward_that_fails_now_and_then_is_told_and_the_run_goes_on(small, pub
     assert result.out.count("note: a reward failed and counts 0: the reward") == 1
 
 
-def test_plan_says_what_a_step_takes(tmp_path):
-    result = run("train_grpo.py", "--plan=True", "--init_from=GSAI-ML/LLaDA-8B-Instruct",
-                 "--lora_rank=128", "--estimator=diffu", "--batch_size=6", "--seq_len=512",
-                 "--max_new_tokens=256", "--checkpointing=True", "--memory_gb=80")
+@pytest.mark.parametrize("name, words", [
+    ("raises", "raised ZeroDivisionError: division by zero for the answer"),
+    ("words", "returned 'good', which is no number, for the answer"),
+    ("endless", "took longer than 0.01 s for the answer"),
+])
+def test_a_reward_that_always_fails_ends_the_run(name, words, small, published, tmp_path):
+    """With one line."""
+    file = tmp_path / "bad.py"
+    file.write_text("def raises(prompt, answer, reference): return 1 / 0\n"
+                    "def words(prompt, answer, reference): return 'good'\n"
+                    "def endless(prompt, answer, reference):\n    while True: pass\n")
+    result = run_here(*small("train_grpo.py", tmp_path / "out", f"--reward={file}:{name}",
+                             "--reward_seconds=0.01", f"--init_from={published('llada')}"))
+    assert result.status == 2
+    assert result.err.count("error: ") == 1 and words in result.err
+
+
+def test_plan_says_what_a_step_takes():
+    result = run_here("train_grpo.py", "--plan=True", "--init_from=tiny", "--lora_rank=8",
+                      "--estimator=trace", "--batch_size=6", "--seq_len=64", "--memory_gb=80",
+                      "--max_new_tokens=16", "--trace_together=2", "--checkpointing=True")
     succeed(result)
-    assert "LoRA of rank 128, 6 x 512 tokens a pass, 1 views an answer (diffu)" in result.out
+    assert "tiny: LoRA of rank 8, 8 x 64 tokens a pass, 8 views an answer (trace)" in result.out
+    logits = 3 * 4 * 8 * 16 * 260 / 1e9
+    assert f"logits      {logits:9.3f}   of 16 tokens of each answer" in result.out
     assert "fits into 80 GB: yes" in result.out
 
 
@@ -253,6 +273,28 @@ def test_tasks_of_reasoning_gym():
         assert task.own.function(example, "") < 0.1
     trained = {task.example("train", number).prompt for number in range(60)}
     assert not trained & {example.prompt for example in asked}
+
+
+def test_gym_refuses_what_it_does_not_know():
+    pytest.importorskip("reasoning_gym")
+    for name, words in (("gym:chainsum", "no task called 'chainsum'; did you mean 'chain_sum'"),
+                        ("gym:chain_sum:terms=2", "has no option 'terms=2'"),
+                        ("gym:chain_sum:min_terms=9", "cannot be made")):
+        with pytest.raises(ValueError, match=words):
+            find_task(name)
+
+
+def test_gym_as_a_task_of_lm_evals():
+    pytest.importorskip("reasoning_gym")
+    from evaluation.gym_tasks import gym_task
+
+    task, gym = gym_task("gym:chain_sum"), find_task("gym:chain_sum")
+    document = task.test_docs()[3]
+    example = gym.example("val", 3)
+    assert task.doc_to_text(document) == example.prompt
+    right = task.process_results(document, [example.answer])
+    wrong = task.process_results(document, ["none"])
+    assert right == {"score": 1.0, "solved": 1.0} and wrong["solved"] == 0
 
 
 def test_gym_as_conversations():

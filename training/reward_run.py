@@ -8,6 +8,10 @@ class RewardRun(Run):
 
     said = frozenset()
 
+    def evaluates(self):
+        """As of any Run, and before the first step: the model as it came."""
+        return super().evaluates() or self.step == 0 and self.settings["eval_interval"] > 0
+
     def say_once(self, text):
         """A line that is said once in a run, whatever stands behind its " step " or colon."""
         kind = text.partition(" step ")[0].partition(":")[0]
