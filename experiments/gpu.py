@@ -28,6 +28,8 @@ FIGURES = "figures.jsonl"
 PAGE = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- figures: python experiments/gpu.py --report -->", "<!-- end of figures -->"
 
+CHILD = [sys.executable, __file__]      # what runs a part
+
 # Seconds that a part may take, in the order of their worth. They are written in gpu_parts.py.
 LIMITS = {"versions": 30, "checks": 75, "train": 110, "blocks": 80, "lora": 80, "sampling": 120,
           "mixture": 40, "recipe": 100}
@@ -133,7 +135,7 @@ def run_all(options):
 
 def run_in_own_process(name, limit, options, book):
     """Whether the part ended well within `limit` seconds; if not, a row says why."""
-    command = [sys.executable, __file__, f"--part={name}", f"--out_dir={options.out_dir}"]
+    command = [*CHILD, f"--part={name}", f"--out_dir={options.out_dir}"]
     if options.toy:
         command.append("--toy")
     begin, log = time.monotonic(), Path(options.out_dir) / f"{name}.log"
@@ -223,6 +225,9 @@ def main(arguments):
     """The exit status: 1 if a part failed."""
     from common import show_errors_in_one_line
     show_errors_in_one_line()
+    if "--help" in arguments:
+        print(__doc__)
+        return 0
     options = read_options(arguments)
     if options.report:
         print(report(options.report))

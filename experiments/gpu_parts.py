@@ -14,7 +14,6 @@ from pathlib import Path
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import diffusion
@@ -72,13 +71,11 @@ class Bench:
             torch.cuda.empty_cache()
 
     def compile(self, model):
-        """torch.compile as the recipes do it; of a toy run the tracing alone, which no compiler
-        of C++ follows."""
+        """torch.compile as the recipes do it, as if nothing had been compiled before: there is a
+        limit to how often. Not of a toy run, where it would take half a minute."""
+        torch._dynamo.reset()
         if not self.toy:
             model.compile_blocks()
-            return
-        for block in model.blocks:
-            block.compile(backend="eager", dynamic=block is model.blocks[-1])
 
     def choose(self, on_gpu, toy):
         return toy if self.toy else on_gpu
@@ -157,8 +154,8 @@ def checks(bench):
     for dtype in (torch.float32, torch.bfloat16):
         torch.set_float32_matmul_precision("highest")
         for name, check in CHECKS.items():
-            if bench.toy and name == "compiled":
-                continue                                # half a minute of a compiler of C++
+            if bench.toy and name == "compiled":        # half a minute
+                continue
             errors = check(bench.device, dtype)
             bad = wrong(name, errors, dtype)
             worst = max(errors, key=errors.get)
@@ -196,6 +193,7 @@ def train_plain(bench):
     """nanoGPT's step, written out in gpu_yardsticks.py."""
     size = bench.choose(GPT2, TOY)
     model = PlainGPT(**size).to(bench.device)
+    torch._dynamo.reset()
     step = torch.compile(model, backend=bench.choose("inductor", "eager"))
 
     def objective(tokens):
@@ -208,7 +206,7 @@ def train_plain(bench):
 def time_training(bench, name, model, objective, flops_per_token, extra=0):
     """Forward, backward and AdamW's update. extra: tokens a row has more than are learned."""
     size, B = bench.choose(GPT2, TOY), bench.choose(32, 2)
-    T, count = size["max_len"], bench.choose(20, 2)
+    T, count = size["max_len"], bench.choose(20, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, size["vocab_size"] - 1, (8, B, T + extra), generator=generator)
@@ -227,7 +225,7 @@ def time_training(bench, name, model, objective, flops_per_token, extra=0):
     begin, before = now(bench.device), graphs()
     step()
     compiled_s, first = now(bench.device) - begin, graphs() - before
-    seconds = bench.seconds(step, count, warmup=3)
+    seconds = bench.seconds(step, count, warmup=bench.choose(3, 1))
     bench.say(name, tokens_per_s=B * T / seconds, ms=1e3 * seconds, batch=B,
               mfu=bench.mfu(flops_per_token * B * T / seconds), peak_gb=bench.peak_gb(),
               compiled_s=compiled_s, graphs=first, recompiled=graphs() - before - first,
@@ -294,7 +292,7 @@ def blocks(bench):
                 loss = objective(model)
             loss.backward()
 
-        seconds = bench.seconds(step, bench.choose(20, 2), warmup=3)
+        seconds = bench.seconds(step, bench.choose(20, 1), bench.choose(3, 0))
         peak, error = bench.peak_gb(), None
         if objective is not masked_diffusion:
             error = distance([p.grad for p in model.parameters()], exact)
@@ -351,7 +349,7 @@ def lora(bench):
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
-    for T in bench.choose((1024, 4096), (32, 64)):
+    for T in bench.choose((1024, 4096), (16, 32)):
         tokens = torch.randint(0, config.vocab_size, (1, T), generator=generator).to(bench.device)
 
         def step(share, tokens=tokens, T=T):
@@ -363,7 +361,7 @@ def lora(bench):
 
         bench.seconds(lambda: step(1.0), count=2, warmup=1)     # all masked: what the plan plans
         peak = bench.peak_gb()
-        seconds = bench.seconds(lambda: step(0.5), bench.choose(10, 2), warmup=1)
+        seconds = bench.seconds(lambda: step(0.5), bench.choose(10, 1), warmup=1)
         # Frozen weights get no gradient, and what checkpointing computes again does not count.
         flops = 2 * model.flops_per_token(T, head_share=0.5, training=False)
         planned = plan_memory(config, T, 1, rank, dtype=bench.dtype).peak / 1e9
@@ -485,11 +483,11 @@ def mixture(bench):
     def gradients():
         return [m.weight.grad.clone() for m in model.modules() if isinstance(m, ExpertLinear)]
 
-    count = bench.choose(10, 2)
-    grouped = bench.seconds(step, count, warmup=3)
+    count = bench.choose(10, 1)
+    grouped = bench.seconds(step, count, warmup=bench.choose(3, 0))
     grouped_peak, grouped_gradients = bench.peak_gb(), gradients()
     with replaced(kernels, "expert_linear", loop_over_experts):
-        loop = bench.seconds(step, count, warmup=3)
+        loop = bench.seconds(step, count, warmup=bench.choose(3, 0))
         loop_peak = bench.peak_gb()
         error = distance(grouped_gradients, gradients())
     parameters = sum(p.numel() for p in model.parameters())
@@ -505,7 +503,7 @@ def mixture(bench):
 def recipe(bench):
     """A minute of train_scratch.py as it is on a GPU, its data prepared before."""
     folder = bench.book.folders[0]
-    environment = os.environ | {"UNMASK_DATA": str(folder / "prepared")}
+    environment = {"UNMASK_DATA": str(folder / "prepared")}
     settings = [f"--out_dir={folder / 'scratch'}", "--sample_tokens=0"]
     if bench.toy:
         text = folder / "text.txt"
@@ -516,12 +514,10 @@ def recipe(bench):
     else:
         settings += ["--max_minutes=1"]
         begin = time.perf_counter()
-        subprocess.run([sys.executable, "data/prepare.py", "tales"], cwd=ROOT, env=environment,
-                       check=True)
+        run_script("data/prepare.py", ["tales"], environment)
         bench.say("data prepared", seconds=time.perf_counter() - begin)
     begin = time.perf_counter()
-    result = subprocess.run([sys.executable, "train_scratch.py", *settings], cwd=ROOT, text=True,
-                            env=environment, stdout=subprocess.PIPE, check=True)
+    said = run_script("train_scratch.py", settings, environment)
     seconds = time.perf_counter() - begin
     log = (folder / "scratch" / "log.jsonl").read_text().splitlines()
     curve = [json.loads(row) for row in log]
@@ -529,10 +525,17 @@ def recipe(bench):
     bench.say("train_scratch.py, a minute", seconds=seconds, updates=last["step"],
               tokens_per_s=last["tokens_per_s"], val_nelbo=last["val_nelbo"],
               val_stderr=last["val_stderr"], restored=last.get("restored"),
-              last_line=result.stdout.strip().splitlines()[-1],
+              last_line=said.strip().splitlines()[-1],
               curve=[[row["step"], row["train_loss"], row["val_nelbo"]] for row in curve])
     bench.book.keep(folder / "scratch" / "loss.png")
     bench.book.keep(folder / "scratch" / "log.jsonl")
+
+
+def run_script(script, arguments, environment):
+    """What a script prints. Raises CalledProcessError."""
+    result = subprocess.run([sys.executable, script, *arguments], cwd=ROOT, text=True, check=True,
+                            env=os.environ | environment, stdout=subprocess.PIPE)
+    return result.stdout
 
 
 PARTS = {
