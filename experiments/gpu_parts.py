@@ -1,5 +1,6 @@
 """The parts of gpu.py: what each measures. `PARTS` has the functions of each, which are called with
 a `Bench` and tell it their figures one by one."""
+import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
 import datetime
 import gc
@@ -11,7 +12,6 @@ import time
 import traceback
 from pathlib import Path
 
-import common  # noqa: I001 (before torch: it sets how threads wait)
 import torch
 import torch.nn as nn
 from torch._dynamo.utils import counters
