@@ -126,7 +126,7 @@ def machine(bench):
     if bench.device.type == "cuda":
         card = torch.cuda.get_device_name()
         memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
-        bfloat16 = torch.cuda.is_bf16_supported()
+        bfloat16 = common.has_bfloat16()
     bench.say("machine", date=f"{datetime.date.today()}", card=card, memory_gb=memory_gb,
               torch=torch.__version__, cuda=cuda, python=sys.version.split()[0],
               bfloat16=bfloat16, cores=os.cpu_count())
