@@ -41,7 +41,7 @@ from training.optimizers import (average_gradients, clip_gradients, learning_rat
                                  make_optimizers, set_learning_rate)
 from training.run import Run
 from training.sharding import check_ranks_agree, shard
-from training.state import make_folder
+from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
 # run
@@ -56,6 +56,7 @@ dtype = common.best_dtype(common.given("device", device))   # of frozen weights 
 compile = False             # torch.compile
 checkpointing = True       # keep only the blocks' inputs for the backward pass: slower, less memory
 fsdp = True                 # with torchrun: spread all weights over the processes (FSDP2)
+replicas = 1                # copies of the model, each spread over processes / replicas (HSDP)
 threads = 0                 # CPU threads; 0: torch's choice
 wandb = ""                  # a project of Weights & Biases that gets the rows of log.jsonl as well
 # plan
@@ -98,7 +99,8 @@ settings = common.override(globals())
 # ---- process -------------------------------------------------------------------------------------
 common.check(
     settings,
-    at_least_1=["seq_len", "batch_size", "grad_accum", "eval_sequences", "final_eval_sequences"],
+    at_least_1=["seq_len", "batch_size", "replicas", "grad_accum", "eval_sequences",
+                "final_eval_sequences"],
     positive=["learning_rate", "epochs"],
     not_negative=["lora_rank", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes",
                   "eval_interval", "sample_tokens", "ranks", "memory_gb"],
@@ -117,6 +119,8 @@ if plan:
 device, rank, world_size = common.init_process(device, threads)
 compute = common.matrix_dtype(device, dtype)
 sharded = fsdp and world_size > 1
+if world_size % replicas:
+    raise ValueError(f"replicas must divide the {world_size} processes, got {replicas}")
 if base_bits == 4:
     nf4.library()                       # fail early if the package is missing
     if sharded:
@@ -124,6 +128,7 @@ if base_bits == 4:
                          "has it whole")
 check_target("out_dir", out_dir, init_from)
 folder = make_folder(out_dir)
+resume = settings["resume"] = resumes(resume, folder)
 if merge:
     check_target("merge", merge, init_from, out_dir)
     if not resume and holds_a_run(folder):
@@ -198,7 +203,7 @@ model.checkpoint_blocks = checkpointing
 if compile:
     model.compile_blocks()
 if sharded:
-    shard(model, device, compute)
+    shard(model, device, compute, replicas)
 # Of a sharded model each process reads the rows that belong to it.
 fill(model, weights, device, compute if lora_rank else torch.float32,
      nf4.put_packed if base_bits == 4 else put_rows)

@@ -202,6 +202,7 @@ def report(settings):
     config = find_config(name, s)
     dtype = torch.float32 if s["dtype"] == "float32" else torch.bfloat16
     ranks = (s["ranks"] or rank_and_size()[1]) if s["fsdp"] else 1
+    ranks = max(1, ranks // s["replicas"])
     if s["base_bits"] == 4:
         ranks = 1                       # each process has all of a 4-bit base
     seq_len = min(s["seq_len"], config.max_len)
