@@ -221,6 +221,11 @@ def show(value):
     return str(value).replace("|", "/").replace("\n", " ")[:200]
 
 
+def has_gpu():
+    import torch
+    return torch.cuda.is_available()
+
+
 def main(arguments):
     """The exit status: 1 if a part failed."""
     from common import show_errors_in_one_line
@@ -234,6 +239,8 @@ def main(arguments):
         return 0
     if options.part:
         return int(run_part(options) > 0)
+    if not options.toy and not has_gpu():
+        raise ValueError("torch sees no GPU here: --toy tries all parts on a CPU")
     failed = run_all(options)
     print(f"{datetime.datetime.now():%H:%M:%S} {len(options.parts) - failed} of "
           f"{len(options.parts)} parts ended well; figures in {options.out_dir}/{FIGURES}")
