@@ -136,34 +136,45 @@ def load():
              ("sharded", "bfloat16", "float32"), ("tied", "float32", "float32")]
     print("layout     stored     loaded      weights       peak   peak / weights")
     for layout, stored, loaded in cases:
-        size, peak = loading_memory(layout, stored, loaded, megabytes=1000)
+        size, peak = loading_memory((layout, stored, loaded), megabytes=1000)[0]
         print(f"{layout:10} {stored:10} {loaded:10} {size / 1e6:6.0f} MB  {peak / 1e6:6.0f} MB   "
               f"{peak / size:6.3f}", flush=True)
         assert peak < 1.15 * size + 300e6
 
 
-def loading_memory(layout, stored, loaded, megabytes):
-    """(bytes of the weights as loaded, peak bytes of loading them above what the imports took), in
-    a process of its own. Mapped pages of files count.
+def loading_memory(*cases, megabytes):
+    """[(bytes of the weights as loaded, peak bytes of loading them above what the process had)], a
+    pair for each case, one after the other in a process of their own. Mapped pages of files count.
 
-    layout: "single" file, "sharded" into four, or "tied" (one file; head and embedding are one
-    matrix). stored, loaded: names of dtypes.
+    case: (layout, stored, loaded); layout: "single" file, "sharded" into four, or "tied" (one file;
+    head and embedding are one matrix); stored, loaded: names of dtypes.
     """
+    gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+                  "MALLOC_TOP_PAD_": "0"}       # what one case has freed does not serve the next
+    sizes, checkpoints = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (layout, stored, loaded) in enumerate(cases):
+            place = f"{folder}/{number}"
+            sizes.append(write_checkpoint(place, layout, stored, loaded, megabytes))
+            checkpoints.append((place, loaded))
+        peaks = in_own_process(peaks_of_loading, checkpoints, environment=gives_back)
+    return list(zip(sizes, peaks))
+
+
+def write_checkpoint(folder, layout, stored, loaded, megabytes):
+    """Bytes of its weights as loaded, about `megabytes` of them."""
     size = getattr(torch, loaded).itemsize
     tied = layout == "tied"
     # 12 D^2 a layer; V = 50 D, in and out
     dim = round((megabytes * 1e6 / size / (8 * 12 + 100)) ** 0.5 / 64) * 64
     config = Config(vocab_size=(100 if tied else 50) * dim, dim=dim, n_layers=8,
                     n_heads=dim // 64, hidden_dim=8 * dim // 3, tie_embeddings=tied)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with torch.no_grad():
         model = Transformer(config).init_weights().to(getattr(torch, stored))
         model.save_pretrained(folder)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        if layout == "sharded":
-            cut_into_shards(folder, model.state_dict(), shards=4)
-        del model
-        peak = in_own_process(peak_of_loading, folder, loaded)
-    return count * size, peak
+    if layout == "sharded":
+        cut_into_shards(folder, model.state_dict(), shards=4)
+    return sum(parameter.numel() for parameter in model.parameters()) * size
 
 
 def cut_into_shards(folder, weights, shards):
@@ -181,10 +192,14 @@ def cut_into_shards(folder, weights, shards):
     Path(folder, "model.safetensors.index.json").write_text(index)
 
 
-def peak_of_loading(folder, dtype):
-    """Bytes above what this process had; the model is still there when they are read."""
-    before = memory("VmRSS")
-    model = Transformer.from_pretrained(folder, dtype=getattr(torch, dtype))
-    peak = memory("VmHWM")
-    del model
-    return peak - before
+def peaks_of_loading(checkpoints):
+    """What `loading_memory` measures of each (folder, name of a dtype), in this process: bytes
+    above what it had; the model is still there when they are read."""
+    peaks = []
+    for folder, dtype in checkpoints:
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")       # the high-water mark starts here
+        model = Transformer.from_pretrained(folder, dtype=getattr(torch, dtype))
+        peaks.append(memory("VmHWM") - before)
+        del model
+    return peaks
