@@ -136,33 +136,26 @@ def load():
              ("sharded", "bfloat16", "float32"), ("tied", "float32", "float32")]
     print("layout     stored     loaded      weights       peak   peak / weights")
     for layout, stored, loaded in cases:
-        size, peak = loading_memory((layout, stored, loaded), megabytes=1000)[0]
+        size, peak = loading_memory(layout, stored, loaded, megabytes=1000)
         print(f"{layout:10} {stored:10} {loaded:10} {size / 1e6:6.0f} MB  {peak / 1e6:6.0f} MB   "
               f"{peak / size:6.3f}", flush=True)
         assert peak < 1.15 * size + 300e6
 
 
-def loading_memory(*cases, megabytes):
-    """[(bytes of the weights as loaded, peak bytes of loading them above what the process had)], a
-    pair for each case, one after the other in a process of their own. Mapped pages of files count.
-
-    case: (layout, stored, loaded); layout: "single" file, "sharded" into four, or "tied" (one file;
-    head and embedding are one matrix); stored, loaded: names of dtypes.
-    """
-    gives_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-                  "MALLOC_TOP_PAD_": "0"}       # what one case has freed does not serve the next
-    sizes, checkpoints = [], []
+def loading_memory(layout, stored, loaded, megabytes):
+    """(bytes of the weights as loaded, peak bytes of loading them above what the imports took), in
+    a process of its own. Mapped pages of files count."""
     with tempfile.TemporaryDirectory() as folder:
-        for number, (layout, stored, loaded) in enumerate(cases):
-            place = f"{folder}/{number}"
-            sizes.append(write_checkpoint(place, layout, stored, loaded, megabytes))
-            checkpoints.append((place, loaded))
-        peaks = in_own_process(peaks_of_loading, checkpoints, environment=gives_back)
-    return list(zip(sizes, peaks))
+        size = write_checkpoint(folder, layout, stored, loaded, megabytes)
+        return size, in_own_process(peaks_of_loading, [(folder, loaded)])[0]
 
 
 def write_checkpoint(folder, layout, stored, loaded, megabytes):
-    """Bytes of its weights as loaded, about `megabytes` of them."""
+    """Bytes of its weights as loaded, about `megabytes` of them.
+
+    layout: "single" file, "sharded" into four, or "tied" (one file; head and embedding are one
+    matrix). stored, loaded: names of dtypes.
+    """
     size = getattr(torch, loaded).itemsize
     tied = layout == "tied"
     # 12 D^2 a layer; V = 50 D, in and out

@@ -6,6 +6,7 @@ runs from its file, as __main__; its signals, files, streams and exit status are
 process.
 """
 
+import ctypes
 import gc
 import io
 import multiprocessing
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3      # of glibc's malloc.h
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
@@ -150,6 +152,28 @@ def run_here(script, *arguments):
         stream.flush()
         said.append(stream.buffer.getvalue().decode())
     return Result(status, *said)
+
+
+def in_fork(function, *arguments):
+    """function(*arguments) in a process of its own whose peak of memory is its own, as
+    `in_own_process` of experiments/timing.py gives it, but a fork of the server: it need not import
+    torch. What it frees goes back to the system at once. EOFError where it dies."""
+    ours, theirs = _forks.Pipe(duplex=False)
+    process = _forks.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def _answer(connection, function, arguments):
+    libc = ctypes.CDLL(None)
+    for option, value in ((M_MMAP_THRESHOLD, 65536), (M_TRIM_THRESHOLD, 65536), (M_TOP_PAD, 0)):
+        libc.mallopt(option, value)
+    libc.malloc_trim(0)
+    connection.send(function(*arguments))
 
 
 def free_port():
