@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.run
 from runs import (
     LAST_LINE,
     Killer,
@@ -327,15 +326,15 @@ def test_processes_without_a_masked_token(tiny, tmp_path):
 
 
 def test_torchrun_resumes(tiny, unbroken, tmp_path):
-    """torchrun itself, on a run that two processes began, with the default optimizer."""
+    """torchrun's own agent, on a run that two processes began, with the default optimizer."""
     settings = ("--batch_size=2", "--max_steps=12")
     whole = tiny(tmp_path / "whole", *settings)
-    first = succeed(*run_parallel(2, SCRIPT, *whole, plots=True))       # for torchrun draws them
+    first = succeed(*run_parallel(2, SCRIPT, *whole))
     scripts = run_parallel(2, SCRIPT, *tiny(tmp_path / "broken", *settings), before=Killer(12))
     assert -signal.SIGKILL in [script.status for script in scripts]
     assert 4 <= state_of(tmp_path / "broken")["step"] < 12
-    torchrun = torch.distributed.run.__file__, "--nproc_per_node=2", f"--master_port={free_port()}"
     settings = tiny(tmp_path / "broken", *settings, "--resume=True")
+    torchrun = "tests/torchrun.py", "--nproc_per_node=2", f"--master_port={free_port()}"
     result = succeed(run(*torchrun, "--master_addr=127.0.0.1", SCRIPT, *settings))
     assert result.out.splitlines()[-1] == first.out.splitlines()[-1]
     same_run(tmp_path / "broken", tmp_path / "whole")
