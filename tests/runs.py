@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -106,6 +107,17 @@ def same_run(a, b):
 
 # --------------------------------------------------------------------------------------------------
 # Damage
+
+
+def forget_the_repository():
+    """In a script's process: no module of this repository is imported yet, and none can be but from
+    the folder it was started in."""
+    root = Path(__file__).resolve().parent.parent
+    ours = {path.stem for path in root.iterdir()}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
+            del sys.modules[name]
+    sys.path[:] = [os.getcwd(), *(path for path in sys.path if not path.startswith(str(root)))]
 
 
 class Killer:
