@@ -147,10 +147,10 @@ def test_tiny_llada_from_nothing_to_a_merged_model(chats, tmp_path):
             "--dtype=float32",
             "--threads=1",
             f"--out_dir={out}",
-            "--max_steps=30",
-            "--eval_interval=10",
+            "--max_steps=15",
+            "--eval_interval=5",
             "--batch_size=8",
-            "--seq_len=64",
+            "--seq_len=48",
             "--eval_sequences=16",
             "--final_eval_sequences=16",
             "--sample_tokens=8",
@@ -164,7 +164,7 @@ def test_tiny_llada_from_nothing_to_a_merged_model(chats, tmp_path):
     )
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert (
-        [row["step"] for row in log] == [10, 20, 30]
+        [row["step"] for row in log] == [5, 10, 15]
         and log[-1]["val_nelbo"] < log[0]["val_nelbo"]
         and len(re.findall("step .*->", result.out)) == 3
     )

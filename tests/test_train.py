@@ -27,7 +27,7 @@ from runs import (
     succeed,
 )
 from safetensors import safe_open
-from scripts import ROOT, Script, free_port, run, run_parallel
+from scripts import ROOT, Script, free_port, run, run_here, run_parallel
 
 from data.loader import TokenDataset
 from data.prepare import prepare
@@ -244,7 +244,7 @@ def test_killed_at_random_moments(tiny, often, tmp_path):
     print("seed", seed)
     rng, kills = random.Random(seed), 0
     log = tmp_path / "log.jsonl"
-    for _ in range(12):
+    for _ in range(6):
         script = Script(SCRIPT, *tiny(tmp_path, "--eval_interval=1", *resumes(tmp_path)))
         before = log.stat().st_size if log.exists() else 0
         if rng.random() < 0.8:  # else during the start
@@ -380,7 +380,7 @@ def test_resuming_what_cannot_be_resumed(tiny, unbroken, text, tmp_path):
         ("--beta2=0.9", "beta2 was 0.99"),
     ):
         assert refused(
-            run(SCRIPT, *tiny(folder, "--resume=True", setting)), "cannot resume: ", *words
+            run_here(SCRIPT, *tiny(folder, "--resume=True", setting)), "cannot resume: ", *words
         ), setting
         assert contents(folder) == before, setting
     whole = (folder / "train_state.pt").read_bytes()
@@ -388,7 +388,9 @@ def test_resuming_what_cannot_be_resumed(tiny, unbroken, text, tmp_path):
         (folder / "train_state.pt").write_bytes(damage)
         before = contents(folder)
         assert refused(
-            run(SCRIPT, *tiny(folder, "--resume=True")), "train_state.pt is damaged", "start again"
+            run_here(SCRIPT, *tiny(folder, "--resume=True")),
+            "train_state.pt is damaged",
+            "start again",
         )
         assert contents(folder) == before
 
