@@ -83,11 +83,17 @@ def logits_of_paragraph(model, tokenizer):
     return tokens, getattr(found, "logits", found)
 
 
-def test_its_perplexity(smollm2):
+@pytest.fixture(scope="module")
+def ours(smollm2):
+    """(the tokens of the paragraph, our logits)"""
+    _, model, tokenizer = smollm2
+    return logits_of_paragraph(model, tokenizer)
+
+
+def test_its_perplexity(ours):
     """With queries and keys in llama.cpp's order it would be 144, and nothing else would
     complain."""
-    _, model, tokenizer = smollm2
-    tokens, logits = logits_of_paragraph(model, tokenizer)
+    tokens, logits = ours
     nll = F.cross_entropy(logits[0, :-1], tokens[0, 1:])
     assert nll.exp().item() == pytest.approx(33.7496, rel=1e-3)
 
@@ -123,10 +129,10 @@ def published_state(tensors):
     return state
 
 
-def test_its_logits_are_those_of_the_undone_tensors_in_transformers(smollm2):
+def test_its_logits_are_those_of_the_undone_tensors_in_transformers(smollm2, ours):
     """The sizes are SmolLM2's as published, the order of rows that of the format's description:
     nothing of pretrained/ but where a tensor's bytes are."""
-    file, model, tokenizer = smollm2
+    file, _, tokenizer = smollm2
     config = transformers.LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=100000.0,
@@ -135,16 +141,13 @@ def test_its_logits_are_those_of_the_undone_tensors_in_transformers(smollm2):
         reference = transformers.LlamaForCausalLM(config)
     reference.load_state_dict(published_state(undone_tensors(file)), assign=True)
     reference.model.rotary_emb = type(reference.model.rotary_emb)(config)   # a buffer, not stored
-    _, logits = logits_of_paragraph(model, tokenizer)
     _, expected = logits_of_paragraph(reference.eval(), tokenizer)
-    assert same(logits, expected)
+    assert same(ours[1], expected)
 
 
-def test_its_export_has_the_same_logits_in_transformers(smollm2, theirs):
-    _, model, tokenizer = smollm2
-    _, logits = logits_of_paragraph(model, tokenizer)
-    _, expected = logits_of_paragraph(theirs, tokenizer)
-    assert same(logits, expected)
+def test_its_export_has_the_same_logits_in_transformers(smollm2, ours, theirs):
+    _, expected = logits_of_paragraph(theirs, smollm2[2])
+    assert same(ours[1], expected)
 
 
 def test_its_ids_are_those_of_transformers(smollm2, exported):
@@ -162,10 +165,10 @@ def test_its_ids_are_those_of_transformers(smollm2, exported):
 def test_its_greedy_answer_is_that_of_transformers(smollm2, theirs):
     _, model, tokenizer = smollm2
     prompt = tokenizer.apply_chat_template(QUESTION)
-    ours = generate(model, [prompt], max_new_tokens=16)[0]
+    written = generate(model, [prompt], max_new_tokens=16)[0]
     reference = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0]
-    assert ours == reference.tolist()
-    answer = tokenizer.decode(ours[len(prompt):])
+    assert written == reference.tolist()
+    answer = tokenizer.decode(written[len(prompt):])
     assert answer.startswith("Photosynthesis is a vital biological process that occurs in plants")
 
 
