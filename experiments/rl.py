@@ -78,7 +78,11 @@ def rollouts_of(checkpoint, task, steps=0):
     found = asker.write([canvas for _, canvas in pairs], list(range(len(pairs))), 1.0)
     judge = Judge("", asked.own)
     rewards = [judge(example, one.text).value for (example, _), one in zip(pairs, found)]
-    return sampler, asker, found, group_advantages(torch.tensor(rewards), GROUP)
+    advantages = group_advantages(torch.tensor(rewards), GROUP)
+    if not advantages.any():
+        raise ValueError(f"all answers of {checkpoint} to {task} are worth the same: there is no "
+                         "gradient to compare; take another task")
+    return sampler, asker, found, advantages
 
 
 def gradient_of(model, answers, advantages, views):
