@@ -1,6 +1,6 @@
 """What reinforcement learning does to a small model, and how much each estimator's gradient varies.
 
-    python experiments/rl.py variance CHECKPOINT TASK [DRAWS=16] [STEPS=0]
+    python experiments/rl.py variance CHECKPOINT TASK [DRAWS=8] [STEPS=0]
         answers of CHECKPOINT to TASK, and of each estimator's gradient: variance over draws of its
         views, passes, agreement with the sampler's own steps    -> docs/rl_variance.png
     python experiments/rl.py compare OUT CHECKPOINT TASK MINUTES SEED,... [--name=value ...]
@@ -42,7 +42,7 @@ from sampling.sampler import Sampler  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 ASKING = dict(seq_len=1024, max_new_tokens=32, system="", rollout_size=64, steps=0, block_length=0,
               remasking="random", threshold=0.0, cache="none", cfg_scale=0.0)
-PROMPTS, GROUP = 4, 8
+PROMPTS, GROUP = 2, 8        # of variance
 ESTIMATES = {
     "diffu": diffu,
     "coupled": coupled,
@@ -97,7 +97,7 @@ def gradient_of(model, answers, advantages, views):
     return torch.cat([g.flatten() for g in total])
 
 
-def variance(checkpoint, task, draws=16, steps=0):
+def variance(checkpoint, task, draws=8, steps=0):
     sampler, _, found, advantages = rollouts_of(checkpoint, task, steps)
     answers, mask_id, table = collate(found), sampler.mask_id, {}
     exact = gradient_of(sampler.model, answers, advantages, trace(answers, mask_id))
