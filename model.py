@@ -681,11 +681,15 @@ class Transformer(nn.Module):
         from pretrained.export import save
         save(self, folder)
 
-    def export_pretrained(self, folder):
+    def export_pretrained(self, folder, gguf=False):
         """Write the published layout of the model's family, which the family's own code loads; a
-        model of our own family becomes a Qwen3."""
+        model of our own family becomes a Qwen3.
+
+        gguf  True or "f16", "bf16", "q8_0": the file model-KIND.gguf for llama.cpp instead; its
+              path is returned.
+        """
         from pretrained.export import export
-        export(self, folder)
+        return export(self, folder, gguf)
 
 
 if __name__ == "__main__":
