@@ -206,7 +206,7 @@ class Teller:
         chance = self.rng.random
         if self.counts[letter] > 2 and chance() < 0.3 and self.scene.may_say_it(letter):
             return "it"
-        share = 0.5             # often: what is said once more is hardly learned (docs/training.md)
+        share = 0.9     # what is named but twice is hardly learned (docs/training.md)
         if self.properties[letter] < 2 and self.late:
             share = 1
         return "full" if chance() < share else "noun"
