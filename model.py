@@ -192,7 +192,7 @@ class Config:
                 if type(value) is not int or not low <= value <= 10**9:
                     raise ValueError(f"{name} must be a whole number from {low} to 10**9, got "
                                      f"{value!r}")
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e30):
+            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e18):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
             is_share = name == "rope_share" or field.type == float | None
             if is_share and (type(value) not in (int, float) or not 0 <= value <= 1):

@@ -391,7 +391,7 @@ def check_rope_scaling(scaling):
         raise ValueError(f"rope_scaling {kind!r} is not supported (only {', '.join(needs)})")
     for key in needs[kind]:
         value = scaling.get(key)
-        if type(value) not in (int, float) or not 0 < value < 1e30:
+        if type(value) not in (int, float) or not 0 < value < 1e18:
             raise ValueError(f"rope_scaling needs a positive {key}, got {value!r}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")
