@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from diffusion import config_of, sample_t, sample_tokens, streams
+from common import stream
+from diffusion import config_of, ratio_error, sample_t, sample_tokens, streams
 
 BLANK = -1
 # The kinds of edit, in the order of the model's rates.
@@ -136,6 +137,17 @@ def costs(x_0, x_1, substitution, gap):
             row.append(min(pair, above[j] + gap, row[-1] + gap))
         table.append(row)
     return table
+
+
+def align_answer(x_0, x_1, prompt_len):
+    """`align` of two texts that begin with the same prompt_len tokens, of which none is edited; in
+    the cheapest alignment of the whole one might be. Raises ValueError where they differ."""
+    prompt = x_1[:prompt_len]
+    if x_0[:prompt_len] != prompt or len(prompt) < prompt_len:
+        raise ValueError(f"the first {prompt_len} tokens of x_0 and x_1 differ: a prompt is given "
+                         "and never edited")
+    z_0, z_1 = align(x_0[prompt_len:], x_1[prompt_len:])
+    return prompt + z_0, prompt + z_1
 
 
 def stack(alignments):
@@ -309,6 +321,37 @@ def check_editor(model):
     if not config_of(model).edits:
         raise ValueError("this model has no edit heads: train_edits.py --init_from=... gives it "
                          "some")
+
+
+@torch.no_grad()
+def edit_nelbo(model, z_0, z_1, num_samples=1, seed=0, batch_size=32, run_passes=map):
+    """(bound on -log p(x_1 | x_0) in nats per token of x_1, its standard error) for alignments z_0,
+    z_1 [N, Z]: `counted` at num_samples times a row, together evenly spread over [0, 1 - 1e-3).
+
+    run_passes  the builtin map, or common.share, which divides the passes among processes.
+    """
+    N, Z = z_0.shape
+    device = next(model.parameters()).device
+    generator = stream("times of edit_nelbo", seed)
+    t = 1 - sample_t((N, num_samples), generator)
+    u = torch.rand((num_samples, N, Z), generator=generator)
+    passes = []                                         # (sample, rows) each
+    for sample in range(num_samples):
+        for begin in range(0, N, batch_size):
+            passes.append((sample, slice(begin, begin + batch_size)))
+
+    def bound(one):                                     # nats [B]
+        sample, rows = one
+        found = edit_loss(model, z_0[rows].to(device), z_1[rows].to(device), t[rows, sample],
+                          u[sample, rows])
+        return found.token_nll.double().cpu()
+
+    nats = torch.zeros(N, num_samples, dtype=torch.float64)
+    for (sample, rows), found in zip(passes, run_passes(bound, passes)):
+        nats[rows, sample] = found
+    lengths = (z_1 != BLANK).sum(1).double()
+    value = nats.sum() / (lengths.sum() * num_samples)
+    return value.item(), ratio_error(nats, lengths, value)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ class Config:
     keeps_head: bool = False        # `head` stays beside them, unused, as dLLM's checkpoints have it
     edits_before_norm: bool = False     # they read what comes before the last norm (dLLM's encoder)
     edit_schedule: str = "linear"   # kappa_t that they were trained with (edits.py)
+    edit_masks: int = 0             # masks that a text to be written begins with
     time_features: int = 0          # sines and cosines of t that the model is told; 0: not told t
     mask_token_id: int | None = None
     eos_token_id: int | None = None
@@ -498,7 +499,7 @@ class Transformer(nn.Module):
         self.embed_time, self.substitute_head = None, None
         self.insert_head, self.rate_head = None, None
         if config.time_features:
-            self.embed_time = nn.Linear(config.time_features, D, bias=False)
+            self.make_time_embedding()
         if config.edits:
             self.make_edit_heads()
         self.checkpoint_blocks = False      # True: the backward pass computes each block again
@@ -519,6 +520,10 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         return self
+
+    def make_time_embedding(self):
+        """What is added to every token's embedding at a time t, a matrix without values."""
+        self.embed_time = nn.Linear(self.config.time_features, self.config.dim, bias=False)
 
     def make_edit_heads(self):
         """The heads of a model that edits, without values. `head` is the substitutions', unless

@@ -605,6 +605,6 @@ for base, name in EDITING.items():
         row,
         architecture=EDIT_ARCHITECTURES[base],
         fixed={**row.fixed, "edits": True, "keeps_head": True, "edit_schedule": "cubic",
-               "edits_before_norm": base == "modernbert"},
+               "edits_before_norm": base == "modernbert", "edit_masks": 128},
         tensors={**row.tensors, **EDIT_TENSORS},
     )
