@@ -30,7 +30,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import kernels
 from common import stream
@@ -307,8 +306,9 @@ def counted(edits, B):
 
         sum of the model's rates  +  sum over edits of  n w (log(n w / rate) - 1),
 
-    bounds -log p(x_1 | x_0) of the model (Edit Flows, appendix; Campbell et al. 2022, 2205.14987,
-    proposition 2).
+    bounds -log p(x_1 | x_0) of the model (for jump processes: Campbell et al. 2022, 2205.14987,
+    proposition 2). It is not tight where x_t does not tell which columns are done, as in a run of
+    equal tokens.
     """
     keys = torch.stack((edits.row, edits.kind, edits.position, edits.token), dim=1)     # [N, 4]
     different, n = keys.unique(dim=0, return_counts=True)

@@ -103,7 +103,7 @@ class Config:
     step_schedule: str = "even"     # tokens a sampling step reveals: "even", "timesteps" (Dream)
     confidence_at_temperature: bool = False     # read from softmax(logits / temperature) (Dream)
     edits: bool = False             # heads that edit: substitute, insert, rates (edits.py)
-    keeps_head: bool = False        # `head` stays beside them, unused, as dLLM's checkpoints have it
+    keeps_head: bool = False        # `head` stays beside them, unused, as dLLM has it
     edits_before_norm: bool = False     # they read what comes before the last norm (dLLM's encoder)
     edit_schedule: str = "linear"   # kappa_t that they were trained with (edits.py)
     edit_masks: int = 0             # masks that a text to be written begins with

@@ -207,7 +207,8 @@ def show_sample():
     """A text out of nothing, and a damaged one repaired, as far as the model has come."""
     x_1 = val_texts[run.step % len(val_texts)]
     rng = random.Random(run.step)
-    begins = [[first] + [config.mask_token_id] * config.edit_masks, SOURCES["damage"](x_1, rng, how)]
+    begins = [[first] + [config.mask_token_id] * config.edit_masks,
+              SOURCES["damage"](x_1, rng, how)]
     model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")             # a young model lets texts grow without end

@@ -594,7 +594,8 @@ FAMILIES = {
 # dLLM's Edit Flows (edits.py): three of the families once more, with heads that edit. Its code
 # trains with the cubic schedule unless told otherwise, and its config.json does not say.
 
-EDITING = {"llada": "editflow-llada", "Dream": "editflow-dream", "modernbert": "editflow-modernbert"}
+EDITING = {"llada": "editflow-llada", "Dream": "editflow-dream",
+           "modernbert": "editflow-modernbert"}
 EDIT_ARCHITECTURES = {"llada": "EditFlowLLaDAModel", "Dream": "EditFlowDreamModel",
                       "modernbert": "EditFlowModernBertModel"}
 EDIT_TENSORS = {"substitute_head": "sub_logits", "insert_head": "ins_logits",
