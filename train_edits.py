@@ -21,6 +21,7 @@ import warnings
 
 import torch
 
+from data.chat import is_chat
 from data.documents import Documents
 from data.loader import TokenDataset
 from data.prepare import prepare
@@ -48,7 +49,7 @@ seed = 1337                 # weights, order of the data and noise follow from i
 device = "cuda" if torch.cuda.is_available() else "cpu"     # or mps
 _on_gpu = common.given("device", device) != "cpu"
 dtype = common.best_dtype(common.given("device", device))   # of matrix products: bfloat16, float32
-compile = _on_gpu           # torch.compile; on a CPU it takes half a minute to pay off slowly
+compile = False             # torch.compile, which begins anew where rows get another length
 threads = 0                 # CPU threads; 0: torch's choice
 wandb = ""                  # a project of Weights & Biases that gets the rows of log.jsonl as well
 # data
@@ -103,6 +104,9 @@ common.check(
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):
     raise ValueError("max_steps and max_minutes are both 0: say when to stop")
+if is_chat(dataset):
+    raise ValueError(f"{dataset} holds conversations, and this recipe learns from whole texts: "
+                     "finetune_llada.py takes it")
 if seq_len < 2:
     raise ValueError(f"seq_len must be at least 2, a token to begin with and one of text, got "
                      f"{seq_len}")
@@ -121,7 +125,9 @@ else:
     text = Tokenizer.from_pretrained(data_folder)
 data = TokenDataset(data_folder)
 roles = [text.bos_token_id, text.eos_token_id]
-first = [token for token in roles if token is not None][0]      # stands before every text
+first = next((token for token in roles if token is not None), None)     # stands before every text
+if first is None:
+    raise ValueError(f"the tokenizer of {init_from} has no token to begin a text with (bos or eos)")
 documents = Documents(data, first, seq_len)
 special = set(text.backend.get_added_tokens_decoder())
 alphabet = [token for token in range(data.vocab_size) if token not in special]

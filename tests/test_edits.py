@@ -37,6 +37,7 @@ from edits import (
     stack,
     without_blanks,
 )
+from experiments import edits as experiment
 from model import Config, Transformer
 from pretrained.editing import become_editor
 from sampling.rewriting import EditStep, rewrite
@@ -617,6 +618,20 @@ def test_mistakes_with_a_model_that_edits(arguments, words, checkpoint, monkeypa
     assert re.fullmatch(r"error: [^\n]*\n", result.err) and words in result.err
 
 
+@pytest.mark.parametrize("script, words", [
+    ("eval.py", "inserts, deletes and substitutes (train_edits.py): what fills or scores masks"),
+    ("finetune_llada.py", "inserts, deletes and substitutes: see train_edits.py"),
+])
+def test_what_is_for_masks_refuses_a_model_that_edits(script, words, checkpoint, text, tmp_path,
+                                                      monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = {"eval.py": [f"--checkpoint={checkpoint}", "--tasks=nelbo"],
+                 "finetune_llada.py": [f"--init_from={checkpoint}", f"--out_dir={tmp_path}"]}
+    result = run_here(script, *arguments[script], f"--dataset={text}", "--device=cpu",
+                      "--dtype=float32")
+    assert result.status == 2 and words in result.err, result
+
+
 def test_a_model_of_masks_cannot_edit_a_text(monkeypatch):
     monkeypatch.chdir(ROOT)
     result = run_here("sample.py", "--device=cpu", "--edit=a text")
@@ -682,3 +697,21 @@ def test_training_from_nothing_learns_the_rates():
     written = rewrite(model, [[0]] * 200, 32, [1] * 200, temperature=1.0, seed=0)
     shares = [sum(row == list(range(n + 1)) for row in written) / 200 for n in (1, 2, 3)]
     assert all(0.1 < share < 0.5 for share in shares) and sum(shares) > 0.8, shares
+
+
+def test_the_measurements_run():
+    """At a small size; what they find is docs/edits.md's."""
+    assert experiment.distance([1, 2, 3, 4], [1, 2, 3, 4]) == 0
+    assert experiment.distance([1, 1], [2, 2]) == 1
+    assert experiment.describe([2, 4]) == "3.0 +- 1.0"
+    steps = experiment.steps_of_training(B=2, T=8, V=20, D=8, layers=1)
+    assert set(steps) == {"masks", *(f"edits from {name}" for name in
+                                     ("nothing", "damage", "gap", "mixed"))}
+    for step in steps.values():
+        step()
+    sampler = Sampler(bytes_editor(max_len=1024), Tokenizer.bytes())
+    texts, rows_of_tokens = experiment.damaged_tales(sampler, 2, 3)
+    for text, row in zip(texts, rows_of_tokens):
+        assert 1 <= cost(*align(list(text.encode()), row[1:])) <= 3
+    after, passes = experiment.edited(sampler, [row[:40] for row in rows_of_tokens], 2)
+    assert len(after) == 2 and passes in (1, 2)

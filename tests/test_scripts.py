@@ -145,6 +145,7 @@ MISTAKES = {
         ("--time_features=7", "time_features are pairs of a sine and a cosine"),
         ("--max_damage=0", "max_damage must be at least 1, got 0"),
         ("--max_steps=0 --max_minutes=0", "max_steps and max_minutes are both 0"),
+        ("--dataset=FOLDER/robot.jsonl", "holds conversations, and this recipe learns from whole"),
         ("--init_from=QWEN3", "a qwen3 model that reads from left to right cannot edit"),
         ("--init_from=LLADA --seq_len=64", "texts grow to twice seq_len 64: take --seq_len=48"),
     ],
