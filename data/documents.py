@@ -4,6 +4,8 @@ import functools
 
 import numpy as np
 
+from data.loader import positions_of
+
 
 class Documents:
     """Documents of TokenDataset's splits as lists of ids, each behind `first`, a token that stands
@@ -16,8 +18,8 @@ class Documents:
 
     def __init__(self, data, first, longest):
         self.data, self.first = data, first
-        self.places = {split: find_documents(np.asarray(getattr(data, split)), data.eos_token_id,
-                                             longest - 1) for split in ("train", "val")}
+        self.places = {split: find_documents(getattr(data, split), data.eos_token_id, longest - 1)
+                       for split in ("train", "val")}
         for split, places in self.places.items():
             if not len(places):
                 raise ValueError(f"the {split} split of {data.meta['name']} holds no documents")
@@ -56,7 +58,9 @@ def epoch_order(number, seed, epoch):
 
 def find_documents(ids, separator, longest):
     """int64 [N, 2]: where each document begins and ends, cut to pieces of `longest`."""
-    ends = np.append(np.flatnonzero(ids == separator), len(ids))
+    ends = np.array([len(ids)])
+    if separator is not None:
+        ends = np.append(positions_of(ids, separator), len(ids))
     begins = np.concatenate(([0], ends[:-1] + 1))
     places = []
     for begin, end in zip(begins.tolist(), ends.tolist()):
