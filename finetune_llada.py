@@ -140,6 +140,8 @@ if (folder / ("config.json" if lora_rank else "adapter_model.safetensors")).exis
                      "which this one could be mistaken for: choose another out_dir")
 if not _tiny:                       # before a data set is prepared for nothing
     source, _ = read_config(model_folder(init_from))
+    if source.edits:
+        raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
     if source.causal or source.block_length:
         kind = "an autoregressive" if source.causal else "a block-diffusion"
         raise ValueError(f"{init_from} is {kind} model ({source.family}): see convert_ar.py")

@@ -1,5 +1,5 @@
 """What is computed otherwise for speed: norm, attention, experts, the loss over a large vocabulary,
-products.
+products, alignments.
 
 Nothing here is an idea of its own. Every function equals a plain line of mathematics, written in
 its docstring and computed by that line when `PLAIN` is true; tests/test_kernels.py holds the two
@@ -414,3 +414,40 @@ class PackedProduct:
 
     def __call__(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Alignments
+
+
+def align_at_unit_cost(x_0, x_1, blank):
+    """edits.align where a substitution and a gap cost 1: (z_0, z_1).
+
+    Neighbours in the table of costs differ by -1, 0 or 1, so that a column is a few whole numbers
+    with a bit a row, and a dozen operations on them make the next column (Myers 1999, Hyyro 2001).
+    Two columns of bits tell the way back: where a pair is among the cheapest, and where a deletion
+    is. 1,024 tokens take 2 ms in place of 600.
+    """
+    n, ones = len(x_0), (1 << len(x_0)) - 1
+    places = {}                                 # token -> the rows that hold it
+    for i, token in enumerate(x_0):
+        places[token] = places.get(token, 0) | 1 << i
+    up, down = ones, 0                          # rows that cost one more, less, than the row above
+    pairs, deletions = [], []
+    for token in x_1:
+        equal = places.get(token, 0)
+        same = ((equal & up) + up ^ up) | equal | down      # as the entry above and to the left
+        right = (down | ~(same | up)) << 1 | 1              # one more than the entry to the left
+        less = (same & up) << 1                             # one less than that
+        up, down = (less | ~(same | right)) & ones, right & same & ones
+        pairs.append(equal | ~same & ones)
+        deletions.append(up)
+    i, j, z_0, z_1 = n, len(x_1), [], []
+    while i or j:
+        pair = i and j and pairs[j - 1] >> i - 1 & 1
+        deletion = i and (j == 0 or deletions[j - 1] >> i - 1 & 1)
+        takes_0, takes_1 = pair or deletion, pair or not deletion
+        z_0.append(x_0[i - 1] if takes_0 else blank)
+        z_1.append(x_1[j - 1] if takes_1 else blank)
+        i, j = i - bool(takes_0), j - bool(takes_1)
+    return z_0[::-1], z_1[::-1]

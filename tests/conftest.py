@@ -80,7 +80,7 @@ def small(text, talk):
     from runs import command
 
     def arguments(script, out_dir, *settings):
-        data = text if script == "train_scratch.py" else talk
+        data = text if script in ("train_scratch.py", "train_edits.py") else talk
         return command(script, out_dir, data, *settings)
 
     return arguments

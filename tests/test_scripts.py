@@ -21,6 +21,7 @@ NAMES = {
     "convert_bert.py": [*RUN, *SIZES, "init_from", "export"],
     "convert_ar.py": [*RUN, *SIZES, "init_from", "objective", "block_length", "export"],
     "finetune_llada.py": [*RUN, "init_from", "lora_rank", "lora_alpha", "plan", "merge"],
+    "train_edits.py": [*RUN, *SIZES, "tokenizer", "init_from"],
     "sample.py": [*CHOSEN, "prompt", "infill", "num_samples", "max_new_tokens", "show", "html",
                   "chat", "serve"],
     "eval.py": [*CHOSEN, "tasks", "limit", "output", "dataset"],
@@ -138,6 +139,17 @@ MISTAKES = {
         ("--cart=2", "cart must be between 0 and 1, got 2.0"),
         ("--init_from=QWEN3", "is an autoregressive model (qwen3): see convert_ar.py"),
         ("--init_from=BERT --seq_len=97", "has a context of 96 tokens", "--seq_len=96"),
+    ],
+    "train_edits.py": [
+        ("--source=noise", "source must be one of nothing, masks, damage, gap, mixed, got 'noise'"),
+        ("--schedule=even", "schedule must be one of linear, cubic, cube, cosine, got 'even'"),
+        ("--seq_len=1", "seq_len must be at least 2, a token to begin with and one of text"),
+        ("--time_features=7", "time_features are pairs of a sine and a cosine"),
+        ("--max_damage=0", "max_damage must be at least 1, got 0"),
+        ("--max_steps=0 --max_minutes=0", "max_steps and max_minutes are both 0"),
+        ("--dataset=FOLDER/robot.jsonl", "holds conversations, and this recipe learns from whole"),
+        ("--init_from=QWEN3", "a qwen3 model that reads from left to right cannot edit"),
+        ("--init_from=LLADA --seq_len=64", "texts grow to twice seq_len 64: take --seq_len=48"),
     ],
     "sample.py": [
         ("--steps=1 --block_length=4 --max_new_tokens=8", "too few for 2 blocks"),
@@ -258,7 +270,7 @@ def test_a_mistake_is_one_line(script, arguments, words, small, checkpoint, fold
     """In this process: tests above start one of its own."""
     arguments = filled(arguments.replace("FOLDER", str(folder)), published)
     start = [script, f"--checkpoint={checkpoint}"]
-    if script in ("train_scratch.py", "convert_bert.py", "convert_ar.py", "finetune_llada.py"):
+    if script not in ("sample.py", "eval.py"):
         start = small(script, tmp_path / "out")
     if script == "eval.py":     # lm-eval without its own 14,000 tasks, which take ten seconds
         ours = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
@@ -288,6 +300,7 @@ TWO_PROCESSES = [
      2e-5, 2e-4),
     ("convert_ar.py", f"{ADAMW} --objective=bd3lm --block_length=8 --anneal_steps=0",
      [ACCUMULATED, BOTH], 2e-5, 2e-4),
+    ("train_edits.py", ADAMW, [ACCUMULATED, BOTH], 2e-5, 2e-5),
     ("finetune_llada.py", "--init_from=LLADA --lora_dropout=0", [PARALLEL, BOTH], 1e-4, 1e-3),
     ("finetune_llada.py", "--init_from=LLADA --lora_dropout=0 --lora_rank=0", [BOTH], 1e-4, 1e-3),
     # Dropout is drawn for each pass, so that here the passes must be the same.
