@@ -252,10 +252,12 @@ def llada2_loss(model, tokens, block_length, maskable=None, t=None, mask=None, c
     if block_length < 1 or T % block_length:
         raise ValueError(f"block_length {block_length} does not divide the {T} tokens of a "
                          "sequence")
+    blocks = T // block_length
     if t is None:
         t = 0.3 + 0.5 * sample_t((B,), generator, eps=0)
-    t = t[:, None] if t.dim() == 1 else t
-    t = times(t.expand(-1, T // block_length), (B, T // block_length), None).to(tokens.device)
+    if t.dim() == 1:
+        t = t[:, None].expand(-1, blocks)
+    t = times(t, (B, blocks), generator).to(tokens.device)                             # [B, blocks]
     each = t.repeat_interleave(block_length, dim=1)                                     # [B, T]
     x_t, mask = corrupt(model, tokens, each, mask, maskable, "linear", generator)
     maskable = torch.ones_like(mask) if maskable is None else maskable.to(tokens.device)

@@ -121,6 +121,7 @@ def test_times_are_in_the_band_and_a_pair_shares_what_is_masked():
 @pytest.mark.parametrize("arguments, words", [
     (dict(block_length=5), "block_length 5 does not divide the 12 tokens"),
     (dict(block_length=4, t=torch.ones(2, 3)), "t must have shape"),
+    (dict(block_length=4, t=torch.ones(3, 2)), "t must have shape"),
     (dict(block_length=4, mask=torch.ones(3, 11) > 0), "mask must have the shape of tokens"),
 ])
 def test_losses_that_cannot_be(arguments, words):
