@@ -20,6 +20,8 @@ import torch  # noqa: E402
 
 from data.loader import TokenDataset  # noqa: E402
 from data.prepare import prepare  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from diffusion import mask_tokens  # noqa: E402
 from model import Transformer  # noqa: E402
 from training.balance import expert_loads  # noqa: E402
 
@@ -34,7 +36,6 @@ RUNS = {
 def train(name, out, minutes, seed, threads, dataset, *more):
     """The last row of the run's log.jsonl; `more`: further arguments of train_scratch.py."""
     folder = out / name
-    log = folder / "log.jsonl"
     command = [sys.executable, "train_scratch.py", *RUNS[name], f"--out_dir={folder}",
                f"--max_minutes={minutes}", f"--seed={seed}", f"--threads={threads}",
                f"--dataset={dataset}", *more]
@@ -44,19 +45,17 @@ def train(name, out, minutes, seed, threads, dataset, *more):
     if not done.exists():
         subprocess.run(command, cwd=ROOT, check=True)
         done.touch()
-    return json.loads(log.read_text().splitlines()[-1])
+    return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
 
 
 @torch.no_grad()
 def loads_of(folder, dataset, windows=64):
     """float [layers, E]: each expert's share of the choices on the validation text."""
     model = Transformer.from_pretrained(folder).train()
-    settings = json.loads((folder / "tokenizer.json").read_text())
-    kind = "bpe" if settings["model"].get("merges") else "byte"
-    data = TokenDataset(prepare(dataset, kind, model.config.vocab_size))
+    data = TokenDataset(prepare(dataset, Tokenizer.from_pretrained(folder)))
     tokens = data.windows("val", model.config.max_len, windows * model.config.max_len)
-    hidden = common.stream("expert loads", 0)
-    mask = torch.rand(tokens.shape, generator=hidden) < 0.5         # as at the time 0.5
+    noise = common.stream("expert loads", 0)
+    mask = mask_tokens(tokens.shape, 0.5, noise)        # as at time 0.5
     model(torch.where(mask, model.config.mask_token_id, tokens))
     return expert_loads(model)
 

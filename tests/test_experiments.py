@@ -4,6 +4,7 @@ import ast
 import pytest
 import torch
 from conftest import ROOT
+from runs import command, succeed
 from scripts import run
 from tiny import publish, tiny_sampler
 
@@ -118,6 +119,18 @@ def test_the_yardsticks_of_mixtures_compute_the_same(monkeypatch):
         published = bench_mixture.reference_blocks(model, [1, 2, 3], 16, threshold)
         assert generate(model, [[1, 2, 3]], 16, block_length=8, threshold=threshold,
                         minimum=1)[0] == published[:19]
+
+
+def test_loads_of_a_small_mixture(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    arguments = command("train_scratch.py", tmp_path / "out", text, *mixture.MIXTURE,
+                        "--max_steps=1", "--tokenizer=bpe", "--vocab_size=300")
+    succeed(run(*arguments))
+    loads = mixture.loads_of(tmp_path / "out", str(text), windows=4)
+    assert loads.shape == (2, 8) and torch.allclose(loads.sum(1), torch.ones(2))
+    mixture.draw({"a": loads}, tmp_path / "loads.png")
+    assert (tmp_path / "loads.png").stat().st_size > 5000
 
 
 def test_decoding_beside_the_teacher(tmp_path):
