@@ -337,15 +337,23 @@ def best_dtype(device):
     """"bfloat16" where the matrix products of this device are faster with it, else "float32"."""
     fast = torch.cpu._is_avx512_bf16_supported()
     if str(device).startswith("cuda"):
-        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_available() and has_bfloat16()
     return "bfloat16" if fast else "float32"
+
+
+def has_bfloat16():
+    """Whether this GPU multiplies in bfloat16 itself: Nvidia's since Ampere."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def matrix_dtype(device, dtype):
     """torch.float32 or torch.bfloat16 for the setting "float32", "bfloat16" or "auto"
-    (`best_dtype`)."""
+    (`best_dtype`). Raises ValueError."""
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
+    if dtype == "bfloat16" and str(device).startswith("cuda") and not has_bfloat16():
+        raise ValueError(f"{torch.cuda.get_device_name()} does not multiply in bfloat16: take "
+                         "--dtype=float32")
     return getattr(torch, best_dtype(device) if dtype == "auto" else dtype)
 
 

@@ -34,17 +34,18 @@ from pretrained.config import read_config
 from pretrained.export import save
 from pretrained.hub import model_folder
 from pretrained.load import fill, open_checkpoint
-from pretrained.tensors import gathered
+from pretrained.tensors import gathered, put_rows
 from pretrained.tiny import tiny_config, tiny_model
-from training.lora import (add_lora, holds_a_run, init_lora, name_of_base, published_modules,
-                           save_adapter)
+from training import nf4
+from training.lora import (add_lora, freeze_in_4_bits, holds_a_run, init_lora, name_of_base,
+                           published_modules, save_adapter)
 from training.memory import report
 from training.merge import check_target, write_merged
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
 from training.sharding import check_ranks_agree, shard
-from training.state import make_folder
+from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
 # run
@@ -59,6 +60,7 @@ dtype = common.best_dtype(common.given("device", device))   # of frozen weights 
 compile = False             # torch.compile
 checkpointing = True       # keep only the blocks' inputs for the backward pass: slower, less memory
 fsdp = True                 # with torchrun: spread all weights over the processes (FSDP2)
+replicas = 1                # copies of the model, each spread over processes / replicas (HSDP)
 threads = 0                 # CPU threads; 0: torch's choice
 wandb = ""                  # a project of Weights & Biases that gets the rows of log.jsonl as well
 # plan
@@ -75,6 +77,7 @@ lora_rank = 64              # of the adapters; 0 trains everything
 lora_alpha = 64.0           # they count lora_alpha / lora_rank times
 lora_dropout = 0.0          # of their input
 lora_targets = "q,k,v,o,gate,up,down"   # the matrices that get one
+base_bits = 16              # 16: the base as dtype says; 4: NF4 (QLoRA), for LoRA on small GPUs
 cart = 0.0            # p of Dream's weights that look at the neighbours (0.1 there); 0: LLaDA's 1/t
 # models that write in blocks
 t_low = 0.3                 # times of the noise are uniform between this one
@@ -106,11 +109,17 @@ settings = common.override(globals())
 # ---- process -------------------------------------------------------------------------------------
 common.check(
     settings,
-    at_least_1=["seq_len", "batch_size", "grad_accum", "eval_sequences", "final_eval_sequences"],
+    at_least_1=["seq_len", "batch_size", "replicas", "grad_accum", "eval_sequences",
+                "final_eval_sequences"],
     positive=["learning_rate", "epochs"],
     not_negative=["lora_rank", "cap_weight", "weight_decay", "grad_clip", "warmup", "max_steps",
                   "max_minutes", "eval_interval", "sample_tokens", "ranks", "memory_gb"],
     block_weights=["mean", "bound"], decay=["linear", "cosine"])
+if base_bits not in (4, 16):
+    raise ValueError(f"base_bits must be 16 (the base as dtype says) or 4 (NF4), got {base_bits}")
+if base_bits == 4 and not lora_rank:
+    raise ValueError("base_bits=4 freezes the base, and lora_rank=0 leaves nothing to learn: set "
+                     "lora_rank")
 if not 0 <= cart <= 1:
     raise ValueError(f"cart must be between 0 and 1, got {cart}")
 if not 0 <= t_low < t_high <= 1:
@@ -123,8 +132,16 @@ if plan:
 device, rank, world_size = common.init_process(device, threads)
 compute = common.matrix_dtype(device, dtype)
 sharded = fsdp and world_size > 1
+if world_size % replicas:
+    raise ValueError(f"replicas must divide the {world_size} processes, got {replicas}")
+if base_bits == 4:
+    nf4.library()                       # fail early if the package is missing
+    if sharded:
+        raise ValueError("a 4-bit base is not spread over processes: add --fsdp=False, and each "
+                         "has it whole")
 check_target("out_dir", out_dir, init_from)
 folder = make_folder(out_dir)
+resume = settings["resume"] = resumes(resume, folder)
 if merge:
     check_target("merge", merge, init_from, out_dir)
     if not resume and holds_a_run(folder):
@@ -204,13 +221,16 @@ if config.eos_token_id is None:
 if lora_rank:
     add_lora(model, lora_rank, lora_alpha, lora_dropout, lora_targets)
     published_modules(model)                # fail early: a family without names for its adapters
+if base_bits == 4:
+    freeze_in_4_bits(model)
 model.checkpoint_blocks = checkpointing
 if compile:
     model.compile_blocks()
 if sharded:
-    shard(model, device, compute)
+    shard(model, device, compute, replicas)
 # Of a sharded model each process reads the rows that belong to it.
-fill(model, weights, device, compute if lora_rank else torch.float32)
+fill(model, weights, device, compute if lora_rank else torch.float32,
+     nf4.put_packed if base_bits == 4 else put_rows)
 if lora_rank:
     init_lora(model, seed)
 model.train()
@@ -225,8 +245,8 @@ learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
 optimizers = make_optimizers(model, "adamw", learning_rate, beta2=beta2, weight_decay=weight_decay)
 must_match = {name: settings[name] for name in (
     "init_from", "seq_len", "padding", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
-    "cart", "t_low", "t_high", "complement", "block_weights", "cap_weight", "weight_decay", "beta2",
-    "seed")}
+    "base_bits", "cart", "t_low", "t_high", "complement", "block_weights", "cap_weight",
+    "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * slices
 

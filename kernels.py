@@ -80,7 +80,9 @@ def attend(q, k, v, visible=None, causal=False):
     H, S, C = q.shape[1:]
     G, T = k.shape[1:3]
     if isinstance(visible, BlockMask):
-        return flex_attention(q, k, v, block_mask=visible, enable_gqa=H != G)
+        # Under autocast a norm may have made q and k float32, which only this kernel minds.
+        return flex_attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=visible,
+                              enable_gqa=H != G)
     if isinstance(visible, list):
         return attend_tiles(q, k, v, visible)
     small_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S * T <= 2**16

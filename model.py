@@ -192,7 +192,7 @@ class Config:
                 if type(value) is not int or not low <= value <= 10**9:
                     raise ValueError(f"{name} must be a whole number from {low} to 10**9, got "
                                      f"{value!r}")
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e30):
+            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e18):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
             is_share = name == "rope_share" or field.type == float | None
             if is_share and (type(value) not in (int, float) or not 0 <= value <= 1):
@@ -688,11 +688,15 @@ class Transformer(nn.Module):
         from pretrained.export import save
         save(self, folder)
 
-    def export_pretrained(self, folder):
+    def export_pretrained(self, folder, gguf=False):
         """Write the published layout of the model's family, which the family's own code loads; a
-        model of our own family becomes a Qwen3."""
+        model of our own family becomes a Qwen3.
+
+        gguf  True or "f16", "bf16", "q8_0": the file model-KIND.gguf for llama.cpp instead; its
+              path is returned.
+        """
         from pretrained.export import export
-        export(self, folder)
+        return export(self, folder, gguf)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,13 @@ html = ""                   # write the run to this file: a page with a slider o
 # machine
 device = "cuda" if torch.cuda.is_available() else "cpu"     # or mps
 dtype = "auto"      # of the weights: float32, bfloat16; auto: as stored, where that is fast here
+weights = "full"            # int8: matrices in 8 bits, on a CPU: half of bfloat16's memory
 threads = 0                 # CPU threads; 0: torch's choice
 settings = common.override(globals())
 
 # ---- process -------------------------------------------------------------------------------------
-common.check(settings, at_least_1=["num_samples"], not_negative=["max_new_tokens", "pause"])
+common.check(settings, at_least_1=["num_samples"], not_negative=["max_new_tokens", "pause"],
+             weights=["full", "int8"])
 modes = [prompt, infill, chat, serve]
 if sum(map(bool, modes)) > 1:
     raise ValueError("choose one of --prompt, --infill, --chat and --serve")
@@ -80,7 +82,8 @@ for stream in (sys.stdin, sys.stdout):
 device, *_ = common.init_process(device, threads)
 
 # ---- model ---------------------------------------------------------------------------------------
-sampler = Sampler.load(checkpoint, device, common.weights_dtype(device, dtype), adapter)
+sampler = Sampler.load(checkpoint, device, common.weights_dtype(device, dtype), adapter,
+                       weights)
 if chat and sampler.grid is not None:
     raise ValueError(f"{checkpoint} writes grids, it cannot chat: give it a puzzle by --infill")
 if chat:

@@ -83,7 +83,8 @@ class TokenDataset:
     """A prepared data set: `train` and `val` (np.memmap of ids), `vocab_size`, `mask_token_id`,
     `eos_token_id`, `fingerprint` (a hash of all ids: equal means the same data set),
     `document_length` (tokens of each document where all have the same number, as Sudoku grids do;
-    else 0) and `meta` (all of meta.json).
+    else 0), `longest_document` (tokens, its end of text included; 0 if unknown) and `meta` (all of
+    meta.json).
 
     Raises FileNotFoundError and ValueError for a folder that is missing, truncated or of another
     format.
@@ -96,6 +97,7 @@ class TokenDataset:
         self.mask_token_id = self.meta["mask_token_id"]
         self.eos_token_id = self.meta["eos_token_id"]
         self.document_length = self.meta.get("document_length", 0)
+        self.longest_document = self.meta.get("longest_document", 0)
         for split in SPLITS:
             ids, self.vocab_size = open_tokens(self.folder / f"{split}.bin")
             found = (len(ids), self.vocab_size)
@@ -105,6 +107,7 @@ class TokenDataset:
                                  f"vocabulary), {found} against {expected}: delete it and prepare "
                                  "again")
             setattr(self, split, ids)
+        self._begins = {}               # what `beginnings` found, by split and T
 
     def bytes_per_token(self, split):
         """UTF-8 bytes of text per token; nats per token / this / ln 2 = bits per byte. Separators
@@ -116,18 +119,18 @@ class TokenDataset:
         same arguments.
 
         An epoch cuts the split, from a random offset, into windows of T tokens and visits them in a
-        random order, each once. Where all documents have one length and T is that length, or a
-        multiple of it, there is no offset: windows are whole documents. No two ranks see the same
-        window in a step, unless a step takes more windows than there are. With gradient
-        accumulation pass micro_step * world_size + rank as rank, and grad_accum * world_size as
-        world_size. Raises ValueError when the split is shorter than T.
+        random order, each once. Where documents fit into T, its windows are those that `beginnings`
+        gives instead. No two ranks see the same window in a step, unless a step takes more windows
+        than there are. With gradient accumulation pass micro_step * world_size + rank as rank, and
+        grad_accum * world_size as world_size. Raises ValueError when the split is shorter than T.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} but world_size {world_size}: pass the number of "
                              "slices of a step")
         ids = self._long_enough(split, seq_len)
-        if self.document_length and seq_len % self.document_length == 0:
-            num_windows, num_offsets = len(ids) // seq_len, 1
+        begins = self.beginnings(split, seq_len)
+        if begins is not None:
+            num_windows, num_offsets = len(begins), 1
         else:                                   # as many windows as fit for every offset below T
             num_windows = max(1, (len(ids) - seq_len + 1) // seq_len)
             num_offsets = min(seq_len, len(ids) - num_windows * seq_len + 1)
@@ -137,17 +140,46 @@ class TokenDataset:
         offset, order = _epoch_order(num_windows, num_offsets, epoch_seed)
         first = (step * world_size + rank) * batch_size
         windows = order[np.arange(first, first + batch_size) % num_windows]             # [B]
-        positions = offset + seq_len * windows[:, None] + np.arange(seq_len)            # [B, T]
-        return torch.from_numpy(ids[positions].astype(np.int64))
+        starts = offset + seq_len * windows if begins is None else begins[windows]      # [B]
+        return self._cut(ids, starts, seq_len)
 
     def windows(self, split, seq_len, max_tokens=None):
-        """Consecutive windows from the split's start, for evaluation: int64 [N, T], N * T <=
-        max_tokens or N = 1."""
+        """Windows from the split's start on, for evaluation: int64 [N, T], N * T <= max_tokens or
+        N = 1. None overlaps another; they are consecutive but where documents fit into T."""
         ids = self._long_enough(split, seq_len)
-        n = len(ids) // seq_len
+        begins = self.beginnings(split, seq_len)
+        if begins is None:
+            starts = np.arange(len(ids) // seq_len) * seq_len
+        else:
+            starts = apart(begins, seq_len)
         if max_tokens is not None:
-            n = max(1, min(n, max_tokens // seq_len))
-        return torch.from_numpy(ids[:n * seq_len].astype(np.int64)).view(n, seq_len)
+            starts = starts[:max(1, max_tokens // seq_len)]
+        return self._cut(ids, starts, seq_len)
+
+    def beginnings(self, split, seq_len):
+        """Where windows of T tokens begin with a document, int64 [N]; None where documents are
+        longer than T and have to be cut.
+
+        Documents that all have one length are taken whole, one behind the other. Others begin
+        behind the end of text of the one before, and that token stands first: it is what a sampler
+        starts from. What is left of T holds the beginning of the next document.
+        """
+        ids = self._long_enough(split, seq_len)
+        if self.document_length and seq_len % self.document_length == 0:
+            return np.arange(len(ids) // seq_len) * seq_len
+        if self.eos_token_id is None or not 0 < self.longest_document < seq_len:
+            return None
+        if (split, seq_len) not in self._begins:
+            ends = positions_of(ids, self.eos_token_id)
+            self._begins[split, seq_len] = ends[ends + seq_len <= len(ids)]
+        begins = self._begins[split, seq_len]
+        return begins if len(begins) else None
+
+    @staticmethod
+    def _cut(ids, starts, seq_len):
+        """The windows that begin at `starts`, int64 [N, T]."""
+        positions = starts[:, None] + np.arange(seq_len)
+        return torch.from_numpy(ids[positions].astype(np.int64))
 
     def _long_enough(self, split, seq_len):
         """The ids of a split. ValueError if it has no sequence of this length."""
@@ -158,6 +190,23 @@ class TokenDataset:
             raise ValueError(f"the {split} split of {self.meta['name']} has {len(ids):,} tokens, "
                              f"a sequence {seq_len:,}: take a smaller seq_len or more text")
         return ids
+
+
+def positions_of(ids, token, block=2**24):
+    """Where a token stands in ids, int64 [N]; a block at a time, for ids may be larger than RAM."""
+    found = [start + np.flatnonzero(ids[start:start + block] == token)
+             for start in range(0, len(ids), block)]
+    return np.concatenate(found)
+
+
+def apart(begins, seq_len):
+    """Those of ascending starts, from the first on, whose windows do not overlap."""
+    kept, end = [], 0
+    for begin in begins.tolist():
+        if begin >= end:
+            kept.append(begin)
+            end = begin + seq_len
+    return np.array(kept)
 
 
 @functools.lru_cache(maxsize=4)

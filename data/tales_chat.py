@@ -31,17 +31,13 @@ WHERE = {
     "go": ("Where did {A} go with {T:the}?", "{A} went {P:to}."),
     "meet": ("Where did {A} meet {B:him}?", "{A} met {B:him} {P:at}."),
     "forget": ("Where did {A} leave {T:the}?", "{A} left {T:the} {P:at}."),
-    "drop": ("Where did {A} lose {T:the}?", "{A} lost {T:the} {P:at}."),
     "blow": ("Where did the wind blow {T:the}?", "The wind blew {T:the} {P:to}."),
     "find_again": ("Where did {A} find {T:the}?", "{A} found {T:the} {P:at}."),
     "search": ("Where did {B} find {T:the}?", "{B} found {T:the} {P:at}."),
     "find_for": ("Where did {B} find {T:the}?", "{B} found {T:the} {P:at}."),
-    "find_secretly": ("Where did {B} find {T:the}?", "{B} found {T:the} {P:at}."),
     "hide": ("Where did {A} hide {T:the}?", "{A} hid {T:the} {P:at}."),
-    "hide_asleep": ("Where did {B} hide {T:the}?", "{B} hid {T:the} {P:at}."),
     "snatch": ("Where did {X} run with {T:the}?", "It ran {P:to}."),
     "stuck": ("Where was {X}?", "The {X:noun} was {P:at}."),
-    "wait": ("Where did {A} wait for {B:him}?", "{A} waited {P:at}."),
 }
 WHO = {
     "find_for": ("Who found {T:the}?", "{B} found {T:the}."),
@@ -52,38 +48,24 @@ WHO = {
     "mend_own": ("Who mended {T:the}?", "{A} mended {T:the}."),
     "help_mend": ("Who mended {T:the}?", "{B} mended {T:the}."),
     "mend_vowed": ("Who mended {T:the}?", "{B} mended {T:the}."),
-    "mend_wronged": ("Who mended {T:the}?", "{B} mended {T:the}."),
-    "wash": ("Who cleaned {T:the}?", "{A} cleaned {T:the}."),
-    "wash_for": ("Who cleaned {T:the}?", "{B} cleaned {T:the}."),
     "take": ("Who took {T:the}?", "{B} took {T:the}."),
-    "take_asleep": ("Who took {T:the}?", "{B} took {T:the}."),
     "snatch": ("Who took {T:the}?", "{X} took {T:the}."),
-    "win": ("Who won the race?", "{B} won the race."),
-    "win_own": ("Who won the race?", "{A} won the race."),
     "rescue": ("Who saved {X}?", "{A} saved {X}."),
     "promise": ("Who made a promise?", "{B} made a promise."),
     "lend": ("Who lent {T:the} to {B:him}?", "{A} lent {T:the} to {B:him}."),
-    "lend_promised": ("Who lent {T:the} to {B:him}?", "{A} lent {T:the} to {B:him}."),
     "admire": ("Who liked {T:the}?", "{B} liked {T:the}."),
 }
 # What somebody did with a thing: the person who did it, and the sentence.
 DEEDS = {
-    "give": "{A} gave {T:the} to {B:him}.",
     "present": "{A} gave {T:the} to {B:him} as a present.",
     "lend": "{A} lent {T:the} to {B:him}.",
-    "lend_promised": "{A} lent {T:the} to {B:him}.",
-    "relent": "{A} lent {T:the} to {B:him}.",
-    "share": "{A} shared {T:the} with {B:him}.",
     "share_after_all": "{A} shared {T:the} with {B:him}.",
-    "sell": "{A} sold {T:the} to {B:him}.",
     "trade": "{A} traded {T:the} for {U:the}.",
     "hide": "{A} hid {T:the} {P:at}.",
     "break_own": "{A} broke {T:the}.",
     "mend_own": "{A} mended {T:the}.",
-    "wash": "{A} cleaned {T:the}.",
     "paint": "{A} painted {T:the} {C}.",
     "forget": "{A} left {T:the} {P:at}.",
-    "drop": "{A} lost {T:the} {P:at}.",
     "find_again": "{A} found {T:the}.",
     "make": "{A} made {T:the}.",
     "buy": "{A} bought {T:the}.",
@@ -92,13 +74,10 @@ DEEDS = {
 HAPPENED = DEEDS | {
     "admire": "{B} liked {T:the}.",
     "birthday": "It was the birthday of {B:name}.",
-    "muddy": "{T:The} got dirty.",
     "idea": "{A} wanted to paint {T:the}.",
     "blow": "The wind blew {T:the} {P:to}.",
     "snatch": "{X:a} took {T:the}.",
     "stuck": "{A} found {X:a}.",
-    "sleep": "{A} fell asleep.",
-    "invite": "{A} wanted to meet {B:him} {P:at}.",
 }
 
 
@@ -115,7 +94,7 @@ class Question:
 def phrase(event, template, roles):
     """A template, in the notation of the table of events, for what happened to whom. Persons have
     their names, but for a second mention."""
-    genders = tuple(GENDER[roles[role]] for role in roles_of(template, "ABD"))
+    genders = tuple(GENDER[roles[role]] for role in roles_of(template, "AB"))
     forms = tuple("noun" for _ in roles_of(template, "TU"))
     one = pattern(event, template, genders, (), False, forms)
     spelled = []
@@ -221,11 +200,10 @@ def reasons():
     found = {}
     for event in EVENTS:
         for line in event.moods:
-            who, clauses = line.split(":", 1)
+            who, clause = line.split(": ")
             role, *moods = who.split()
             for mood in moods:
-                clause = clauses.split(" | ")[0].strip()
-                found[f"{event.name}_{role}_{mood}"] = (event, role, MOODS[mood][0][0], clause)
+                found[f"{event.name}_{role}_{mood}"] = (event, role, MOODS[mood][0], clause)
     return found
 
 

@@ -1,6 +1,6 @@
 """What can happen next in a tale: facts, and what the events make of them.
 
-The machine knows no names and no words. It calls the persons a b c, the things t u, the animal x,
+The machine knows no names and no words. It calls the persons a b, the things t u, the animal x,
 the places p q r and home, in the order in which they come up; a state is a frozenset of facts such
 as ("has", "a", "t"). So there are few states, `options` remembers what each of them leads to, and
 one machine serves whoever tells a tale and whoever checks one.
@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 
 from data.tales_events import EVENTS, FRESH, OPEN, URGENT, Event, feeling_fact
 
-KINDS = {"A": "person", "B": "person", "D": "person", "T": "thing", "U": "thing", "X": "animal",
-         "P": "place", "Q": "place", "V": "anywhere", "W": "anywhere", "Z": "anywhere",
-         "C": "colour"}
-LETTERS = {"person": ("a", "b", "c"), "thing": ("t", "u"), "animal": ("x",),
+KINDS = {"A": "person", "B": "person", "T": "thing", "U": "thing", "X": "animal", "P": "place",
+         "V": "anywhere", "W": "anywhere", "Z": "anywhere", "C": "colour"}
+LETTERS = {"person": ("a", "b"), "thing": ("t", "u"), "animal": ("x",),
            "place": ("p", "q", "r"), "anywhere": ("p", "q", "r", "home")}
 START = frozenset({("start",), ("nobody",)})
 
@@ -68,8 +67,6 @@ def parse_event(event):
             forbids.append(parse_fact(text.removeprefix("not ")))
         elif words[0] == "calm":
             calm = OPEN - set(words[2:])
-        elif words[0] == "whole":
-            forbids += [("broken", words[1]), ("dirty", words[1])]
         elif words[1:2] == ["with"]:
             needs += [("at", words[0], "Z"), ("at", words[2], "Z")]
         else:

@@ -35,7 +35,7 @@ class Scene:
 
     def may_say_they(self, letters):
         """Whether "they" can only mean these two."""
-        known = [letter for letter in "abc" if letter in self.words]
+        known = [letter for letter in "ab" if letter in self.words]
         both = {letters["A"], letters["B"]}
         return both == set(known) or both == set(self.persons)
 

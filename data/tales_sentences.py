@@ -26,7 +26,7 @@ from data.tales_world import (
 )
 
 SLOT = re.compile(r"{([A-Z]+)(?::(\w+))?}")
-PERSONS = "ABD"
+PERSONS = "AB"
 GENDERS = ("girl", "boy")
 THING_FORMS = ("noun", "full", "it")
 
@@ -97,7 +97,7 @@ def pattern(event, way, genders, pronouns, they, thing_forms):
     # Who is only called by name in what somebody says is not whom "he" means afterwards.
     order = tuple(sorted(persons, key=lambda role: role in writer.called))
     return Pattern(event, "".join(writer.text), tuple(writer.fills), tuple(zip(persons, genders)),
-                   pronouns, they, it, order, things, writer.animals, roles_of(way, "PQ"))
+                   pronouns, they, it, order, things, writer.animals, roles_of(way, "P"))
 
 
 class Writer:
@@ -304,8 +304,7 @@ class Reading:
 
 
 SAMPLES = {"girl": dict(zip(PERSONS, GIRLS)), "boy": dict(zip(PERSONS, BOYS)),
-           "T": ("kite", "orange"), "U": ("drum", "red"), "P": "barn", "Q": "forest", "X": "dog",
-           "C": "blue"}
+           "T": ("kite", "orange"), "U": ("drum", "red"), "P": "barn", "X": "dog", "C": "blue"}
 
 
 @functools.lru_cache(maxsize=1)

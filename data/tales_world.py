@@ -38,28 +38,19 @@ ANIMALS = ("dog", "cat", "goat", "monkey", "goose", "pig", "fox", "donkey")
 
 # mood: (what one is, what one does)
 MOODS = {
-    "glad": (("happy", "glad"),
-             ("laughed", "smiled", "danced with joy", "clapped {W:his} hands")),
-    "sad": (("sad", "unhappy"),
-            ("cried", "sighed", "sat down and cried", "could not smile any more")),
-    "angry": (("angry", "cross"),
-              ("shouted", "stamped {W:his} foot", "frowned", "shook {W:his} head")),
-    "scared": (("scared", "afraid"),
-               ("screamed", "shook all over", "held {W:his} breath", "turned pale")),
-    "proud": (("proud",),
-              ("smiled from ear to ear", "stood very tall", "could not stop singing",
-               "whistled a song")),
-    "sorry": (("sorry", "ashamed"),
-              ("turned red", "looked at the ground", "hung {W:his} head", "did not say a word")),
+    "glad": ("happy", "laughed"),
+    "sad": ("sad", "cried"),
+    "angry": ("angry", "stamped {W:his} foot"),
+    "scared": ("scared", "shook all over"),
+    "proud": ("proud", "smiled from ear to ear"),
+    "sorry": ("sorry", "turned red"),
 }
 # The ways to tell a mood; {why} is a clause of the event that caused it.
-FRAMES_WITH_WHY = ("{W} was {mood}, because {why}.",
-                   "{W} felt {mood}, because {why}.",
-                   "{W} was very {mood}, because {why}.")
-FRAMES_WITH_ACT = ("{W} {act}, because {why}.",)
-FRAMES_ALONE = ("That made {W:him} {mood}.",
-                "How {mood} {W} was!")
-FRAMES_OF_BOTH = ("{W} was so {mood} that {W} {act}.",)
+MOOD_FRAMES = ("{W} was {mood}, because {why}.",
+               "{W} felt {mood}, because {why}.",
+               "{W} {act}, because {why}.",
+               "That made {W:him} {mood}.",
+               "How {mood} {W} was!")
 
 
 def with_article(adjective, noun):

@@ -43,6 +43,7 @@ class TokenWriter:
         self.tokens = self.bytes = self.documents = 0
         self.begin = 0                  # of the document that is being written
         self.document_lengths = set()   # in tokens, of the documents so far; two differ: enough
+        self.longest = 0                # of the documents so far, tokens
         self.hash = hashlib.sha256()
 
     def write(self, text, ids):
@@ -59,8 +60,10 @@ class TokenWriter:
 
     def end_document(self):
         self.documents += 1
+        length = self.tokens - self.begin
+        self.longest = max(self.longest, length)
         if len(self.document_lengths) < 2:
-            self.document_lengths.add(self.tokens - self.begin)
+            self.document_lengths.add(length)
         self.begin = self.tokens
 
     def close(self):
@@ -216,6 +219,7 @@ def write_meta(folder, writers, tokenizer, facts):
         "mask_token_id": tokenizer.mask_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "document_length": common_length(lengths),
+        "longest_document": max(writer.longest for writer in writers.values()),
         **counts,       # tokens count the end of each document; bytes are the text's in UTF-8 alone
         "fingerprint": fingerprint[:16],
         "versions": {"format": VERSION, "python": platform.python_version(),

@@ -144,7 +144,14 @@ def load():
 
 def loading_memory(layout, stored, loaded, megabytes):
     """(bytes of the weights as loaded, peak bytes of loading them above what the imports took), in
-    a process of its own. Mapped pages of files count.
+    a process of its own. Mapped pages of files count."""
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_checkpoint(folder, layout, stored, loaded, megabytes)
+        return size, in_own_process(peaks_of_loading, [(folder, loaded)])[0]
+
+
+def write_checkpoint(folder, layout, stored, loaded, megabytes):
+    """Bytes of its weights as loaded, about `megabytes` of them.
 
     layout: "single" file, "sharded" into four, or "tied" (one file; head and embedding are one
     matrix). stored, loaded: names of dtypes.
@@ -155,15 +162,12 @@ def loading_memory(layout, stored, loaded, megabytes):
     dim = round((megabytes * 1e6 / size / (8 * 12 + 100)) ** 0.5 / 64) * 64
     config = Config(vocab_size=(100 if tied else 50) * dim, dim=dim, n_layers=8,
                     n_heads=dim // 64, hidden_dim=8 * dim // 3, tie_embeddings=tied)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with torch.no_grad():
         model = Transformer(config).init_weights().to(getattr(torch, stored))
         model.save_pretrained(folder)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        if layout == "sharded":
-            cut_into_shards(folder, model.state_dict(), shards=4)
-        del model
-        peak = in_own_process(peak_of_loading, folder, loaded)
-    return count * size, peak
+    if layout == "sharded":
+        cut_into_shards(folder, model.state_dict(), shards=4)
+    return sum(parameter.numel() for parameter in model.parameters()) * size
 
 
 def cut_into_shards(folder, weights, shards):
@@ -181,10 +185,14 @@ def cut_into_shards(folder, weights, shards):
     Path(folder, "model.safetensors.index.json").write_text(index)
 
 
-def peak_of_loading(folder, dtype):
-    """Bytes above what this process had; the model is still there when they are read."""
-    before = memory("VmRSS")
-    model = Transformer.from_pretrained(folder, dtype=getattr(torch, dtype))
-    peak = memory("VmHWM")
-    del model
-    return peak - before
+def peaks_of_loading(checkpoints):
+    """What `loading_memory` measures of each (folder, name of a dtype), in this process: bytes
+    above what it had; the model is still there when they are read."""
+    peaks = []
+    for folder, dtype in checkpoints:
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")       # the high-water mark starts here
+        model = Transformer.from_pretrained(folder, dtype=getattr(torch, dtype))
+        peaks.append(memory("VmHWM") - before)
+        del model
+    return peaks

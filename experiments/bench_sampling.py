@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from data.tokenizer import Tokenizer
-from experiments.timing import ROOT, interleaved, memory
+from experiments.timing import ROOT, in_own_process, interleaved, memory
 from model import Cache, Config, Transformer
 from sampling.engine import generate
+from sampling.int8 import load_int8
 
 BLOCK = 32          # tokens of a block
 
@@ -79,9 +80,11 @@ def published_cache_loop(model, prompt, new_tokens, kind):
 @torch.inference_mode()
 def sample(part="all", tokens="128"):
     """LLaDA's sampler, V 126464, D 256, 4 layers, prompt 64, 128 tokens in as many steps, blocks of
-    32; `sample published|cache|batch [tokens]`."""
+    32; `sample published|cache|batch [tokens]`; `sample int8` is another model, of 1 B."""
     parts = {"published": sample_published, "cache": sample_cache, "batch": sample_batch}
-    if part in parts:
+    if part == "int8":
+        sample_int8(int(tokens))
+    elif part in parts:
         parts[part](int(tokens))
     else:
         for function in parts.values():
@@ -162,6 +165,46 @@ def compare_batches(model, prompt, tokens, cache):
 
     functions = {"one": lambda: run(1), "eight": lambda: run(8)}
     return interleaved(functions, rounds=3, warmup=1)
+
+
+def sample_int8(tokens):
+    """A LLaDA of 1 B random weights, prompt 64: `--weights=int8` beside bfloat16 and float32, the
+    same blocks; memory of the process when the model is there and when it has sampled."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Transformer(Config(**ONE_BILLION)).to(torch.bfloat16)
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+        made.export_pretrained(folder)
+        del made
+        for weights, dtype in (("int8", "float32"), ("full", "bfloat16"), ("full", "float32")):
+            found = in_own_process(int8_figures, folder, weights, dtype, tokens,
+                                   torch.get_num_threads())
+            print(f"{weights:5} {dtype:9} {found['loaded'] / 1e9:5.2f} GB, "
+                  f"{found['peak'] / 1e9:5.2f} GB at most, {found['tokens_per_s']:6.2f} tokens/s",
+                  flush=True)
+
+
+ONE_BILLION = dict(family="llada", vocab_size=32000, dim=2048, n_layers=18, n_heads=16,
+                   hidden_dim=5632, max_len=1024, qk_norm=False, mask_token_id=31999)
+
+
+@torch.inference_mode()
+def int8_figures(folder, weights, dtype, tokens, threads):
+    """Memory and speed of a model of `sample_int8`."""
+    torch.set_num_threads(threads)
+    dtype = getattr(torch, dtype)
+    if weights == "int8":
+        model = load_int8(folder, "cpu", dtype)
+    else:
+        model = Transformer.from_pretrained(folder, dtype=dtype)
+    loaded = memory("VmRSS")
+    prompt = random_prompt(64, 31000)
+    generate(model, [prompt], 8, 2, 8)                                              # warm-up
+    begin = time.perf_counter()
+    generate(model, [prompt], tokens, tokens, min(BLOCK, tokens), cache="dual")
+    seconds = time.perf_counter() - begin
+    return {"loaded": loaded, "peak": memory("VmHWM"), "tokens_per_s": tokens / seconds}
 
 
 # --------------------------------------------------------------------------------------------------

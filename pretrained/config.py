@@ -87,7 +87,12 @@ def read_published(raw):
 def read_gguf(file):
     """`read_config` for a GGUF file: its metadata become the config.json that its family would
     have. Raises ValueError."""
-    header = gguf.read_whole_header(file)
+    return config_of_header(gguf.read_whole_header(file))
+
+
+def config_of_header(header):
+    """`read_gguf` of a header."""
+    file = header.file
     name = gguf.family_of(header)
     fields, where = gguf.config_fields(header)
     family = FAMILIES[name]
@@ -107,7 +112,8 @@ def read_gguf(file):
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     for field, value in fields.items():
-        if not field.endswith("_token_id") and getattr(config, field) != value:
+        absent = field == "hidden_dim" and not value    # of a mixture without a dense layer
+        if not field.endswith("_token_id") and not absent and getattr(config, field) != value:
             raise ValueError(f"{file}: {field} is {value!r}, a {family.architecture} has "
                              f"{getattr(config, field)!r}")
     return config, {**origin, **where}
@@ -385,7 +391,7 @@ def check_rope_scaling(scaling):
         raise ValueError(f"rope_scaling {kind!r} is not supported (only {', '.join(needs)})")
     for key in needs[kind]:
         value = scaling.get(key)
-        if type(value) not in (int, float) or not 0 < value < 1e30:
+        if type(value) not in (int, float) or not 0 < value < 1e18:
             raise ValueError(f"rope_scaling needs a positive {key}, got {value!r}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("rope_scaling needs low_freq_factor < high_freq_factor")

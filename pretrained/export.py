@@ -24,8 +24,11 @@ def save(model, folder, state=None):
     copy_from_source(model, folder, TOKENIZER_FILES)
 
 
-def export(model, folder):
+def export(model, folder, gguf=False):
     """See Transformer.export_pretrained."""
+    if gguf is not False:
+        from pretrained.gguf_writer import check_kind, write_gguf
+        return write_gguf(model, folder, check_kind(gguf))
     config = publish_config(model.config, model.embed.weight.dtype)
     tensors, parameters = {}, model.state_dict()
     for theirs, ours, transposed in tensor_table(model):

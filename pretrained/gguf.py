@@ -29,7 +29,8 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 # general.architecture -> a key of FAMILIES
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "llada": "llada",
-                 "dream": "Dream"}
+                 "dream": "Dream", "llada-moe": "lladamoe"}
+MIXTURES = ("llada-moe",)           # architectures with experts
 # llama.cpp rotates neighbours, (x_2j, x_2j+1), in these; its converter puts the rows of q and k in
 # that order. Here all rotate (x_j, x_j+C/2).
 INTERLEAVED = ("llama", "llada")
@@ -48,10 +49,15 @@ TENSORS = {
     "blocks.*.mlp.gate": "blk.*.ffn_gate",
     "blocks.*.mlp.up": "blk.*.ffn_up",
     "blocks.*.mlp.down": "blk.*.ffn_down",
+    "blocks.*.mlp.router": "blk.*.ffn_gate_inp",
+    "blocks.*.mlp.gates": "blk.*.ffn_gate_exps",        # all experts in one tensor, as with us
+    "blocks.*.mlp.ups": "blk.*.ffn_up_exps",
+    "blocks.*.mlp.downs": "blk.*.ffn_down_exps",
     "norm": "output_norm",
     "head": "output",
 }
 HEAD = "output.weight"
+Q_NORM = "blk.0.attn_q_norm.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # no weights: how Llama 3 stretches its RoPE
 
 # Config field -> key of the metadata, behind the name of the architecture.
@@ -66,6 +72,12 @@ KEYS = {
     "vocab_size": "vocab_size",
     "norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
+}
+# The same of architectures in MIXTURES alone.
+MIXTURE_KEYS = {
+    "n_experts": "expert_count",
+    "experts_per_token": "expert_used_count",
+    "expert_dim": "expert_feed_forward_length",
 }
 # Keys that are read elsewhere, and keys that change no number here.
 OTHER_KEYS = {
@@ -95,6 +107,7 @@ class Tensor:
     kind: str               # "F32", "Q4_1": a name in gguf.GGMLQuantizationType
     offset: int             # of its first byte in the file
     row_bytes: int          # of shape[-1] numbers
+    values: np.ndarray = None   # of a tensor that is not written yet
 
 
 @dataclass
@@ -406,12 +419,18 @@ def row_order(header, name, num_rows):
     The converter writes head h's rows (x_0, x_C/2, x_1, x_C/2+1, ...) for us to read back as
     (x_0, x_1, ..., x_C/2, ...). Without it nothing fails, and the model talks nonsense.
     """
-    architecture, part = header.architecture, name.split(".")[-2]
-    if architecture not in INTERLEAVED or part not in ("attn_q", "attn_k"):
+    heads = {}
+    if header.architecture in INTERLEAVED:
+        heads = {"attn_q": look_up(header, "n_heads"), "attn_k": look_up(header, "n_kv_heads")}
+    return interleaved_order(heads, name, num_rows)
+
+
+def interleaved_order(heads, name, num_rows):
+    """`row_order`, given the heads of "attn_q" and "attn_k" where they are interleaved."""
+    part = name.split(".")[-2]
+    if part not in heads:
         return None
-    field = "n_heads" if part == "attn_q" else "n_kv_heads"
-    heads = look_up(header, field)
-    return np.arange(num_rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return np.arange(num_rows).reshape(heads[part], -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,7 +450,10 @@ def config_fields(header):
     """({Config field: value}, {Config field: where from}) of a file. Raises ValueError."""
     check_keys(header)
     fields, origin = {}, {}
-    for field, key in KEYS.items():
+    keys = KEYS
+    if header.architecture in MIXTURES:
+        keys = KEYS | MIXTURE_KEYS
+    for field, key in keys.items():
         fields[field] = look_up(header, field)
         key = f"{header.architecture}.{key}"
         origin[field] = f"{key} not given"
@@ -444,6 +466,9 @@ def config_fields(header):
                         "mlp_bias": "blk.0.ffn_gate.bias"}.items():
         fields[field] = name in header.tensors
         origin[field] = f"{name} is {'here' if fields[field] else 'not here'}"
+    if header.architecture in MIXTURES:
+        fields["qk_norm"] = Q_NORM in header.tensors
+        origin["qk_norm"] = f"{Q_NORM} is {'here' if fields['qk_norm'] else 'not here'}"
     fields["tie_embeddings"] = HEAD not in header.tensors
     origin["tie_embeddings"] = f"{HEAD} is {'not here' if fields['tie_embeddings'] else 'here'}"
     for field, key in {"causal": f"{header.architecture}.attention.causal",
@@ -461,6 +486,8 @@ def check_keys(header):
     """ValueError for metadata that ask for what is not known here."""
     prefix = f"{header.architecture}."
     known = {*KEYS.values(), *OTHER_KEYS}
+    if header.architecture in MIXTURES:
+        known |= {*MIXTURE_KEYS.values()}
     for key, value in header.metadata.items():
         if key.startswith(prefix) and key.removeprefix(prefix) not in known and value != 0:
             raise ValueError(f"{header.file}: {key} = {value!r} is not supported")
@@ -469,7 +496,7 @@ def check_keys(header):
 def look_up(header, field):
     """The value of a Config field, or what stands for it where it is not given. Raises
     ValueError."""
-    key = f"{header.architecture}.{KEYS[field]}"
+    key = f"{header.architecture}.{(KEYS | MIXTURE_KEYS)[field]}"
     value = header.metadata.get(key)
     if isinstance(value, list):             # one number a layer
         if len(set(value)) != 1:
@@ -487,6 +514,8 @@ def look_up(header, field):
         return 10000.0
     if field == "vocab_size":
         return len(header.metadata.get("tokenizer.ggml.tokens", []))
+    if field == "hidden_dim" and header.architecture in MIXTURES:
+        return 0                            # no layer is dense
     if field == "head_dim":
         dim, heads = look_up(header, "dim"), look_up(header, "n_heads")
         return dim // heads
@@ -536,7 +565,10 @@ def llama3_scaling(header, fields):
     other = f"{header.file}: {ROPE_FACTORS} is not the table of Llama 3, which alone is supported"
     if tensor.shape != (C // 2,) or tensor.kind != "F32":
         raise ValueError(other)
-    found = read_stored_rows(tensor, 0, 1)[0].astype(np.float64)
+    found = tensor.values
+    if found is None:
+        found = read_stored_rows(tensor, 0, 1)[0]
+    found = found.astype(np.float64)
     if (found == 1).all():
         return None
     scaling = {"rope_type": "llama3", "factor": float(f"{found.max():.6g}"),

@@ -4,6 +4,7 @@ The list of tokens, the merges, the special tokens and the chat template stand i
 rule that splits text does not, only llama.cpp's name for it: PRE_TOKENIZERS has those whose rule is
 known. Any other is refused: with a wrong rule most texts still look right, and numbers do not.
 """
+import json
 from typing import NamedTuple
 
 from tokenizers import (
@@ -195,3 +196,96 @@ def write_tokenizer(file, folder):
             settings["chat_template"] = templates["default"]
     write_atomically(folder / "tokenizer.json", backend.save)
     write_json(folder / "tokenizer_config.json", settings)
+
+
+# --------------------------------------------------------------------------------------------------
+# Write
+
+
+def describe_tokenizer(backend, roles, templates, size, architecture):
+    """{key: value} of a tokenizer for a GGUF: what `read_tokenizer` reads. size: of the model's
+    vocabulary, which unused tokens fill. Raises ValueError for anything but byte-level BPE that
+    splits text by one of PRE_TOKENIZERS."""
+    layout = json.loads(backend.to_str())
+    model = layout["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise ValueError(f"its tokenizer is of the kind {model['type']!r}; only byte-level BPE can "
+                         "be written")
+    tokens = [f"[PAD{index}]" for index in range(size)]
+    kinds = [UNUSED] * size
+    for token, index in model["vocab"].items():
+        put_token(tokens, kinds, index, token, NORMAL)
+    for added in layout["added_tokens"]:
+        kind = CONTROL if added["special"] else USER_DEFINED
+        put_token(tokens, kinds, added["id"], added["content"], kind)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": rule_of(layout, architecture),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    for role, key in ROLES.items():
+        if roles.get(role) is not None:
+            metadata[key] = backend.token_to_id(roles[role])
+    metadata |= frame_of(backend, roles)
+    for name, text in (templates or {}).items():
+        metadata[TEMPLATE if name == "default" else f"{TEMPLATE}.{name}"] = text
+    return metadata
+
+
+def put_token(tokens, kinds, index, token, kind):
+    if index >= len(tokens):
+        raise ValueError(f"its tokenizer has the token {token!r:.80} at {index}, the model only "
+                         f"{len(tokens)} rows")
+    tokens[index], kinds[index] = token, kind
+
+
+def rule_of(layout, architecture):
+    """The name in PRE_TOKENIZERS of how a tokenizer splits text. ValueError where it has none."""
+    first = layout["pre_tokenizer"] or {}
+    splits = []
+    for part in first.get("pretokenizers", [first]):
+        splits += splits_of(part)
+    normalizer = layout["normalizer"]
+    nfc = normalizer == {"type": "NFC"}
+    wanted = PreTokenizer(splits, nfc, layout["model"].get("ignore_merges", False))
+    names = []
+    for name, rule in PRE_TOKENIZERS.items():
+        if rule._replace(adds_bos=False) == wanted and (nfc or normalizer is None):
+            names.append(name)
+    if not names:
+        raise ValueError("its tokenizer splits text by a rule that has no name in llama.cpp which "
+                         "is known here")
+    return architecture if architecture in names else names[0]
+
+
+def splits_of(part):
+    """The regular expressions by which a part of a pre-tokenizer splits. Raises ValueError."""
+    kind = part.get("type")
+    if kind == "ByteLevel" and not part["add_prefix_space"]:
+        return [GPT2_REGEX] if part["use_regex"] else []
+    if kind == "Digits":
+        return [r"\p{N}" if part["individual_digits"] else r"\p{N}+"]
+    is_plain = kind == "Split" and part["behavior"] == "Isolated" and not part["invert"]
+    if is_plain and "Regex" in part["pattern"]:
+        return [part["pattern"]["Regex"]]
+    raise ValueError(f"its tokenizer splits text by {kind}, which a GGUF cannot say")
+
+
+def frame_of(backend, roles):
+    """What the tokenizer puts around a text: whether it begins with BOS and ends with EOS. Raises
+    ValueError for anything else."""
+    around = backend.encode("a").tokens
+    inside = backend.encode("a", add_special_tokens=False).tokens
+    framed = {}
+    for role in ("bos_token", "eos_token"):
+        framed[role] = bool(around) and roles.get(role) == around[0 if role == "bos_token" else -1]
+    begin = [roles["bos_token"]] if framed["bos_token"] else []
+    end = [roles["eos_token"]] if framed["eos_token"] else []
+    if begin + inside + end != around:
+        raise ValueError(f"its tokenizer puts {around} around a text, which a GGUF cannot say")
+    return {"tokenizer.ggml.add_bos_token": framed["bos_token"],
+            "tokenizer.ggml.add_eos_token": framed["eos_token"]}

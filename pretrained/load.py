@@ -264,11 +264,12 @@ def lacks_encoder_head(config, stored):
 # The weights
 
 
-def fill(model, plan, device="cpu", dtype=None):
+def fill(model, plan, device="cpu", dtype=None, put=put_rows):
     """Give the model of `match_tensors` its weights, 4 million numbers at a time; a sharded model
     (FSDP2) reads its own rows only.
 
     dtype: of the weights; None: as the embedding is stored. A tensor with NaN is warned about.
+    put(model, name, rows): what makes the rows read a parameter, instead of `put_rows`.
     Raises ValueError for a copy that differs from its original.
     """
     dtype = dtype or stored_dtype(plan)
@@ -277,7 +278,7 @@ def fill(model, plan, device="cpu", dtype=None):
         if expert is not None:
             fill_expert(model, part, name, expert, device, dtype)
         elif model.get_parameter(name).is_meta:
-            fill_parameters(model, part, device, dtype)
+            fill_parameters(model, part, device, dtype, put)
         else:                               # a copy, or a head that config.json ties
             check_copy(model, part)
     if model.config.tie_embeddings:
@@ -291,7 +292,7 @@ def stored_dtype(plan):
     return next(part.dtype for part in plan if part.ours == ["embed.weight"])
 
 
-def fill_parameters(model, part, device, dtype):
+def fill_parameters(model, part, device, dtype, put=put_rows):
     """Read a stored tensor into the parameters that it becomes."""
     # Published in float32 beside bfloat16 weights: it decides between experts of like scores.
     if part.ours[0].endswith("router_bias"):
@@ -318,7 +319,7 @@ def fill_parameters(model, part, device, dtype):
         if not as_it_is:
             piece = piece[slice(*own_rows(model.get_parameter(our)))]
             piece = piece.clone(memory_format=torch.contiguous_format)
-        put_rows(model, our, piece.to(device))
+        put(model, our, piece.to(device))
 
 
 def fill_expert(model, part, name, expert, device, dtype):

@@ -118,7 +118,8 @@ def own_rows(parameter):
     n, mesh = len(parameter), getattr(parameter, "device_mesh", None)
     if mesh is None:
         return 0, n
-    piece, rank = -(-n // mesh.size()), mesh.get_local_rank()
+    shards = mesh.ndim - 1              # the last dimension; one before it counts copies (HSDP)
+    piece, rank = -(-n // mesh.size(shards)), mesh.get_local_rank(shards)
     return min(n, piece * rank), min(n, piece * (rank + 1))
 
 

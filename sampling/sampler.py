@@ -14,6 +14,7 @@ from diffusion import canvas_mask_id
 from model import Transformer
 from pretrained.hub import find_checkpoint, tokenizer_folder
 from sampling.engine import generate, infill
+from sampling.int8 import load_int8
 from training.lora import load_adapter, merge_lora
 
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")        # [MASK], or [MASK:12] for twelve tokens
@@ -77,17 +78,23 @@ class Sampler:
                 setattr(self.config, role, token)
 
     @classmethod
-    def load(cls, checkpoint, device="cpu", dtype=None, adapter=None):
+    def load(cls, checkpoint, device="cpu", dtype=None, adapter=None, weights="full"):
         """The Sampler of a folder or hub id; an adapter without tokenizer takes its base's.
 
-        adapter: the folder of a LoRA adapter to add to the weights, ours or PEFT's. Raises
-        FileNotFoundError or ValueError.
+        adapter: the folder of a LoRA adapter to add to the weights, ours or PEFT's. weights: "full"
+        or "int8", see int8.py. Raises FileNotFoundError or ValueError.
         """
         if str(checkpoint).startswith("out/") and not Path(checkpoint).is_dir():
             raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py "
                                     "first, or choose another with --checkpoint=...")
         folder = find_checkpoint(checkpoint)
-        model = Transformer.from_pretrained(folder, device=device, dtype=dtype)
+        if weights == "int8" and adapter:
+            raise ValueError("an adapter cannot be added to 8-bit weights: merge it into its base "
+                             "first (finetune_llada.py --merge)")
+        if weights == "int8":
+            model = load_int8(folder, device, dtype)
+        else:
+            model = Transformer.from_pretrained(folder, device=device, dtype=dtype)
         if adapter:
             model = merge_lora(load_adapter(model, adapter))
         tokenizer = Tokenizer.from_pretrained(tokenizer_folder(folder))

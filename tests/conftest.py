@@ -6,11 +6,10 @@ import json
 import os
 import random
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import ROOT, leave_out_what_nobody_reads
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in two processes, see pyproject.toml
 # transformers would import it, pandas and scipy for an assistant of generation that nobody uses
@@ -42,6 +41,13 @@ def prepared_data(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNMASK_DATA", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def haste():
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_what_nobody_reads(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="session")

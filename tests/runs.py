@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -51,6 +53,24 @@ def refused(result, *words):
     assert re.fullmatch(r"error: [^\n]*\n", result.err), result.err
     assert all(word in result.err for word in words), result.err
     return True
+
+
+# --------------------------------------------------------------------------------------------------
+# What it took
+
+
+def cost_of_reading(name):
+    """(bytes of a model's weights, bytes at the peak above what the process had, seconds of CPU) of
+    reading it in this process."""
+    import pretrained.gguf  # noqa: F401 (no part of it)
+    from experiments.timing import memory
+    from model import Transformer
+
+    before, started = memory("VmRSS"), time.process_time()
+    Path("/proc/self/clear_refs").write_text("5")           # the high-water mark starts here
+    model = Transformer.from_pretrained(name)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return size, memory("VmHWM") - before, time.process_time() - started
 
 
 # --------------------------------------------------------------------------------------------------
@@ -106,6 +126,17 @@ def same_run(a, b):
 
 # --------------------------------------------------------------------------------------------------
 # Damage
+
+
+def forget_the_repository():
+    """In a script's process: no module of this repository is imported yet, and none can be but from
+    the folder it was started in."""
+    root = Path(__file__).resolve().parent.parent
+    ours = {path.stem for path in root.iterdir()}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
+            del sys.modules[name]
+    sys.path[:] = [os.getcwd(), *(path for path in sys.path if not path.startswith(str(root)))]
 
 
 class Killer:

@@ -6,6 +6,7 @@ runs from its file, as __main__; its signals, files, streams and exit status are
 process.
 """
 
+import ctypes
 import gc
 import io
 import multiprocessing
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3      # of glibc's malloc.h
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
@@ -28,11 +30,23 @@ _forks.set_forkserver_preload(
         "torch.distributed",
         "torch.nn.parallel",
         "tokenizers",
+        "lm_eval.evaluator",
+        "pytablewriter",
+        "scipy.sparse",
+        "transformers.utils",
         "diffusion",
         "data.prepare",
+        "evaluation.harness",
+        "pretrained.export",
         "pretrained.load",
+        "pretrained.tiny",
+        "sampling.sampler",
+        "sampling.terminal",
+        "sampling.trace",
+        "training.memory",
+        "training.merge",
+        "training.run",
         "training.sharding",
-        "lm_eval.evaluator",
         "scripts",
     ]
 )
@@ -152,24 +166,57 @@ def run_here(script, *arguments):
     return Result(status, *said)
 
 
+def in_fork(function, *arguments):
+    """function(*arguments) in a process of its own whose peak of memory is its own, as
+    `in_own_process` of experiments/timing.py gives it, but a fork of the server: it need not import
+    torch. What it frees goes back to the system at once. EOFError where it dies."""
+    ours, theirs = _forks.Pipe(duplex=False)
+    process = _forks.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def _answer(connection, function, arguments):
+    libc = ctypes.CDLL(None)
+    for option, value in ((M_MMAP_THRESHOLD, 65536), (M_TRIM_THRESHOLD, 65536), (M_TOP_PAD, 0)):
+        libc.mallopt(option, value)
+    libc.malloc_trim(0)
+    connection.send(function(*arguments))
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def run_parallel(world_size, script, *arguments, **options):
+def run_parallel(world_size, script, *arguments, environment_of_all=None, **options):
     """The Results of all ranks, in the environment that torchrun makes."""
     torchrun = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world_size),
     }
+    torchrun |= environment_of_all or {}
     ranks = []
     for rank in range(world_size):
         environment = torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(Script(script, *arguments, environment=environment, **options))
     return [script.wait() for script in ranks]
+
+
+def leave_out_what_nobody_reads(set_attribute=setattr):
+    """A process that is killed loses nothing of what it wrote: to wait for the disk helps only
+    against a power cut. lm-eval notes all installed packages with each result; asking pip for them
+    takes a second."""
+    from torch.utils import collect_env
+
+    set_attribute(os, "fsync", lambda file: None)
+    set_attribute(collect_env, "get_pip_packages", lambda run, patterns=None: ("pip", ""))
 
 
 def _main(path, arguments, streams, environment, before, folder, plots):
@@ -187,6 +234,7 @@ def _main(path, arguments, streams, environment, before, folder, plots):
     os.chdir(folder)
     if not plots:
         sys.modules["matplotlib.figure"] = None  # what Python makes of a package that is missing
+    leave_out_what_nobody_reads()
     sys.argv, sys.path[0] = [path, *arguments], str(ROOT)
     status = 0
     try:

@@ -238,12 +238,12 @@ def test_text_and_our_own_checkpoints(short, tmp_path):
             run(
                 "train_scratch.py",
                 f"--objective={objective}",
-                "--dim=32",
+                "--dim=24",
                 "--n_layers=2",
                 "--n_heads=2",
                 "--seq_len=32",
                 "--batch_size=8",
-                "--max_steps=60",
+                "--max_steps=30",
                 "--tokenizer=byte",
                 f"--dataset={text}",
                 "--eval_interval=0",
@@ -261,7 +261,7 @@ def test_text_and_our_own_checkpoints(short, tmp_path):
                 f"--dataset={text}",
                 "--seq_len=32",
                 "--learning_rate=1e-2",
-                "--max_steps=40",
+                "--max_steps=30",
                 "--sample_tokens=4",
             )
         )
@@ -309,6 +309,7 @@ def test_a_killed_run_goes_on_bit_for_bit(short, tmp_path, script):
 def test_a_sharded_run_is_the_same(short, tmp_path, script, settings):
     """FSDP2 on two processes gives what one gives, goes on where it stopped, and leaves a whole
     model."""
+    settings = (*settings, "--max_steps=4", "--eval_interval=2")
     convert(*short(script, tmp_path / "whole", *settings, "--batch_size=4"))
     sharded = short(
         script,
@@ -318,7 +319,7 @@ def test_a_sharded_run_is_the_same(short, tmp_path, script, settings):
         "--fsdp=True",
         "--sample_tokens=2",
     )
-    deaths = run_parallel(2, *sharded, before=SignalAt(5))
+    deaths = run_parallel(2, *sharded, before=SignalAt(4))
     assert [result.status for result in deaths] == [0, 0] and "stopped at step" in deaths[0].out, (
         deaths
     )

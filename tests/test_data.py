@@ -20,7 +20,7 @@ from scripts import run
 
 from data import files, hub, python_docs, writer
 from data import prepare as prepare_module
-from data.loader import HEADER, TokenDataset, pack_header
+from data.loader import HEADER, TokenDataset, apart, pack_header
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 
@@ -560,6 +560,31 @@ def test_windows(numbers):
     assert numbers.windows("val", 32, max_tokens=100).shape == (3, 32)
     assert numbers.windows("val", 32, max_tokens=1).shape == (1, 32)
     assert numbers.bytes_per_token("train") == 4.0 and numbers.bytes_per_token("val") == 2.0
+
+
+def test_windows_begin_where_short_documents_begin(tmp_path, monkeypatch):
+    """Each document but the first, of 6 to 11 tokens, once an epoch, behind the end of text of the
+    one before; in windows of fewer tokens they would be cut, so those begin anywhere."""
+
+    def pieces():
+        for i in range(200):
+            yield ("val" if i % 10 == 0 else "train"), f"line {i * i}"
+            yield ("val" if i % 10 == 0 else "train"), None
+
+    monkeypatch.setitem(prepare_module.DATASETS, "lines", pieces)
+    data = TokenDataset(prepare("lines", "byte", root=tmp_path))
+    assert data.longest_document == len("line 39601") + 1
+    fit = [data.batch("train", 4, 12, 0, step) for step in range(2 * 44)]       # two epochs
+    assert all((batch[:, 0] == data.eos_token_id).all() for batch in fit)
+    for epoch in (fit[:44], fit[44:]):
+        rows = torch.cat(epoch)[:, 1:].tolist()
+        lines = {tuple(row[:row.index(data.eos_token_id)]) for row in rows}
+        assert len(lines) == 44 * 4
+    assert (data.windows("val", 12)[:, 0] == data.eos_token_id).all()
+    assert apart(np.array([3, 5, 9, 14, 15, 30]), 6).tolist() == [3, 9, 15, 30]
+    assert data.beginnings("train", 11) is None
+    cut = torch.cat([data.batch("train", 4, 11, 0, step) for step in range(40)])
+    assert (cut[:, 0] != data.eos_token_id).any()
 
 
 @pytest.mark.parametrize(

@@ -148,34 +148,35 @@ def test_every_step_reveals_what_it_says_and_reads_no_other_row():
 # Batches of rows of any length
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(),
-        dict(cache="prefix"),
-        dict(cache="dual"),
-        dict(cache="block"),
-        dict(threshold=0.3),
-        dict(threshold=0.3, cache="dual"),
-        dict(threshold=0.2, cache="prefix"),
-        dict(factor=1.0),
-        dict(remasking="entropy"),
-        dict(remasking="margin", schedule="timesteps"),
-        dict(cfg_scale=1.5),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "config",
-    [
-        dict(),
-        dict(shift=True),
-        dict(n_kv_heads=1),
-        dict(positions="learned", qk_norm=False),
-        dict(local_window=6, global_every=2),
-    ],
-    ids=str,
-)
+OPTIONS = [
+    dict(),
+    dict(cache="prefix"),
+    dict(cache="dual"),
+    dict(cache="block"),
+    dict(threshold=0.3),
+    dict(threshold=0.3, cache="dual"),
+    dict(threshold=0.2, cache="prefix"),
+    dict(factor=1.0),
+    dict(remasking="entropy"),
+    dict(remasking="margin", schedule="timesteps"),
+    dict(cfg_scale=1.5),
+]
+CONFIGS = [
+    dict(shift=True),
+    dict(n_kv_heads=1),
+    dict(positions="learned", qk_norm=False),
+    dict(local_window=6, global_every=2),
+]
+
+
+def options_and_configs():
+    """Every option with a plain model; every model without a cache and with each of them, for rules
+    look at logits alone, wherever these come from."""
+    plain = [(options, dict()) for options in OPTIONS]
+    return plain + [(options, config) for config in CONFIGS for options in OPTIONS[:4]]
+
+
+@pytest.mark.parametrize("options, config", options_and_configs(), ids=str)
 def test_a_ragged_batch_gives_what_each_prompt_gives_alone(options, config):
     model = tiny(vocab_size=40, seed=1, **config)
     # Nothing but masks looks the same from everywhere to RoPE: all predictions tie, and rounding
@@ -193,7 +194,7 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(options, config):
 
 @pytest.mark.parametrize("cache", [None, "block"])
 @pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("block_length", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("block_length", [1, 3, 4])
 def test_a_row_of_blocks_does_not_see_the_padding_behind_it(block_length, shift, cache):
     """Any number of new tokens, so that the last block is a partial one; and rows that stop before
     others do."""
@@ -212,7 +213,7 @@ def test_a_row_of_blocks_does_not_see_the_padding_behind_it(block_length, shift,
 @pytest.mark.parametrize("cache", [None, "block"])
 @pytest.mark.parametrize("shift", [False, True])
 def test_a_row_of_gaps_does_not_see_the_padding_behind_it(shift, cache):
-    for block_length in range(1, 6):
+    for block_length in (1, 3, 4):
         model = tiny(
             vocab_size=40,
             seed=block_length,

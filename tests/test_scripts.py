@@ -139,6 +139,8 @@ MISTAKES = {
         ("--dataset=alpakka[train:5]", "alpakka"),
     ],
     "finetune_llada.py": [
+        ("--base_bits=3", "base_bits must be 16 (the base as dtype says) or 4 (NF4), got 3"),
+        ("--replicas=3", "replicas must divide the 1 processes, got 3"),
         ("--cart=2", "cart must be between 0 and 1, got 2.0"),
         ("--init_from=QWEN3", "is an autoregressive model (qwen3): see convert_ar.py"),
         ("--init_from=BERT --seq_len=97", "has a context of 96 tokens", "--seq_len=96"),
@@ -188,6 +190,8 @@ MISTAKES = {
         ("--prompt=a --infill=[MASK]", "choose one of"),
         ("--chat --html=x.html", "--html"),
         ("--dtype=int8", "dtype must be"),
+        ("--weights=int3", "weights must be one of full, int8, got 'int3'"),
+        ("--weights=int8 --adapter=FOLDER", "cannot be added to 8-bit weights"),
         ("--html=/nowhere/t.html", "cannot write a page to /nowhere/t.html"),
         ("--html=/tmp", "cannot write a page to /tmp"),
         ("--prompt=caf\udce9", "the prompt is not UTF-8 at byte 3"),

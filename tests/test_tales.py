@@ -108,9 +108,9 @@ def test_the_reader_finds_the_history_that_the_teller_had(told):
 
 
 def test_most_events_are_told(told):
-    """Sixty kinds of the plot in 600 tales, none of them in more than half."""
+    """Forty kinds of the plot in 600 tales, none of them in more than half."""
     counts = Counter(step.event for tale in told for step in tale.steps if step.kind == "plot")
-    assert len(counts) >= 60 and max(counts.values()) < 0.5 * len(told)
+    assert len(counts) >= 40 and max(counts.values()) < 0.5 * len(told)
 
 
 def test_tales_have_the_right_size(told):
@@ -223,12 +223,13 @@ def test_small_faults_are_no_grammar():
 
 
 def test_the_first_contradiction_is_named():
-    beginning = "There was once a boy called Tom. Tom had a red kite. "
+    beginning = "There was once a boy called Tom. One day Tom made a red kite. "
     for rest, reason in (
-        ("Tom loved his blue kite more than anything.", "it is known what Tom has"),
-        ("So Lily gave Tom the kite.", "nobody spoke of Lily"),
-        ("Tom washed it until it was clean again.", "the kite is not dirty"),
-        ("Tom was happy, because the kite was back.", "nothing just made Tom feel so"),
+        ("Tom bought a blue drum from an old man.", "it is known what Tom has"),
+        ("Then Lily gave Tom the kite back.", "nobody spoke of Lily"),
+        ("So Tom mended it with a piece of string.", "the kite is not broken"),
+        ("Tom was happy, because the kite looked like new.",
+         "nothing just made Tom feel so"),
         ("She was not careful and broke it.", "no tale says it so"),
         ("Then Tom dropped the blue kite, and it broke in two.", "the kite is red, not blue"),
         ("Then Tom dropped the drum, and it broke in two.", "it is a kite, not a drum"),

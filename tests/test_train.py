@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.run
 from runs import (
     LAST_LINE,
     Killer,
@@ -28,7 +27,7 @@ from runs import (
     succeed,
 )
 from safetensors import safe_open
-from scripts import ROOT, Script, free_port, run, run_parallel
+from scripts import ROOT, Script, free_port, run, run_here, run_parallel
 
 from data.loader import TokenDataset
 from data.prepare import prepare
@@ -245,7 +244,7 @@ def test_killed_at_random_moments(tiny, often, tmp_path):
     print("seed", seed)
     rng, kills = random.Random(seed), 0
     log = tmp_path / "log.jsonl"
-    for _ in range(12):
+    for _ in range(6):
         script = Script(SCRIPT, *tiny(tmp_path, "--eval_interval=1", *resumes(tmp_path)))
         before = log.stat().st_size if log.exists() else 0
         if rng.random() < 0.8:  # else during the start
@@ -327,15 +326,15 @@ def test_processes_without_a_masked_token(tiny, tmp_path):
 
 
 def test_torchrun_resumes(tiny, unbroken, tmp_path):
-    """torchrun itself, on a run that two processes began, with the default optimizer."""
+    """torchrun's own agent, on a run that two processes began, with the default optimizer."""
     settings = ("--batch_size=2", "--max_steps=12")
     whole = tiny(tmp_path / "whole", *settings)
-    first = succeed(*run_parallel(2, SCRIPT, *whole, plots=True))       # for torchrun draws them
+    first = succeed(*run_parallel(2, SCRIPT, *whole))
     scripts = run_parallel(2, SCRIPT, *tiny(tmp_path / "broken", *settings), before=Killer(12))
     assert -signal.SIGKILL in [script.status for script in scripts]
     assert 4 <= state_of(tmp_path / "broken")["step"] < 12
-    torchrun = torch.distributed.run.__file__, "--nproc_per_node=2", f"--master_port={free_port()}"
     settings = tiny(tmp_path / "broken", *settings, "--resume=True")
+    torchrun = "tests/torchrun.py", "--nproc_per_node=2", f"--master_port={free_port()}"
     result = succeed(run(*torchrun, "--master_addr=127.0.0.1", SCRIPT, *settings))
     assert result.out.splitlines()[-1] == first.out.splitlines()[-1]
     same_run(tmp_path / "broken", tmp_path / "whole")
@@ -381,7 +380,7 @@ def test_resuming_what_cannot_be_resumed(tiny, unbroken, text, tmp_path):
         ("--beta2=0.9", "beta2 was 0.99"),
     ):
         assert refused(
-            run(SCRIPT, *tiny(folder, "--resume=True", setting)), "cannot resume: ", *words
+            run_here(SCRIPT, *tiny(folder, "--resume=True", setting)), "cannot resume: ", *words
         ), setting
         assert contents(folder) == before, setting
     whole = (folder / "train_state.pt").read_bytes()
@@ -389,7 +388,9 @@ def test_resuming_what_cannot_be_resumed(tiny, unbroken, text, tmp_path):
         (folder / "train_state.pt").write_bytes(damage)
         before = contents(folder)
         assert refused(
-            run(SCRIPT, *tiny(folder, "--resume=True")), "train_state.pt is damaged", "start again"
+            run_here(SCRIPT, *tiny(folder, "--resume=True")),
+            "train_state.pt is damaged",
+            "start again",
         )
         assert contents(folder) == before
 

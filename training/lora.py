@@ -32,6 +32,7 @@ from pretrained.tensors import (
     stack_of,
     tensor_table,
 )
+from training import nf4
 from training.files import write_json, write_tensors
 
 TARGETS = {
@@ -54,6 +55,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)                        # nn.Linear's own would make weights
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
+        self.packed = None                              # or the weight in 4 bits: nf4.py
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scale = alpha / rank if rank else 0.0
         with torch.device(base.weight.device):
@@ -61,12 +63,24 @@ class LoRALinear(nn.Linear):
             self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)                                         # [..., out]
+        y = self.product(x)                                                             # [..., out]
         if not self.rank:
             return y
         x = F.dropout(x, self.dropout, self.training)
         low = F.linear(x, self.lora_A.to(x.dtype))                                     # [..., rank]
         return torch.add(y, F.linear(low, self.lora_B.to(x.dtype)), alpha=self.scale)
+
+    def product(self, x):
+        """What the frozen layer says."""
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        y = nf4.FrozenProduct.apply(x, self.packed)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def device(self):
+        """Where the frozen weights are."""
+        return self.weight.device if self.packed is None else self.packed.numbers.device
 
 
 class LoRAExperts(ExpertLinear):
@@ -78,6 +92,7 @@ class LoRAExperts(ExpertLinear):
         E, self.out_features, self.in_features = base.weight.shape
         self.weight, self.rank, self.alpha, self.dropout = base.weight, rank, alpha, dropout
         self.scale = alpha / rank if rank else 0.0
+        self.device = base.weight.device
         with torch.device(base.weight.device):
             self.lora_A = nn.Parameter(torch.zeros(E, rank, self.in_features))
             self.lora_B = nn.Parameter(torch.zeros(E, self.out_features, rank))
@@ -152,9 +167,22 @@ def init_lora(model, seed=0):
         A = 2 * torch.rand(layer.lora_A.shape, generator=generator) - 1
         A = A / math.sqrt(layer.in_features)
         B = torch.zeros(layer.lora_B.shape)
-        device = layer.weight.device
+        device = layer.device
         put_rows(model, f"{name}.lora_A", A[slice(*own_rows(layer.lora_A))].to(device))
         put_rows(model, f"{name}.lora_B", B[slice(*own_rows(layer.lora_B))].to(device))
+
+
+def freeze_in_4_bits(model):
+    """Prepare a model of `add_lora` that has no memory yet for nf4.py's `put_packed`: every matrix
+    of its blocks without an adapter becomes a FrozenLinear. Returns it. ValueError for a mixture of
+    experts."""
+    nf4.library()                                       # fail early if the package is missing
+    if model.config.n_experts:
+        raise ValueError("base_bits=4 is for dense models: the matrices of experts are not packed")
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name.startswith("blocks."):
+            replace_module(model, name, nf4.FrozenLinear(module))
+    return model
 
 
 @torch.no_grad()
@@ -190,7 +218,7 @@ PEFT_PREFIX = "base_model.model."                       # PEFT wraps the model t
 # an initialisation counts only where init_lora_weights names it.
 HARMLESS = {
     "peft_type", "r", "lora_alpha", "bias", "init_lora_weights",    # checked one by one below
-    "rank_pattern", "alpha_pattern",                                # these as well
+    "rank_pattern", "alpha_pattern", "base_bits",                   # these as well
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "runtime_config", "lora_dropout", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "megatron_core", "ensure_weight_tying",
@@ -284,6 +312,8 @@ def save_adapter(model, folder, base, state=None):
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if getattr(layer, "packed", None) is not None:
+        settings["base_bits"] = 4                       # PEFT ignores the key, and says so
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, tensors)
     write_json(folder / SETTINGS, settings)
@@ -333,6 +363,9 @@ def read_settings(folder):
         if settings.get(key):
             raise ValueError(f"{path}: {key} = {settings[key]!r}: {LEARNED_MORE}")
     check_init(path, settings.get("init_lora_weights", True))
+    if settings.get("base_bits", 4) != 4:
+        raise ValueError(f"{path}: base_bits = {settings['base_bits']!r} is not supported, only 4 "
+                         "is, which means NF4")
     if settings.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias = {settings['bias']!r} is not supported: {MERGE_THERE}")
     for key, value in settings.items():
@@ -373,12 +406,18 @@ def setting_of(settings, kind, theirs):
 
 def load_adapter(model, folder):
     """Put the adapter in `folder` on `model`, ours or PEFT's. Returns the model, adapted.
-    ValueError if it belongs to another."""
+    ValueError if it belongs to another.
+
+    The adapter of a run on a 4-bit base was trained on what NF4 leaves of the weights: `model`,
+    which has the original ones, is rounded to that first.
+    """
     folder = find_checkpoint(folder)
     settings = read_settings(folder)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}")
     places = published_modules(model)
+    if settings.get("base_bits") == 4:
+        nf4.round_to_nf4(model)
     with open_tensors(folder / WEIGHTS) as tensors:
         for theirs, pair in match_adapter(model, places, folder / WEIGHTS, settings).items():
             A, B = (tensors.get_tensor(pair[key]) for key in ADAPTER)

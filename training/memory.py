@@ -24,6 +24,7 @@ from pretrained.hub import find_checkpoint
 from pretrained.tensors import put_rows
 from pretrained.tiny import tiny_config
 from training.lora import add_lora
+from training.nf4 import is_packed, packed_bytes
 
 LLADA = dict(family="llada", vocab_size=126464, dim=4096, n_layers=32, n_heads=32,
              hidden_dim=12288, max_len=4096, qk_norm=False)
@@ -109,13 +110,15 @@ class Counter(TorchDispatchMode):
 
 
 def plan_memory(config, seq_len, batch_size, lora_rank, lora_targets="q,k,v,o,gate,up,down",
-                dtype=torch.bfloat16, checkpoint_blocks=True, ranks=1):
+                dtype=torch.bfloat16, checkpoint_blocks=True, ranks=1, base_bits=16):
     """The Plan of one training step of batch_size sequences of seq_len tokens on each process,
     every token masked: the worst case. A model that writes in blocks reads each of them four times,
     twice noisy and twice clean (`diffusion.llada2_loss`).
 
     lora_rank 0 trains everything: weights are float32 then and products in `dtype`; else the base
-    is stored in `dtype`. With several processes everything is sharded (sharding.py).
+    is stored in `dtype`, or its blocks' matrices in 4 bits (base_bits 4; nf4.py), one of which is
+    unpacked at a time. With several processes everything is sharded (sharding.py), but 4-bit bases
+    are not.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -130,12 +133,17 @@ def plan_memory(config, seq_len, batch_size, lora_rank, lora_targets="q,k,v,o,ga
     counter = run_step(model, seq_len, batch_size, autocast, ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients, optimizer = elements(trained) * 4 // ranks, elements(trained) * 8 // ranks
-    weights = 0
-    for p in model.parameters():
-        weights += p.numel() * (4 if p.requires_grad else p.element_size())
+    weights, unpacked = 0, 0
+    for name, p in model.named_parameters():
+        if base_bits == 4 and is_packed(name):
+            weights += packed_bytes(p.numel())
+            unpacked = max(unpacked, p.numel() * p.element_size())
+        else:
+            weights += p.numel() * (4 if p.requires_grad else p.element_size())
     weights //= ranks
     gathered = gathered_bytes(model, dtype) if ranks > 1 else 0
-    peak = weights + optimizer + gathered + max(int(counter.most_together), gradients)
+    together = max(int(counter.most_together) + unpacked, gradients)
+    peak = weights + optimizer + gathered + together
     return Plan(elements(model.parameters()), elements(trained), weights, gradients, optimizer,
                 counter.most["activations"], counter.most["logits"], gathered, peak)
 
@@ -197,10 +205,15 @@ def report(settings):
     config = find_config(name, s)
     dtype = torch.float32 if s["dtype"] == "float32" else torch.bfloat16
     ranks = (s["ranks"] or rank_and_size()[1]) if s["fsdp"] else 1
+    ranks = max(1, ranks // s["replicas"])
+    if s["base_bits"] == 4:
+        ranks = 1                       # each process has all of a 4-bit base
     seq_len = min(s["seq_len"], config.max_len)
     plan = plan_memory(config, seq_len, s["batch_size"], s["lora_rank"], s["lora_targets"], dtype,
-                       s["checkpointing"], ranks)
+                       s["checkpointing"], ranks, s["base_bits"])
     kind = f"LoRA of rank {s['lora_rank']}" if s["lora_rank"] else "full fine-tuning"
+    if s["base_bits"] == 4:
+        kind += " on a 4-bit base"
     processes = "1 process" if ranks == 1 else f"{ranks} processes"
     checkpointing = "on" if s["checkpointing"] else "off"
     lines = [f"{name}: {kind}, {s['batch_size']} x {seq_len} tokens a process, {processes}, "

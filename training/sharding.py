@@ -26,16 +26,20 @@ import common
 from training.files import check_match
 
 
-def shard(model, device, dtype=torch.float32):
+def shard(model, device, dtype=torch.float32, replicas=1):
     """Spread the parameters of a Transformer over all processes, in place (FSDP2; ZeRO-3,
-    Rajbhandari et al. 2020, 1910.02054). Returns it.
+    Rajbhandari et al. 2020, 1910.02054). Returns it. ValueError if `replicas` does not divide them.
 
     Each process keeps 1/n of the rows of every parameter, its gradient and optimizer state; a
     block's parameters are gathered, in `dtype`, when the block runs, and freed behind it.
     Embedding, head and last norm stay gathered from forward to backward pass. The model may be on
     the meta device: pretrained.load.fill then reads only the rows that belong here.
+
+    replicas: so many copies of the model, each spread over the processes of a node or several
+    (HSDP). Parameters are then gathered within a copy only; between copies go the gradients of what
+    a process keeps.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = make_mesh(device.type, dist.get_world_size(), replicas)
     # Inputs are left alone: the angles of RoPE and the weights of the loss must stay float32.
     cast = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32,
@@ -45,6 +49,17 @@ def shard(model, device, dtype=torch.float32):
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "weighted_nll")     # it gathers weights as `forward` does
     return model
+
+
+def make_mesh(device_type, world_size, replicas):
+    """The processes in a row, or in a table of copies and shards. Processes of a node stand behind
+    each other: a copy is one node, or some."""
+    if world_size % replicas:
+        raise ValueError(f"replicas must divide the {world_size} processes, got {replicas}")
+    if replicas == 1:
+        return init_device_mesh(device_type, (world_size,))
+    return init_device_mesh(device_type, (replicas, world_size // replicas),
+                            mesh_dim_names=("replicate", "shard"))
 
 
 def training_tensors(model, optimizers):

@@ -1,6 +1,7 @@
 """The state from which a run goes on exactly, in train_state.pt; of a sharded run see
 sharding.py."""
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -25,6 +26,13 @@ def make_folder(out_dir):
 def has_state(folder):
     """Whether a run in this folder got as far as a checkpoint."""
     return any((Path(folder) / name).exists() for name in ("train_state", "train_state.pt"))
+
+
+def resumes(resume, folder):
+    """Whether a run goes on from `folder`: if it is told to, or if torchrun, which has lost a
+    process, starts all of them anew with the same command (--max_restarts) and there is a state."""
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return resume or is_restart and has_state(folder)
 
 
 def save_training(folder, model, optimizers, record, sharded=False):
