@@ -141,7 +141,7 @@ if base_bits == 4:
                          "has it whole")
 check_target("out_dir", out_dir, init_from)
 folder = make_folder(out_dir)
-resume = settings["resume"] = resumes(resume, folder)
+settings["resume"] = resume = resumes(resume, folder)
 if merge:
     check_target("merge", merge, init_from, out_dir)
     if not resume and holds_a_run(folder):
