@@ -45,6 +45,7 @@ def prepared_data(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def haste():
+    """This process leaves out what those of scripts.py leave out."""
     with pytest.MonkeyPatch.context() as patch:
         leave_out_what_nobody_reads(patch.setattr)
         yield
