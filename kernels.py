@@ -227,23 +227,40 @@ class ExpertLinearProduct(torch.autograd.Function):
 # Loss over a large vocabulary
 
 
-def linear_cross_entropy(hidden, weight, bias, targets, row_weights, chunk):
-    """(sum_n w_n * nll_n, with its gradient; nll [N], for reading only), in nats:
+def linear_cross_entropy(hidden, weight, bias, targets, row_weights, chunk, entropy_weights=None):
+    """(sum_n w_n * nll_n + e_n * H_n, with its gradient; nll [N], for reading only), in nats:
 
         nll_n = logsumexp(z_n) - z_n[target_n],     z = hidden @ weight.T + bias
+        H_n = -sum_v p_nv log p_nv,                 p = softmax(z)
 
-    hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N], row_weights [N]. `chunk` rows
-    of the logits z [N, V] exist at once (float32; twice as many in bfloat16).
+    hidden [N, D], weight [V, D], bias [V] or None, targets int64 [N], row_weights w [N],
+    entropy_weights e [N] or None for none. `chunk` rows of the logits z [N, V] exist at once
+    (float32; twice as many in bfloat16), with entropies twice.
     """
     if PLAIN:
         logits = F.linear(hidden, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = F.cross_entropy(logits, targets, reduction="none")
-        return (nll * row_weights).sum(), nll.detach()
+        total = (nll * row_weights).sum()
+        if entropy_weights is not None:
+            entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+            total = total + (entropy * entropy_weights).sum()
+        return total, nll.detach()
     if not torch.is_grad_enabled():  # the function cannot know, and would make gradients for nobody
         weight = weight.detach()
         bias = None if bias is None else bias.detach()
-    return LinearCrossEntropy.apply(hidden, weight, bias, targets, row_weights, chunk)
+    return LinearCrossEntropy.apply(hidden, weight, bias, targets, row_weights, chunk,
+                                    entropy_weights)
+
+
+@torch.no_grad()
+def linear_argmax(hidden, weight, bias, chunk):
+    """The most probable token int64 [N] of each row: argmax over V of hidden @ weight.T + bias;
+    arguments as of `linear_cross_entropy`."""
+    if PLAIN:
+        return F.linear(hidden, weight, bias).argmax(-1)
+    chosen = [F.linear(rows, weight, bias).argmax(-1) for rows in hidden.split(max(1, chunk))]
+    return torch.cat(chosen)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -256,7 +273,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, row_weights, chunk):
+    def forward(ctx, hidden, weight, bias, targets, row_weights, chunk, entropy_weights=None):
         device, dtype = hidden.device, hidden.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -268,6 +285,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             N, V, step = len(targets), len(weight), max(1, chunk * 4 // dtype.itemsize)
             nll = torch.empty(N, dtype=precise, device=device)
+            entropy = torch.zeros(N, dtype=precise, device=device)
             grad_h = torch.empty_like(hidden) if need_h else None
             grad_w = torch.zeros(weight.shape, dtype=precise, device=device) if need_w else None
             grad_b = torch.zeros(V, dtype=precise, device=device) if need_b else None
@@ -281,8 +299,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                     p += bias
                 torch.softmax(p, dim=-1, out=p)                                         # in place
                 nll[rows] = -p.gather(1, target)[:, 0].to(precise).log()
+                if entropy_weights is not None:
+                    part = torch.special.entr(p)                                        # -p log p
+                    H = part.sum(-1, keepdim=True)                                      # [step, 1]
+                    entropy[rows] = H[:, 0].to(precise)
+                    part.addcmul_(p, -H)                                                # d H / d z
                 if need_h or need_w or need_b:
                     p.scatter_add_(1, target, p.new_full(target.shape, -1))            # d nll / d z
+                if entropy_weights is not None:         # both are weighed here, and below no more
+                    p.mul_(row_weight.to(dtype))
+                    p.addcmul_(part, entropy_weights[rows, None].to(dtype))
+                    row_weight = torch.ones_like(row_weight)
                 if need_h:
                     grad_h[rows] = (p @ weight) * row_weight.to(dtype)                  # [step, D]
                 if need_w:
@@ -300,7 +327,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 nll[rows] = F.cross_entropy(logits.to(precise), targets[rows], reduction="none")
         ctx.grads = grad_h, grad_w, grad_b
         ctx.mark_non_differentiable(nll)
-        return (nll * row_weights).sum(), nll
+        total = (nll * row_weights).sum()
+        if entropy_weights is not None:
+            total = total + (entropy * entropy_weights).sum()
+        return total, nll
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -314,7 +344,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         scaled = []
         for grad, dtype in zip(grads, ctx.dtypes):
             scaled.append(None if grad is None else grad.mul_(grad_loss).to(dtype))
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -581,12 +581,14 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, attention_mask, select, cache, positions))
 
     def weighted_nll(self, tokens, select, targets, weights=None, attention_mask=None,
-                     positions=None):
+                     positions=None, cap_weight=0.0):
         """(sum of weights * nll, with its gradient; nll [N], for reading only): the cross-entropy
         in nats of targets int64 [N] at the rows `select` of the pass, without ever holding the
         logits.
 
-        weights [N], None: all one; the other arguments as in `forward`. Differentiable once.
+        weights [N], None: all one. cap_weight: how much the mean entropy of those rows counts
+        whose most probable token is the target. The other arguments as in `forward`.
+        Differentiable once.
         """
         N, targets = targets.numel(), targets.flatten()
         if weights is None:
@@ -599,8 +601,13 @@ class Transformer(nn.Module):
             select, targets = F.pad(select, fill), F.pad(targets, fill)
             weights = F.pad(weights, fill)
         hidden = self.hidden(tokens, attention_mask, select, None, positions).flatten(0, -2)
-        total, nll = kernels.linear_cross_entropy(
-            hidden, self.head.weight, self.head.bias, targets, weights, self.chunk)
+        head, entropy_weights = (self.head.weight, self.head.bias), None
+        if cap_weight:
+            right = kernels.linear_argmax(hidden, *head, self.chunk) == targets
+            right[N:] = False
+            entropy_weights = cap_weight * right / right.sum().clamp(min=1)
+        total, nll = kernels.linear_cross_entropy(hidden, *head, targets, weights, self.chunk,
+                                                  entropy_weights)
         return total, nll[:N]
 
     def hidden(self, tokens, attention_mask=None, select=None, cache=None, positions=None, t=None):

@@ -51,6 +51,8 @@ INSIDE_FUNCTIONS = {
     ("model", "pretrained.load"),  # Transformer.from_pretrained, and `python model.py FOLDER`
     ("model", "pretrained.export"),  # Transformer.save_pretrained, export_pretrained
     ("data.tokenizer", "pretrained.tokenizer_files"),  # a tokenizer that is not ours
+    ("data.selfmade", "pretrained.hub"),  # the teacher's weights
+    ("data.selfmade", "sampling.sampler"),  # the teacher, who answers
     ("pretrained.load", "training.lora"),  # a folder that holds an adapter
 }
 # This module imports common alone: our own layout is written without pretrained/ too.
