@@ -5,9 +5,11 @@ the answers to our prompts (selfmade.py); several are mixed by +, and [train:100
 the first thousand for training:
 
     tulu3[train:50000]+smoltalk    pydocs_chat    mine.jsonl+alpaca    selfmade:smollm2
+    gym:chain_sum
 
 A line of a .jsonl file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
-...}, ...]} or {"prompt": "...", "response": "..."}.
+...}, ...]} or {"prompt": "...", "response": "..."}. gym:NAME is a task of the package
+reasoning-gym, see gym.py.
 
 Each set yields (key, messages); the key is the text whose hash decides the split.
 """
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import gym
 from data.files import (
     VAL_FRACTION,
     did_you_mean,
@@ -37,6 +40,7 @@ ROLES = ("system", "user", "assistant")
 EMBEDDED = ("tales_chat", "pydocs_chat")
 STREAM_VAL_FRACTION = 0.005     # of a streamed set
 ENOUGH_FOR_VALIDATION = 200     # conversations
+GYM_CONVERSATIONS = 20_000      # of a task of reasoning-gym, unless [train:1000] says otherwise
 
 # The configurations of OpenCoder's two stages that are instructions.
 OPC = {
@@ -198,10 +202,13 @@ class Part:
 
 def is_chat(dataset):
     """Whether a data set's name means conversations: it, or a part of the mixture, is in CHAT_SETS,
-    ends in .jsonl or is selfmade."""
-    names = [name for name, _ in split_mixture(dataset)]
-    return any(name in CHAT_SETS or name.endswith(".jsonl") or is_selfmade(name)
-               for name in names)
+    a task of reasoning-gym, ends in .jsonl or is selfmade."""
+    for name, _ in split_mixture(dataset):
+        if name in CHAT_SETS or name.startswith(gym.PREFIX) or name.endswith(".jsonl"):
+            return True
+        if is_selfmade(name):
+            return True
+    return False
 
 
 def split_mixture(dataset):
@@ -233,13 +240,17 @@ def find_part(name, limit, root):
         return Part(path.stem, functools.partial(selfmade, request, path), VAL_FRACTION, limit)
     if name in CHAT_SETS:
         return Part(name, CHAT_SETS[name], published_val_fraction(name, limit), limit)
+    if name.startswith(gym.PREFIX):
+        label = file_name(gym.Gym(name).label())
+        read = functools.partial(gym.conversations, name)
+        return Part(label, read, VAL_FRACTION, limit or GYM_CONVERSATIONS)
     if name.endswith(".jsonl") and path.is_file():
         label = f"{file_name(path.resolve().stem)}-{short_hash(file_digest(path))}"
         read = functools.partial(read_jsonl, path)
         return Part(label, read, jsonl_val_fraction(path), limit)
     raise FileNotFoundError(f"no chat data called {name!r}{did_you_mean(name, CHAT_SETS)} (take "
-                            f"{', '.join(CHAT_SETS)}, or a .jsonl file; write name[train:1000] for "
-                            "a part of one and name+name for a mixture)")
+                            f"{', '.join(CHAT_SETS)}, gym:NAME or a .jsonl file; write "
+                            "name[train:1000] for a part of one and name+name for a mixture)")
 
 
 def published_val_fraction(name, limit):
@@ -256,10 +267,15 @@ def published_val_fraction(name, limit):
 def jsonl_val_fraction(path):
     """The share for validation of a file: a tenth, and of a file with few lines enough for the one
     whose hash comes first."""
-    fractions = [hash_fraction(key) for key, _ in read_jsonl(path)]
-    if not fractions:
+    keys = [key for key, _ in read_jsonl(path)]
+    if not keys:
         raise ValueError(f"{path} is empty")
-    return max(VAL_FRACTION, min(fractions) + 2**-52)
+    return enough_for_validation(keys)
+
+
+def enough_for_validation(keys):
+    """A tenth, and of a few keys enough for the one whose hash comes first."""
+    return max(VAL_FRACTION, min(map(hash_fraction, keys)) + 2**-52)
 
 
 def conversations(parts):

@@ -269,6 +269,8 @@ def describe_datasets():
     lines = ["data sets:"]
     for name, function in (DATASETS | CHAT_SETS).items():
         lines.append(f"  {name:12} {function.__doc__}")
+    lines.append("  gym:NAME     questions of reasoning-gym with their answers: generated, see "
+                 "data/gym.py")
     lines.append("  PATH         a text file or a folder of them; conversations if its name ends "
                  "in .jsonl (see data/chat_sets.py)")
     return "\n".join(lines)

@@ -3,7 +3,9 @@ our error bars."""
 import difflib
 from pathlib import Path
 
+from data.gym import PREFIX
 from evaluation.evaluator import Evaluator
+from evaluation.gym_tasks import gym_task
 
 
 def harness_model(settings):
@@ -44,7 +46,10 @@ def run_tasks(evaluator, names, settings):
         num_fewshot = None
     if limit >= 1:
         limit = int(limit)
+    ours = [name for name in names if name.startswith(PREFIX)]
+    names = [name for name in names if name not in ours]
     tasks, manager = load_tasks(names, settings["include_path"], unsafe)
+    tasks += [gym_task(name) for name in ours]
     results = simple_evaluate(
         evaluator, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, limit=limit or None,
         apply_chat_template=settings["apply_chat_template"], confirm_run_unsafe_code=unsafe,

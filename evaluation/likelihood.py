@@ -201,6 +201,15 @@ class Design:
             return groups[0].item(), 0.0 if self.exact else math.nan
         return groups.mean().item(), groups.std().item() / math.sqrt(len(groups))
 
+    def token_weights(self):
+        """float64 [M, L]: what the nll of each token counts in the estimate, which is a sum."""
+        groups = int(self.group.max()) + 1
+        counted = torch.zeros(self.masks.shape, dtype=torch.float64)
+        counted.index_add_(0, self.row, self.weights[:, None].expand(-1, self.masks.shape[1]))
+        if self.control is not None:
+            counted[self.row[0]] += self.control.sum(0)
+        return counted * self.masks / groups
+
 
 def choose_sets(L, n, estimator, generator, chain_rule=False, given=True):
     """The Design of n samples for a target of L tokens. chain_rule: one pass of an autoregressive
@@ -263,6 +272,12 @@ def dealt_sets(L, n, generator):
 
 
 ESTIMATORS = {"llada": llada_sets, "stratified": stratified_sets, "dealt": dealt_sets}
+
+
+def sharp_sets(L, num_samples, generator):
+    """(masks bool [M, L], weights float [M, L]) of dealt sets, for policy.bound."""
+    design = choose_sets(L, num_samples, "dealt", generator)
+    return design.masks, design.token_weights().float()
 
 
 def spread(density, n, generator):

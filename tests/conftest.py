@@ -74,6 +74,18 @@ def talk(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A reward of a reader's own, FILE.py:function, that a random model's answers differ in: the
+    share of small letters."""
+    path = tmp_path_factory.mktemp("reward") / "mine.py"
+    path.write_text(
+        "def letters(prompt, answer, reference):\n"
+        "    return sum(map(str.islower, answer)) / max(len(answer), 1)\n"
+    )
+    return f"{path}:letters"
+
+
+@pytest.fixture(scope="session")
 def small(text, talk):
     """small(script, out_dir, settings...): a recipe and its arguments for a run of a second; later
     settings overrule earlier ones."""

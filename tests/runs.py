@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 
 LAST_LINE = re.compile(
     r"val nelbo (\d+\.\d{4}) \+- (\d+\.\d{4}) nats/token, (\d+\.\d{3}) bits/byte")
-TIMES = {"elapsed_s", "tokens_per_s"}           # what differs between two equal runs
+SOLVE_RATE = re.compile(r"solve rate \d\.\d{3} \+- \d\.\d{3}, reward -?\d+\.\d{3}")
+LAST_LINES = {"train_grpo.py": SOLVE_RATE}      # of all others: LAST_LINE
+# What differs between two equal runs.
+TIMES = {"elapsed_s", "tokens_per_s", "rollout_share"}
 
 SHARED = ["--threads=1", "--dtype=float32", "--batch_size=4", "--max_steps=6", "--eval_interval=3",
           "--sample_tokens=4"]
@@ -29,13 +32,17 @@ SETTINGS = {
     "train_edits.py": [*SHAPE, "--tokenizer=byte", "--seq_len=16", "--eval_tokens=64",
                        "--final_eval_tokens=256"],
     "finetune_llada.py": [*CHAT, "--lora_rank=4", "--lora_dropout=0.2", "--lora_targets=q,v"],
+    "train_grpo.py": ["--init_from=tiny", "--seq_len=96", "--max_new_tokens=6", "--prompts=2",
+                      "--group_size=4", "--eval_prompts=4", "--reward=contains"],
 }
+DATA_SETTINGS = {"train_grpo.py": "task"}       # what names the data; of all others: dataset
 
 
 def command(script, out_dir, data, *settings):
     """The script and the arguments of a run of a second on the file `data`; later settings overrule
     earlier ones."""
-    return [script, *SHARED, *SETTINGS[script], f"--dataset={data}", f"--out_dir={out_dir}",
+    name = DATA_SETTINGS.get(script, "dataset")
+    return [script, *SHARED, *SETTINGS[script], f"--{name}={data}", f"--out_dir={out_dir}",
             *settings]
 
 

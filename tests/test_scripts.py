@@ -5,7 +5,7 @@ import re
 
 import lm_eval.tasks
 import pytest
-from runs import LAST_LINE, equal, learned, refused, rows, succeed
+from runs import LAST_LINE, LAST_LINES, SETTINGS, equal, learned, refused, rows, succeed
 from scripts import ROOT, run, run_here, run_parallel
 from tiny import tiny_checkpoint
 
@@ -22,6 +22,9 @@ NAMES = {
     "convert_ar.py": [*RUN, *SIZES, "init_from", "objective", "block_length", "export"],
     "finetune_llada.py": [*RUN, "init_from", "lora_rank", "lora_alpha", "plan", "merge"],
     "train_edits.py": [*RUN, *SIZES, "tokenizer", "init_from"],
+    "train_grpo.py": ["init_from", "task", "reward", "lora_rank", "lora_alpha", "plan",
+                      *[name for name in RUN if name not in ("dataset", "vocab_size",
+                                                             "grad_accum")]],
     "sample.py": [*CHOSEN, "prompt", "infill", "num_samples", "max_new_tokens", "show", "html",
                   "chat", "serve"],
     "eval.py": [*CHOSEN, "tasks", "limit", "output", "dataset"],
@@ -164,6 +167,29 @@ MISTAKES = {
         ("--init_from=QWEN3", "a qwen3 model that reads from left to right cannot edit"),
         ("--init_from=LLADA --seq_len=64", "texts grow to twice seq_len 64: take --seq_len=48"),
     ],
+    "train_grpo.py": [
+        ("--estimator=exact", "estimator must be one of diffu, coupled, trace, bound"),
+        ("--objective=spg", "--estimator=bound"),
+        ("--group_size=1", "group_size must be at least 2, got 1"),
+        ("--max_steps=0 --max_minutes=0", "max_steps and max_minutes are both 0"),
+        ("--mean=median", "mean must be one of tokens, answers, constant"),
+        ("--task=tale", "no task called 'tale'; did you mean 'tales'?"),
+        ("--task=sudoku6:99", "sudoku6 has from 1 to 36 blanks, got '99'"),
+        ("--task=sudoku6 --reward=task --init_from=LLADA",
+         "writes texts, which task sudoku6 is not for"),
+        ("--task=FOLDER/robot.jsonl", 'robot.jsonl, line 1 has no "prompt", a text'),
+        ("--task=FOLDER/mute.jsonl", 'mute.jsonl, line 2 has no "answer", a text'),
+        ("--reward=exakt", "no reward called 'exakt'; did you mean 'exact'?"),
+        ("--reward=task", "the task has no reward of its own"),
+        ("--reward=nowhere.py:f", "there is no nowhere.py"),
+        ("--reward=FOLDER/bad.py:other", "has no function called 'other'"),
+        ("--max_new_tokens=96 --init_from=LLADA", "do not fit into seq_len 96",
+         "take a smaller max_new_tokens"),
+        ("--init_from=QWEN3", "is an autoregressive model (qwen3): convert_ar.py"),
+        ("--init_from=LLADA --lora_rank=2 --beta=0.1 --reference=BERT",
+         "is not the policy's base: adapters belong to"),
+        ("--init_from=LLADA --beta=0.1 --reference=BERT", "is not the policy's base: a bert of"),
+    ],
     "sample.py": [
         ("--steps=1 --block_length=4 --max_new_tokens=8", "too few for 2 blocks"),
         ("--steps=-1", "steps must be between 1"),
@@ -241,6 +267,8 @@ FILES = {
     "broken.jsonl": b'{"prompt": "a", "response": "b"}\n{"messages": \n',
     "robot.jsonl": b'{"messages": [{"role": "robot", "content": "a"}]}\n',
     "silent.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n',
+    "bad.py": b"def raises(prompt, answer, reference): return 1 / 0\n",
+    "mute.jsonl": b'{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n',
 }
 
 
@@ -283,7 +311,7 @@ def test_a_mistake_is_one_line(script, arguments, words, small, checkpoint, fold
     """In this process: tests above start one of its own."""
     arguments = filled(arguments.replace("FOLDER", str(folder)), published)
     start = [script, f"--checkpoint={checkpoint}"]
-    if script not in ("sample.py", "eval.py"):
+    if script in SETTINGS:
         start = small(script, tmp_path / "out")
     if script == "eval.py":     # lm-eval without its own 14,000 tasks, which take ten seconds
         ours = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
@@ -318,6 +346,8 @@ TWO_PROCESSES = [
     ("finetune_llada.py", "--init_from=LLADA --lora_dropout=0 --lora_rank=0", [BOTH], 1e-4, 1e-3),
     ("finetune_llada.py", "--init_from=tiny:llada2 --lora_dropout=0 --complement=False", [BOTH],
      1e-4, 1e-3),
+    ("train_grpo.py", "--init_from=LLADA --max_steps=2 --eval_interval=1 --reward=LETTERS",
+     [[2, "--batch_size=6"]], 1e-4, 1e-3),
     # Dropout is drawn for each pass, so that here the passes must be the same.
     ("finetune_llada.py", "--fsdp=False --batch_size=2 --grad_accum=4", [BOTH], 1e-5, 1e-4),
 ]
@@ -325,9 +355,10 @@ TWO_PROCESSES = [
 
 @pytest.mark.parametrize("script, settings, ways, of_losses, of_weights", TWO_PROCESSES)
 def test_two_processes_are_one(script, settings, ways, of_losses, of_weights, small, published,
-                               tmp_path):
+                               letters, tmp_path):
     """Answers differ in length, so this holds only because sums are divided by the counts of the
     whole step, and the noise belongs to the rows, whoever has them."""
+    settings = settings.replace("LETTERS", str(letters))
     settings = filled(settings, published).split(" ")
     succeed(run(*small(script, tmp_path / "whole", "--batch_size=8", *settings)))
     for number, *way in ways:
@@ -335,7 +366,7 @@ def test_two_processes_are_one(script, settings, ways, of_losses, of_weights, sm
         arguments = small(script, folder, *settings, *way)
         first, *others = run_parallel(number, *arguments) if number > 1 else [run(*arguments)]
         succeed(first, *others)
-        assert LAST_LINE.fullmatch(first.out.splitlines()[-1])
+        assert LAST_LINES.get(script, LAST_LINE).fullmatch(first.out.splitlines()[-1])
         assert all(other.out == other.err == "" for other in others)
         assert equal(rows(folder), rows(tmp_path / "whole"), of_losses), way
         assert equal(learned(folder), learned(tmp_path / "whole"), of_weights), way

@@ -8,6 +8,7 @@ a thin product beside each learns.
 The matrices of experts get one each, in stacks. Adapters are stored in PEFT's layout under the
 family's published names, so PEFT reads ours and we read PEFT's.
 """
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ ADAPTER = ("lora_A", "lora_B")
 class LoRALinear(nn.Linear):
     """An nn.Linear, frozen, and its adapter in float32: `lora_A` [rank, in] and `lora_B`
     [out, rank]. Its `weight` keeps its name."""
+    active = True               # see without_adapters
 
     def __init__(self, base, rank, alpha, dropout):
         nn.Module.__init__(self)                        # nn.Linear's own would make weights
@@ -64,7 +66,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         y = self.product(x)                                                             # [..., out]
-        if not self.rank:
+        if not (self.rank and self.active):
             return y
         x = F.dropout(x, self.dropout, self.training)
         low = F.linear(x, self.lora_A.to(x.dtype))                                     # [..., rank]
@@ -86,6 +88,7 @@ class LoRALinear(nn.Linear):
 class LoRAExperts(ExpertLinear):
     """The same for an ExpertLinear, the matrices of all experts: `lora_A` [E, rank, in] and
     `lora_B` [E, out, rank]."""
+    active = True
 
     def __init__(self, base, rank, alpha, dropout):
         nn.Module.__init__(self)
@@ -103,7 +106,7 @@ class LoRAExperts(ExpertLinear):
 
     def forward(self, x, counts):
         y = kernels.expert_linear(x, self.weight, counts)                               # [N, out]
-        if not self.rank:
+        if not (self.rank and self.active):
             return y
         x = F.dropout(x, self.dropout, self.training)
         low = kernels.expert_linear(x, self.lora_A.to(x.dtype), counts)                 # [N, rank]
@@ -174,6 +177,19 @@ def init_lora(model, seed=0):
         device = layer.device
         put_rows(model, f"{name}.lora_A", A[slice(*own_rows(layer.lora_A))].to(device))
         put_rows(model, f"{name}.lora_B", B[slice(*own_rows(layer.lora_B))].to(device))
+
+
+@contextlib.contextmanager
+def without_adapters(model):
+    """For as long as this lasts the model is its base."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
 
 
 def freeze_in_4_bits(model):

@@ -226,6 +226,35 @@ def report(settings):
     return "\n".join([*lines, verdict(plan, s["memory_gb"])])
 
 
+def report_of_rewards(settings):
+    """The same for train_grpo.py: the passes that learn take the most, and beside them stand the
+    logits of the answers (with their softmax and gradient, float32) and a frozen reference."""
+    s = settings
+    views = {"diffu": 1, "coupled": 3, "bound": s["bound_samples"]}
+    views["trace"] = -(-(s["steps"] or s["max_new_tokens"]) // s["trace_together"])
+    sequences = max(s["batch_size"], views[s["estimator"]])
+    name, config = s["init_from"], find_config(s["init_from"], s | {"vocab_size": 260})
+    dtype = torch.float32 if s["dtype"] == "float32" else torch.bfloat16
+    seq_len = min(s["seq_len"], config.max_len)
+    plan = plan_memory(config, seq_len, sequences, s["lora_rank"], s["lora_targets"], dtype,
+                       s["checkpointing"])
+    answer = min(s["max_new_tokens"], seq_len)
+    logits = 3 * 4 * sequences * answer * config.vocab_size
+    frozen = 4 * plan.parameters if s["beta"] and not s["lora_rank"] else 0
+    kind = f"LoRA of rank {s['lora_rank']}" if s["lora_rank"] else "all weights"
+    lines = [f"{name}: {kind}, {sequences} x {seq_len} tokens a pass, "
+             f"{views[s['estimator']]} views an answer ({s['estimator']})",
+             "  in GB (10^9 bytes):"]
+    parts = {part: getattr(plan, part) for part in NOTES if part not in ("gathered", "peak")}
+    parts["logits"] = logits
+    notes = NOTES | {"logits": f"of {answer} tokens of each answer", "reference": "a frozen copy"}
+    for part, size in {**parts, "reference": frozen}.items():
+        lines.append(f"  {part:12}{size / 1e9:9.3f}   {notes[part]}")
+    plan.peak += logits + frozen
+    return "\n".join([*lines, f"  {'peak':12}{plan.peak / 1e9:9.3f}   {NOTES['peak']}",
+                      verdict(plan, s["memory_gb"])])
+
+
 def verdict(plan, memory_gb):
     """Whether it fits into memory_gb; 0: of the GPU here, else 24."""
     if not memory_gb:

@@ -27,8 +27,8 @@ from training.state import check_finite, has_state, load_training, make_folder, 
 
 
 class Run:
-    """Attributes: `step` (updates done), `progress` (0 to 1, by steps or by the clock),
-    `finished`."""
+    """Attributes: `step` (updates done), `progress` (0 to 1, by steps or by the clock), `finished`,
+    `figures` (a list that is kept from one row of the log to the next, over a resume too)."""
 
     def __init__(self, settings, model, optimizers, tokenizer, device, must_match,
                  flops_per_token=0.0, save_model=None, sharded=False):
@@ -41,10 +41,11 @@ class Run:
         self.model, self.optimizers, self.tokenizer = model, optimizers, tokenizer
         self.device, self.save_model = device, save_model
         self.folder, self.main = make_folder(settings["out_dir"]), common.rank_and_size()[0] == 0
-        self.step, self.losses, elapsed = 0, [], 0.0
+        self.step, self.losses, self.figures, elapsed = 0, [], [], 0.0
         if settings["resume"]:
             record = load_training(self.folder, model, optimizers, must_match, sharded)
             self.step, elapsed, self.losses = record["step"], record["elapsed_s"], record["losses"]
+            self.figures = record.get("figures", [])
         elif self.main and has_state(self.folder):
             self.say(f"replacing the run in {self.folder} (--resume=True would have continued it)")
             # Or, killed before its first checkpoint, this run would resume as that one.
@@ -87,7 +88,7 @@ class Run:
     def save(self):
         """What resuming needs, and then what sample.py reads."""
         record = {"step": self.step, "elapsed_s": self.clock.seconds(), "losses": self.losses,
-                  "settings": {**self.settings, **self.must_match}}
+                  "figures": self.figures, "settings": {**self.settings, **self.must_match}}
         save_training(self.folder, self.model, self.optimizers, record, self.sharded)
         if self.save_model is not None:
             self.save_model()
