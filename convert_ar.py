@@ -5,7 +5,8 @@ of masked tokens. Attention is opened to both sides, at once or little by little
 2410.17891), a mask token is added, and training goes on with the bound of diffusion, on text or,
 with masks in the answers only, on conversations. --shift=True keeps the old habit of predicting
 token i at position i - 1 (Dream, 2508.15487), else it is dropped (dLLM's Tiny-A2D, 2602.22661).
---objective=bd3lm gives a model that writes block by block (BD3-LM, 2503.09573). The defaults are
+--objective=bd3lm gives a model that writes block by block (BD3-LM, 2503.09573), at once or with
+blocks that grow first and shrink then (--block_schedule; LLaDA2, 2512.15745). The defaults are
 those of Qwen3-0.6B-diffusion-mdlm: 1024 tokens, 10 epochs of batches of 2048, AdamW at 1e-4; with
 bd3lm those of -bd3lm: 512 tokens, blocks of 32.
 
@@ -19,6 +20,7 @@ Then: python sample.py --checkpoint=out/ar --chat
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
 import contextlib
+import math
 
 import torch
 
@@ -32,6 +34,7 @@ from pretrained.export import save
 from pretrained.hub import model_folder
 from pretrained.tensors import gathered
 from pretrained.tiny import tiny_model
+from training.blocks import block_length_at, parse_schedule
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
@@ -56,6 +59,7 @@ wandb = ""                  # a project of Weights & Biases that gets the rows o
 objective = "mdlm"          # mdlm, bd3lm
 _in_blocks = common.given("objective", objective) == "bd3lm"
 block_length = 8 if _tiny else 32   # bd3lm: tokens in a block
+block_schedule = ""         # bd3lm: lengths in turn, like 1,4,32,T,32; T: a sequence; "": only one
 shift = False               # True: token i is predicted at i - 1, as before; False: where it stands
 anneal_steps = 0            # mdlm: updates over which attention to the right opens; 0: at once
 max_weight = 10.0 if _tiny else 0.0    # the loss weight is clipped here, the NELBO is not; 0: never
@@ -101,6 +105,15 @@ common.check(
     objective=["mdlm", "bd3lm"], optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
     raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")
+if block_schedule and objective != "bd3lm":
+    raise ValueError("block_schedule is for objective bd3lm")
+stages = parse_schedule("T")                # mdlm: a sequence is one block
+if objective == "bd3lm":
+    stages = parse_schedule(block_schedule or str(block_length))
+whole_blocks = math.lcm(*[stage.length for stage in stages if stage.length])    # of every length
+if block_schedule and (stages[-1].length != block_length or seq_len % whole_blocks):
+    raise ValueError(f"block_schedule {block_schedule} must end with block_length {block_length}, "
+                     f"and its lengths must divide seq_len {seq_len}")
 if objective == "bd3lm" and (anneal_steps or padding != "eos"):
     raise ValueError("anneal_steps and padding=hidden are for objective mdlm: a block sees nothing "
                      "to the right of itself anyway")
@@ -132,7 +145,7 @@ else:
     text.add_chat_tokens()
     data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
 chat = is_chat(dataset)
-data = open_dataset(dataset, data_folder, seq_len, padding, block_length if _in_blocks else 0)
+data = open_dataset(dataset, data_folder, seq_len, padding, whole_blocks if _in_blocks else 0)
 last_val = data.val_batch(max(final_eval_sequences, 2))     # the same as eval.py takes
 val = data.val_batch(max(eval_sequences, final_eval_sequences, 2)).spread(max(eval_sequences, 2))
 data.batch("train", batch_size, seed, 0)    # fail early: less text than one sequence
@@ -169,8 +182,8 @@ if sharded:
 # ---- optimizer -----------------------------------------------------------------------------------
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay)
 must_match = {name: settings[name] for name in (
-    "init_from", "objective", "block_length", "shift", "anneal_steps", "seq_len", "padding",
-    "optimizer", "weight_decay", "beta2", "seed")}
+    "init_from", "objective", "block_length", "block_schedule", "shift", "anneal_steps", "seq_len",
+    "padding", "optimizer", "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * slices
 
@@ -242,7 +255,8 @@ while run.goes_on():
 
     noise = common.stream("noise", seed, run.step)
     T = data.step_length(batch_size * slices, seed, run.step)       # of all its sequences
-    blocks = T // block_length if objective == "bd3lm" else 1
+    length = block_length_at(stages, run.progress) or T
+    blocks = T // length
     t = sample_t((slices * batch_size, blocks), noise)                              # [G, blocks]
     mask_prob = t.repeat_interleave(T // blocks, dim=1)                             # [G, T]
     mask = mask_tokens(mask_prob.shape, mask_prob, noise)
@@ -254,11 +268,11 @@ while run.goes_on():
             batch.attention_mask = opening_attention(batch.tokens, batch.attention_mask,
                                                      run.step / anneal_steps)
         with autocast:
-            if objective == "mdlm":
+            if blocks == 1:
                 loss = mdlm_loss(model, batch.tokens, t[rows, 0], mask[rows], batch.maskable,
                                  batch.attention_mask, max_weight=max_weight)
             else:
-                loss = block_loss(model, batch.tokens, block_length, t[rows], mask[rows],
+                loss = block_loss(model, batch.tokens, length, t[rows], mask[rows],
                                   batch.maskable, max_weight=max_weight)
         # Answers differ in length: the sum over tokens is divided by the count of the whole step.
         (loss.loss * batch.share / grad_accum).backward()

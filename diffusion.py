@@ -110,7 +110,10 @@ def config_of(model):
 
 
 def mask_token_id(model):
-    """The id of the mask token. Raises ValueError for a model that has none."""
+    """The id of the mask token. Raises ValueError for a model that has none, or that edits."""
+    if config_of(model).edits:
+        raise ValueError("this model inserts, deletes and substitutes (train_edits.py): what fills "
+                         "or scores masks cannot use it")
     token = config_of(model).mask_token_id
     if token is None:
         raise ValueError("this model has no mask token: convert it first (convert_bert.py, "
@@ -229,6 +232,55 @@ def sft_loss(model, tokens, maskable=None, t=None, mask=None, attention_mask=Non
     return Loss(total, weights * nll, count, mask, t)
 
 
+def llada2_loss(model, tokens, block_length, maskable=None, t=None, mask=None, complement=True,
+                bound=False, cap_weight=0.0, generator=None):
+    """LLaDA2's loss of supervised fine-tuning (2512.15745): a mean over the masked tokens, however
+    many there are.
+
+        loss = 1/M sum over masked i of -log p_i + cap_weight * mean over right i of H(p_i)
+        p_i = p(x_0^i | x_t in the block of i, x_0 before that block)
+
+    for tokens int64 [B, T] in one pass over [x_t, x_0], as in `block_loss`. The second term is CAP
+    (confidence-aware parallel training): what the model knows, those masked i whose most probable
+    token is right, it shall be sure of, for sampling keeps many sure tokens a step.
+    t           float [B] or [B, T / block_length]; None: uniform between 0.3 and 0.8, which leaves
+                out what teaches little: nearly no masks, and nearly nothing else.
+    complement  every row goes in twice, at t and 1 - t: what is masked in one is shown in the
+                other. So each maskable token is learned in each step. The Loss then has 2B rows.
+    bound       True: weights 1/t, and the count of maskable tokens for M: the bound, if times are
+                uniform in (0, 1].
+    Raises ValueError where shapes or the mask token do not fit.
+    """
+    B, T = tokens.shape
+    if block_length < 1 or T % block_length:
+        raise ValueError(f"block_length {block_length} does not divide the {T} tokens of a "
+                         "sequence")
+    blocks = T // block_length
+    if t is None:
+        t = 0.3 + 0.5 * sample_t((B,), generator, eps=0)
+    if t.dim() == 1:
+        t = t[:, None].expand(-1, blocks)
+    t = times(t, (B, blocks), generator).to(tokens.device)                             # [B, blocks]
+    each = t.repeat_interleave(block_length, dim=1)                                     # [B, T]
+    x_t, mask = corrupt(model, tokens, each, mask, maskable, "linear", generator)
+    maskable = torch.ones_like(mask) if maskable is None else maskable.to(tokens.device)
+    if complement:
+        other, _ = corrupt(model, tokens, 1 - each, maskable & ~mask)
+        x_t, mask = torch.cat((x_t, other)), torch.cat((mask, maskable & ~mask))        # [2B, T]
+        tokens, maskable = tokens.repeat(2, 1), maskable.repeat(2, 1)
+        t, each = torch.cat((t, 1 - t)), torch.cat((each, 1 - each))
+    weights = weight(each.clamp(min=1e-3))
+    used, counted = torch.ones_like(weights), mask
+    if bound:
+        used, counted = weights, maskable
+    used = used / counted.sum().clamp(min=1)
+    both = torch.cat((x_t, tokens), dim=1)                                              # [2B, 2T]
+    total, nll = weighted_nll(model, both, tokens, mask, used, block_length=block_length,
+                              cap_weight=cap_weight,
+                              attention_mask=block_attention(T, block_length, tokens.device))
+    return Loss(total, weights * nll, max(int(maskable.sum()), 1), mask, t)
+
+
 def cart_weights(mask, p):
     """Dream's context-adaptive weights of the masked tokens, 0 elsewhere: float32 [B, T] for mask
     [B, T] (CART; 2508.15487, section 3.2).
@@ -271,14 +323,15 @@ def times(t, shape, generator):
 # What the losses ask the model
 
 
-def weighted_nll(model, inputs, targets, mask, weights, shift=None, block_length=0, **how):
+def weighted_nll(model, inputs, targets, mask, weights, shift=None, block_length=0,
+                 cap_weight=0.0, **how):
     """(sum over masked of weights * nll, with its gradient; nll [B, T], detached, 0 elsewhere),
     where
 
         nll = -log p(target | inputs)       in nats
 
     inputs [B, T], or [B, 2T] for [x_t, x_0]; targets, mask, weights [B, T]. shift None: the
-    model's.
+    model's. cap_weight times the mean entropy of the right predictions is added to the sum.
     """
     B, T = targets.shape
     shift = config_of(model).shift if shift is None else shift
@@ -288,13 +341,26 @@ def weighted_nll(model, inputs, targets, mask, weights, shift=None, block_length
         how["positions"] = torch.arange(T, device=inputs.device).repeat(2)              # [2T]
     target, row_weights = targets.flatten()[masked], weights.flatten()[masked]
     if hasattr(model, "weighted_nll"):      # the same without ever holding the logits: kernels.py
+        if cap_weight:
+            how["cap_weight"] = cap_weight
         total, found = model.weighted_nll(inputs, rows, target, row_weights, **how)
     else:
-        found = F.cross_entropy(row_logits(model, inputs, rows, **how), target, reduction="none")
+        logits = row_logits(model, inputs, rows, **how)                                 # [N, V]
+        found = F.cross_entropy(logits, target, reduction="none")
         total = (row_weights * found).sum()
+        if cap_weight:
+            total = total + cap_weight * right_entropy(logits, target)
     nll = torch.zeros(B * T, dtype=found.dtype, device=found.device)
     nll[masked] = found.detach()
     return total, nll.view(B, T)
+
+
+def right_entropy(logits, targets):
+    """The mean entropy, in nats, of those rows of logits [N, V] whose most probable token is the
+    target [N]; 0 if none is right (CAP; LLaDA2, 2512.15745)."""
+    right = logits.argmax(-1) == targets
+    entropies = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)                  # [N]
+    return (entropies * right).sum() / right.sum().clamp(min=1)
 
 
 def prediction_rows(masked, T, width, shift, block_length):

@@ -1,13 +1,17 @@
-"""Recipe 4: supervised fine-tuning of LLaDA and Dream, by LoRA or in full, on one GPU or many.
+"""Recipe 4: supervised fine-tuning of LLaDA, Dream and LLaDA2, by LoRA or in full, on one GPU or
+many.
 
 A diffusion language model learns to answer as it learned to write, but that only the answer is ever
 masked: the prompt stays, and end-of-text tokens behind the answer are learned too, so that the
 model says how long an answer is (LLaDA, arXiv 2502.09992, section 2.3 and algorithm 2; Dream,
-2508.15487). LoRA (2106.09685) keeps the weights as they are, in bfloat16, and trains 2 % beside
+2508.15487). A model that writes block by block (LLaDA2, 2512.15745; SDAR; our own) sees its noisy
+block and the clean ones before it, and each answer twice: what is masked once is shown the other
+time. LoRA (2106.09685) keeps the weights as they are, in bfloat16, and trains 2 % beside
 them: with checkpointing, and a loss that never holds all logits, LLaDA-8B takes 19 GB. FSDP2
 spreads what is left over the GPUs.
 
     python finetune_llada.py --init_from=tiny             two minutes on a CPU: a small LLaDA
+    python finetune_llada.py --init_from=tiny:llada2      a small LLaDA2: experts, blocks of 32
     python finetune_llada.py --plan                       what LLaDA-8B would take; reads no weights
     python finetune_llada.py --dataset='tulu3[train:50000]'           LoRA on one GPU
     torchrun --nproc_per_node=8 finetune_llada.py --lora_rank=0 --learning_rate=2.5e-5    everything
@@ -24,14 +28,14 @@ import torch
 from data.chat import is_chat, open_dataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from diffusion import denoise, mask_tokens, nelbo, sample_t, sft_loss
+from diffusion import denoise, llada2_loss, mask_tokens, nelbo, sample_t, sft_loss
 from model import Transformer
 from pretrained.config import read_config
 from pretrained.export import save
 from pretrained.hub import model_folder
 from pretrained.load import fill, open_checkpoint
 from pretrained.tensors import gathered, put_rows
-from pretrained.tiny import tiny_model
+from pretrained.tiny import tiny_config, tiny_model
 from training import nf4
 from training.lora import (add_lora, freeze_in_4_bits, holds_a_run, init_lora, name_of_base,
                            published_modules, save_adapter)
@@ -45,7 +49,7 @@ from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
 # run
-init_from = "GSAI-ML/LLaDA-8B-Base"     # folder or hub id; tiny, tiny:Dream: small and random
+init_from = "GSAI-ML/LLaDA-8B-Base"     # folder or hub id; tiny, tiny:Dream, tiny:llada2: random
 _tiny = common.given("init_from", init_from).partition(":")[0] == "tiny"     # then small settings
 out_dir = "out/finetune"    # receives adapter or model, tokenizer, train_state, log.jsonl, loss.png
 merge = ""                  # write base + adapter, of the run in out_dir or else of this one, here
@@ -75,6 +79,12 @@ lora_dropout = 0.0          # of their input
 lora_targets = "q,k,v,o,gate,up,down"   # the matrices that get one
 base_bits = 16              # 16: the base as dtype says; 4: NF4 (QLoRA), for LoRA on small GPUs
 cart = 0.0            # p of Dream's weights that look at the neighbours (0.1 there); 0: LLaDA's 1/t
+# models that write in blocks
+t_low = 0.3                 # times of the noise are uniform between this one
+t_high = 0.8                # and this
+complement = True           # every sequence twice: what is masked in one is shown in the other
+block_weights = "mean"      # of masked tokens: mean, or bound: 1/t (then take all times)
+cap_weight = 0.0            # CAP: weight of the entropy of what is predicted rightly; 0: none
 # optimizer
 batch_size = 16 if _tiny else 1     # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
@@ -102,9 +112,9 @@ common.check(
     at_least_1=["seq_len", "batch_size", "replicas", "grad_accum", "eval_sequences",
                 "final_eval_sequences"],
     positive=["learning_rate", "epochs"],
-    not_negative=["lora_rank", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes",
-                  "eval_interval", "sample_tokens", "ranks", "memory_gb"],
-    decay=["linear", "cosine"])
+    not_negative=["lora_rank", "cap_weight", "weight_decay", "grad_clip", "warmup", "max_steps",
+                  "max_minutes", "eval_interval", "sample_tokens", "ranks", "memory_gb"],
+    block_weights=["mean", "bound"], decay=["linear", "cosine"])
 if base_bits not in (4, 16):
     raise ValueError(f"base_bits must be 16 (the base as dtype says) or 4 (NF4), got {base_bits}")
 if base_bits == 4 and not lora_rank:
@@ -112,6 +122,9 @@ if base_bits == 4 and not lora_rank:
                      "lora_rank")
 if not 0 <= cart <= 1:
     raise ValueError(f"cart must be between 0 and 1, got {cart}")
+if not 0 <= t_low < t_high <= 1:
+    raise ValueError(f"t_low and t_high must be times with 0 <= t_low < t_high <= 1, got {t_low} "
+                     f"and {t_high}")
 if plan:
     # For a GPU, whatever this machine is: in bfloat16, if nothing else is asked for.
     print(report(settings | {"dtype": common.given("dtype", "bfloat16")}))
@@ -128,7 +141,7 @@ if base_bits == 4:
                          "has it whole")
 check_target("out_dir", out_dir, init_from)
 folder = make_folder(out_dir)
-resume = settings["resume"] = resumes(resume, folder)
+settings["resume"] = resume = resumes(resume, folder)
 if merge:
     check_target("merge", merge, init_from, out_dir)
     if not resume and holds_a_run(folder):
@@ -138,14 +151,27 @@ if merge:
 if (folder / ("config.json" if lora_rank else "adapter_model.safetensors")).exists():
     raise ValueError(f"{out_dir} holds {'a model' if lora_rank else 'an adapter'} of another run, "
                      "which this one could be mistaken for: choose another out_dir")
-if not _tiny:                       # before a data set is prepared for nothing
+if _tiny:                           # all of this before a data set is prepared for nothing
+    source = tiny_config(init_from.partition(":")[2] or "llada", Tokenizer.bytes(), seq_len)
+else:
     source, _ = read_config(model_folder(init_from))
-    if source.causal or source.block_length:
-        kind = "an autoregressive" if source.causal else "a block-diffusion"
-        raise ValueError(f"{init_from} is {kind} model ({source.family}): see convert_ar.py")
-    if seq_len > source.max_len:
-        raise ValueError(f"{init_from} has a context of {source.max_len} tokens, seq_len is "
-                         f"{seq_len}: take --seq_len={source.max_len}")
+if source.edits:
+    raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
+if source.causal:
+    raise ValueError(f"{init_from} is an autoregressive model ({source.family}): see convert_ar.py")
+if seq_len > source.max_len:
+    raise ValueError(f"{init_from} has a context of {source.max_len} tokens, seq_len is "
+                     f"{seq_len}: take --seq_len={source.max_len}")
+in_blocks = source.block_length > 0
+if in_blocks and seq_len % source.block_length:
+    raise ValueError(f"{init_from} writes in blocks of {source.block_length} tokens, which do not "
+                     f"divide seq_len {seq_len}")
+if in_blocks and (cart or padding != "eos"):
+    raise ValueError("cart and padding=hidden are for models that see everything; "
+                     f"{init_from} writes in blocks and sees nothing behind its own")
+for name in ("t_low", "t_high", "complement", "block_weights", "cap_weight"):
+    if not in_blocks and common.given(name, None) is not None:
+        raise ValueError(f"{name} is for models that write in blocks, {init_from} is none")
 
 # ---- data ----------------------------------------------------------------------------------------
 if _tiny:
@@ -158,7 +184,7 @@ else:
         text.add_mask_token()
     data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
 chat = is_chat(dataset)
-data = open_dataset(dataset, data_folder, seq_len, padding)
+data = open_dataset(dataset, data_folder, seq_len, padding, source.block_length)
 last_val = data.val_batch(max(final_eval_sequences, 2))     # the same as eval.py takes
 val = data.val_batch(max(eval_sequences, final_eval_sequences, 2)).spread(max(eval_sequences, 2))
 data.batch("train", batch_size, seed, 0)    # fail early: less text than one sequence
@@ -221,7 +247,8 @@ learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
 optimizers = make_optimizers(model, "adamw", learning_rate, beta2=beta2, weight_decay=weight_decay)
 must_match = {name: settings[name] for name in (
     "init_from", "seq_len", "padding", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
-    "base_bits", "cart", "weight_decay", "beta2", "seed")}
+    "base_bits", "cart", "t_low", "t_high", "complement", "block_weights", "cap_weight",
+    "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * slices
 
@@ -237,6 +264,7 @@ def save_model():
 
 flops = model.flops_per_token(seq_len, head_share=0.5, training=False)
 flops *= 2 if lora_rank else 3              # frozen weights get no gradient
+flops *= (1 + in_blocks) * (1 + (in_blocks and complement))         # [x_t, x_0], twice
 run = Run(settings, model, optimizers, text, device, must_match, save_model=save_model,
           flops_per_token=flops, sharded=True)      # resumed by any number of processes
 
@@ -270,6 +298,17 @@ def show_sample():
     run.say(f"step {run.step}: {question}{text.decode_answer(ids[len(prompt):])!r}")
 
 
+def share_of(rows, mask, batch):
+    """The tokens that the loss of a slice is divided by over the mean of the step's slices: times
+    this, means over tokens add up to the mean of the whole step. rows: of the slice in mask
+    [G, T]."""
+    if complement or block_weights == "bound":          # all tokens of the answers
+        return batch.share
+    whole = data.batch("train", len(mask), seed, run.step)
+    masked = mask if whole.maskable is None else mask & whole.maskable                  # [G, T]
+    return (masked[rows].sum() * slices / masked.sum().clamp(min=1)).item()
+
+
 # ---- loop ----------------------------------------------------------------------------------------
 # All randomness of a step follows from (seed, step). Each process draws the noise of the whole step
 # and takes its slices: the result does not depend on how many processes share the work.
@@ -290,24 +329,33 @@ while run.goes_on():
 
     noise = common.stream("noise", seed, run.step)
     T = data.step_length(batch_size * slices, seed, run.step)       # of all its sequences
-    t = sample_t((slices * batch_size, 1), noise)                                   # [G, 1]
-    mask = mask_tokens((slices * batch_size, T), t, noise)                          # [G, T]
+    G = slices * batch_size                         # sequences of this step
+    t = sample_t((G, 1), noise)                                                     # [G, 1]
+    if in_blocks:
+        t = t_low + (t_high - t_low) * sample_t((G, 1), noise, eps=0)
+    mask = mask_tokens((G, T), t, noise)                                            # [G, T]
     # Pretraining cuts 1 % of the sequences to a random length, so that the model knows short
     # contexts (LLaDA, section 2.2).
-    cut = torch.rand(slices * batch_size, generator=noise) < 0.01                   # [G]
+    cut = torch.rand(G, generator=noise) < 0.01                                     # [G]
     length = torch.randint(1, T + 1, cut.shape, generator=noise)
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
         batch = data.batch("train", batch_size, seed, run.step, piece, slices)
-        if not chat and cut[rows].any():
+        if not chat and not in_blocks and cut[rows].any():
             shown = torch.arange(T) < torch.where(cut, length, T)[rows, None]       # [B, T]
             batch.maskable = batch.attention_mask = shown
         batch = batch.to(device)
         torch.manual_seed(common.seed_for("dropout", seed, run.step, piece))
         with autocast:
-            loss = sft_loss(model, batch.tokens, batch.maskable, t[rows, 0], mask[rows],
-                            batch.attention_mask, cart)
+            if in_blocks:
+                loss = llada2_loss(model, batch.tokens, config.block_length, batch.maskable,
+                                   t[rows, 0], mask[rows], complement, block_weights == "bound",
+                                   cap_weight)
+                loss.loss = loss.loss * share_of(rows, mask, batch)
+            else:
+                loss = sft_loss(model, batch.tokens, batch.maskable, t[rows, 0], mask[rows],
+                                batch.attention_mask, cart)
         (loss.loss / grad_accum).backward()
         run.count(loss)
     if not sharded:                                 # a sharded model has done it on its way

@@ -102,6 +102,12 @@ class Config:
     edit_threshold: float | None = None     # of sampling, where none is given (LLaDA2.1)
     step_schedule: str = "even"     # tokens a sampling step reveals: "even", "timesteps" (Dream)
     confidence_at_temperature: bool = False     # read from softmax(logits / temperature) (Dream)
+    edits: bool = False             # heads that edit: substitute, insert, rates (edits.py)
+    keeps_head: bool = False        # `head` stays beside them, unused, as dLLM has it
+    edits_before_norm: bool = False     # they read what comes before the last norm (dLLM's encoder)
+    edit_schedule: str = "linear"   # kappa_t that they were trained with (edits.py)
+    edit_masks: int = 0             # masks that a text to be written begins with
+    time_features: int = 0          # sines and cosines of t that the model is told; 0: not told t
     mask_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -121,6 +127,9 @@ class Config:
             raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads")
         if self.positions == "rope" and self.rope_dim % 2:
             raise ValueError(f"RoPE rotates pairs: the head size must be even, got {self.rope_dim}")
+        if self.time_features % 2:
+            raise ValueError(f"time_features are pairs of a sine and a cosine: their number must "
+                             f"be even, got {self.time_features}")
         if self.n_experts:
             self.check_experts()
         if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
@@ -446,6 +455,20 @@ def take(x, select):
     return x.flatten(0, 1)[select]
 
 
+def one_later(x):
+    """x [B, S, ...] shifted by one position; zeros at the first."""
+    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+
+
+def time_waves(t, size):
+    """cos and sin of 1000 t at size / 2 frequencies from 1 to 1/10000, [B, size] for t [B]: what
+    diffusion models are told of the time (Ho et al. 2020, arXiv 2006.11239, appendix B)."""
+    half = size // 2
+    steps = torch.arange(half, device=t.device) / max(half - 1, 1)
+    angle = 1000 * t[:, None].float() * 10000 ** -steps                                 # [B, half]
+    return torch.cat((angle.cos(), angle.sin()), dim=1)
+
+
 def zero_embedding(rows, dim):
     # The random numbers that nn.Embedding would draw cost a second of imports on the meta device.
     return nn.Embedding.from_pretrained(torch.zeros(rows, dim), freeze=False)
@@ -473,6 +496,12 @@ class Transformer(nn.Module):
         self.head = nn.Linear(D, V, bias=config.head_bias)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.embed_time, self.substitute_head = None, None
+        self.insert_head, self.rate_head = None, None
+        if config.time_features:
+            self.make_time_embedding()
+        if config.edits:
+            self.make_edit_heads()
         self.checkpoint_blocks = False      # True: the backward pass computes each block again
         self.chunk = max(64, 2**25 // V)    # rows whose logits exist at once in `weighted_nll`
 
@@ -491,6 +520,19 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         return self
+
+    def make_time_embedding(self):
+        """What is added to every token's embedding at a time t, a matrix without values."""
+        self.embed_time = nn.Linear(self.config.time_features, self.config.dim, bias=False)
+
+    def make_edit_heads(self):
+        """The heads of a model that edits, without values. `head` is the substitutions', unless
+        the config has it that it stays beside them."""
+        c = self.config
+        if c.keeps_head:
+            self.substitute_head = nn.Linear(c.dim, c.vocab_size, bias=c.head_bias)
+        self.insert_head = nn.Linear(c.dim, c.vocab_size, bias=c.head_bias)
+        self.rate_head = nn.Linear(c.dim, 3)
 
     @torch.no_grad()
     def resize_vocabulary(self, vocab_size, new=()):
@@ -539,12 +581,14 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, attention_mask, select, cache, positions))
 
     def weighted_nll(self, tokens, select, targets, weights=None, attention_mask=None,
-                     positions=None):
+                     positions=None, cap_weight=0.0):
         """(sum of weights * nll, with its gradient; nll [N], for reading only): the cross-entropy
         in nats of targets int64 [N] at the rows `select` of the pass, without ever holding the
         logits.
 
-        weights [N], None: all one; the other arguments as in `forward`. Differentiable once.
+        weights [N], None: all one. cap_weight: how much the mean entropy of those rows counts
+        whose most probable token is the target. The other arguments as in `forward`.
+        Differentiable once.
         """
         N, targets = targets.numel(), targets.flatten()
         if weights is None:
@@ -557,12 +601,18 @@ class Transformer(nn.Module):
             select, targets = F.pad(select, fill), F.pad(targets, fill)
             weights = F.pad(weights, fill)
         hidden = self.hidden(tokens, attention_mask, select, None, positions).flatten(0, -2)
-        total, nll = kernels.linear_cross_entropy(
-            hidden, self.head.weight, self.head.bias, targets, weights, self.chunk)
+        head, entropy_weights = (self.head.weight, self.head.bias), None
+        if cap_weight:
+            right = kernels.linear_argmax(hidden, *head, self.chunk) == targets
+            right[N:] = False
+            entropy_weights = cap_weight * right / right.sum().clamp(min=1)
+        total, nll = kernels.linear_cross_entropy(hidden, *head, targets, weights, self.chunk,
+                                                  entropy_weights)
         return total, nll[:N]
 
-    def hidden(self, tokens, attention_mask=None, select=None, cache=None, positions=None):
-        """What the head reads, [B, S, D] or [N, D]; arguments as in `forward`."""
+    def hidden(self, tokens, attention_mask=None, select=None, cache=None, positions=None, t=None):
+        """What the head reads, [B, S, D] or [N, D]; arguments as in `forward`. t, float [B], is for
+        models that are told the time."""
         config = self.config
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -574,6 +624,8 @@ class Transformer(nn.Module):
             x = x + self.embed_positions(positions + config.position_offset)
         if self.embed_types is not None:
             x = x + self.embed_types.weight[0]
+        if self.embed_time is not None and t is not None:
+            x = x + self.embed_time(time_waves(t, config.time_features))[:, None]
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         visible, causal = self.who_sees_whom(positions, attention_mask, cache)
@@ -587,11 +639,52 @@ class Transformer(nn.Module):
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
-        if self.norm is not None:
+        if self.norm is not None and not config.edits_before_norm:
             x = self.norm(x)
         if self.head_dense is not None:
             x = self.head_norm(ACTIVATIONS[self.config.head_activation](self.head_dense(x)))
         return x
+
+    def edit_forward(self, tokens, attention_mask=None, t=None):
+        """(substitution logits [B, S, V], insertion logits [B, S, V], rates [B, S, 3]: to
+        substitute and delete token i, to insert behind it) of a model that edits."""
+        states = self.edit_states(tokens, attention_mask, t)
+        return self.edit_logits(states, 0), self.edit_logits(states, 2), self.edit_rates(states)
+
+    def edit_states(self, tokens, attention_mask=None, t=None):
+        """What the edit heads read, [B, S, D]. attention_mask bool [B, S]; t float [B]."""
+        return self.hidden(tokens, attention_mask, t=t)
+
+    def edit_rates(self, states):
+        """Rates [B, S, 3], float32 at least, in the order substitute, delete, insert. With `shift`
+        those of a token are read one position earlier, but what comes behind it at its own."""
+        rates = self.rate_head(states)
+        rates = F.softplus(rates.to(torch.promote_types(rates.dtype, torch.float32)))
+        if not self.config.shift:
+            return rates
+        return torch.cat((one_later(rates[..., :2]), rates[..., 2:]), dim=-1)
+
+    def edit_logits(self, states, kind):
+        """Logits [B, S, V], float32 at least, of what is written in the place of each token (kind
+        0) or behind it (kind 2)."""
+        logits = self.edit_head(kind)(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return one_later(logits) if self.config.shift and kind == 0 else logits
+
+    def edit_nll(self, states, kind, rows, targets):
+        """-log p in nats [N], with its gradient, of the tokens `targets` [N] that are written at
+        the flat rows int64 [N] of states [B, S, D]; kind as in `edit_logits`."""
+        if self.config.shift and kind == 0:
+            rows = rows - 1
+        states = states.flatten(0, 1)[rows]
+        logits = self.edit_head(kind)(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def edit_head(self, kind):
+        if kind == 2:
+            return self.insert_head
+        return self.head if self.substitute_head is None else self.substitute_head
 
     def who_sees_whom(self, positions, attention_mask, cache):
         """((mask of the global layers, mask of the local layers), causal), as `kernels.attend`

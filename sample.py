@@ -9,6 +9,7 @@ kept, until none is left.
     python sample.py --checkpoint=out/grids --infill=FILE:puzzle.txt    a puzzle, dots for blanks
     python sample.py --prompt=FILE:prompt.txt --html=trace.html     a page with a slider over steps
     python sample.py --checkpoint=GSAI-ML/LLaDA-8B-Instruct --chat --block_length=32
+    python sample.py --checkpoint=out/edits --edit='Tom had had red kite.' --show     a repair
     python sample.py --serve=8000                       a web page and OpenAI's API on 127.0.0.1
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
@@ -28,6 +29,7 @@ adapter = ""                # the folder of a LoRA adapter for it (finetune_llad
 # what to write
 prompt = ""                 # text to continue; FILE:path reads it from a file; empty: none
 infill = ""         # a text with gaps, [MASK] or [MASK:12]; grids: a puzzle with dots; FILE:path
+edit = ""                   # a text that a model of train_edits.py may change anywhere; FILE:path
 num_samples = 1             # different ones, made together
 max_new_tokens = 0          # tokens to generate; 0: what fits into the model's context, 128 at most
 chat = False                # a conversation in the terminal, in the checkpoint's own chat format
@@ -52,7 +54,7 @@ suppress = ""               # tokens never to write: ids, names, eos or eot, wit
 defer = ""                  # tokens to write last, likewise
 cache = "auto"      # none, prefix, dual (approximate), block (exact; auto: for block diffusion)
 cfg_scale = 0.0             # classifier-free guidance; 0: none
-schedule = ""               # tokens a step: even or timesteps; empty: the model's own
+schedule = ""       # tokens a step: even or timesteps; of edits: linear, cubic...; empty: its own
 seed = 1337                 # the same seed gives the same text
 # how it looks
 show = False                # the terminal view: masks turn into text, coloured by confidence
@@ -68,9 +70,9 @@ settings = common.override(globals())
 # ---- process -------------------------------------------------------------------------------------
 common.check(settings, at_least_1=["num_samples"], not_negative=["max_new_tokens", "pause"],
              weights=["full", "int8"])
-modes = [prompt, infill, chat, serve]
+modes = [prompt, infill, edit, chat, serve]
 if sum(map(bool, modes)) > 1:
-    raise ValueError("choose one of --prompt, --infill, --chat and --serve")
+    raise ValueError("choose one of --prompt, --infill, --edit, --chat and --serve")
 if (chat or serve) and (html or num_samples != 1):
     raise ValueError("--html and --num_samples are for single runs: not with --chat or --serve")
 if html and (Path(html).is_dir() or not os.access(Path(html).parent, os.W_OK)):
@@ -84,6 +86,12 @@ device, *_ = common.init_process(device, threads)
 # ---- model ---------------------------------------------------------------------------------------
 sampler = Sampler.load(checkpoint, device, common.weights_dtype(device, dtype), adapter,
                        weights)
+if edit and not sampler.config.edits:
+    raise ValueError(f"{checkpoint} fills masks and cannot edit a text: --edit is for models of "
+                     "train_edits.py")
+if (chat or serve) and sampler.config.edits:
+    raise ValueError(f"{checkpoint} edits texts: it takes --prompt, --infill and --edit, neither "
+                     "--chat nor --serve")
 if chat and sampler.grid is not None:
     raise ValueError(f"{checkpoint} writes grids, it cannot chat: give it a puzzle by --infill")
 if chat:
@@ -109,6 +117,10 @@ def read(text):
         raise ValueError(f"{name} is not UTF-8 at byte {error.start}") from None
 
 
+if sampler.config.edits:
+    from sampling.editing import edit_and_show
+    edit_and_show(sampler, settings, read)
+    sys.exit()
 if infill:
     tokens = sampler.encode_gaps(read(infill))
     count = tokens.count(sampler.mask_id)

@@ -266,7 +266,8 @@ class ChatDataset(TokenDataset):
                   answer is, for sampling begins with more masks than are needed (LLaDA, arXiv
                   2502.09992, appendix B.1). "hidden": nobody sees the padding; cheaper in tokens to
                   learn, but the model never says where an answer ends in a row of masks.
-    block_length  divides the length of every batch.
+    block_length  divides the length of every batch, and a response with its end-of-text tokens ends
+                  where a block does: no further block is needed to learn where to stop.
     Raises FileNotFoundError and ValueError for a folder that is missing or damaged, and for
     settings that do not fit.
     """
@@ -280,7 +281,7 @@ class ChatDataset(TokenDataset):
                              "take padding=hidden")
         if block_length and seq_len % block_length:
             raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")
-        self.seq_len, self.padding = seq_len, padding
+        self.seq_len, self.padding, self.block_length = seq_len, padding, block_length
         self.multiple = LENGTH_MULTIPLE
         if block_length:
             self.multiple = block_length * math.ceil(LENGTH_MULTIPLE / block_length)
@@ -414,6 +415,9 @@ class ChatDataset(TokenDataset):
         fill = 0 if self.eos_token_id is None else self.eos_token_id
         tokens = np.full((len(rows), T), fill, dtype=np.int64)                              # [B, T]
         maskable = np.full((len(rows), T), padding == "eos")
+        if padding == "eos" and self.block_length:
+            blocks = -(-lengths // self.block_length)                                       # [B]
+            maskable = np.arange(T) < (blocks * self.block_length)[:, None]
         for row, (start, length) in enumerate(zip(index[:, 0], lengths)):
             tokens[row, :length] = ids[start:start + length]
             maskable[row, :length] = masks[start:start + length]

@@ -1,9 +1,11 @@
 """Where conversations come from: published sets, .jsonl files, mixtures of them.
 
-A data set is a name of CHAT_SETS or a .jsonl file; several are mixed by +, and [train:1000] takes
+A data set is a name of CHAT_SETS, a .jsonl file, or selfmade: and a checkpoint, which then writes
+the answers to our prompts (selfmade.py); several are mixed by +, and [train:1000] takes
 the first thousand for training:
 
-    tulu3[train:50000]+smoltalk       pydocs_chat       mine.jsonl+alpaca      gym:chain_sum
+    tulu3[train:50000]+smoltalk    pydocs_chat    mine.jsonl+alpaca    selfmade:smollm2
+    gym:chain_sum
 
 A line of a .jsonl file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
 ...}, ...]} or {"prompt": "...", "response": "..."}. gym:NAME is a task of the package
@@ -30,6 +32,8 @@ from data.files import (
 )
 from data.hub import stream_rows
 from data.python_docs import docstrings
+from data.selfmade import answers_file, is_selfmade, parse_request
+from data.selfmade import conversations as own_answers
 from data.tales_chat import conversations_about_tales
 
 ROLES = ("system", "user", "assistant")
@@ -119,6 +123,12 @@ CHAT_SETS = {
 }
 
 
+def selfmade(request, path):
+    """What a checkpoint answers to our prompts, read from the file `path` or written now."""
+    for prompt, response in own_answers(request, path):
+        yield prompt, exchange(prompt, response)
+
+
 def exchange(prompt, response):
     """The messages of one question and its answer."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -192,9 +202,11 @@ class Part:
 
 def is_chat(dataset):
     """Whether a data set's name means conversations: it, or a part of the mixture, is in CHAT_SETS,
-    a task of reasoning-gym, or ends in .jsonl."""
+    a task of reasoning-gym, ends in .jsonl or is selfmade."""
     for name, _ in split_mixture(dataset):
         if name in CHAT_SETS or name.startswith(gym.PREFIX) or name.endswith(".jsonl"):
+            return True
+        if is_selfmade(name):
             return True
     return False
 
@@ -213,14 +225,19 @@ def split_mixture(dataset):
     return parts
 
 
-def find_parts(dataset):
-    """The Parts of a mixture. FileNotFoundError for a name that nobody knows."""
-    return [find_part(name, limit) for name, limit in split_mixture(dataset)]
+def find_parts(dataset, root):
+    """The Parts of a mixture. root: where prepared data sets are kept. FileNotFoundError for a name
+    that nobody knows."""
+    return [find_part(name, limit, root) for name, limit in split_mixture(dataset)]
 
 
-def find_part(name, limit):
+def find_part(name, limit, root):
     """The Part of a mixture that has this name."""
     path = Path(name).expanduser()
+    if is_selfmade(name):
+        request = parse_request(name)
+        path = answers_file(request, root)
+        return Part(path.stem, functools.partial(selfmade, request, path), VAL_FRACTION, limit)
     if name in CHAT_SETS:
         return Part(name, CHAT_SETS[name], published_val_fraction(name, limit), limit)
     if name.startswith(gym.PREFIX):

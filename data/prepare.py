@@ -95,7 +95,7 @@ def prepare_chat(dataset, tokenizer, root=None, vocab_size=2048):
     `prepare` takes. Raises ValueError (a broken line, an unknown role, no responses),
     FileNotFoundError or another OSError (off-line).
     """
-    parts = find_parts(dataset)
+    parts = find_parts(dataset, prepared_root(root))
     tokenizer_name, tokenizer = find_tokenizer(tokenizer, vocab_size)
     name = file_name("+".join(part.label() for part in parts))
     if tokenizer != "bpe":

@@ -206,9 +206,9 @@ class Teller:
         chance = self.rng.random
         if self.counts[letter] > 2 and chance() < 0.3 and self.scene.may_say_it(letter):
             return "it"
-        share = 0.15
-        if self.properties[letter] < 2:
-            share = 1 if self.late else 0.4
+        share = 0.9     # what is named but twice is hardly learned (docs/training.md)
+        if self.properties[letter] < 2 and self.late:
+            share = 1
         return "full" if chance() < share else "noun"
 
     def repeats(self, text):

@@ -96,9 +96,9 @@ def train_encoder(folder, minutes, seed, threads):
     return {"updates": step, "train_nll_of_15_percent": loss.item()}
 
 
-def run_stage(name, out, minutes, seed, threads):
+def run_stage(name, stage, out, minutes, seed, threads):
     """The stage's line of results."""
-    stage, folder = STAGES[name], out / name
+    folder = out / name
     minutes = minutes * stage.share
     result = {"stage": name, "minutes": minutes}
     if stage.command is None:
@@ -153,7 +153,8 @@ def main(out, MINUTES="6", SEED="1337", THREADS="0"):
     done = {row["stage"]: row for row in rows_of(results)}
     for name in STAGES:
         if name not in done:
-            done[name] = run_stage(name, out, minutes, int(SEED), int(THREADS))
+            done[name] = run_stage(name, STAGES[name], out, minutes, int(SEED),
+                                   int(THREADS))
             with results.open("a") as file:
                 file.write(json.dumps(done[name]) + "\n")
     for row in done.values():

@@ -12,7 +12,8 @@ from pretrained.families import FAMILIES
 # instead, "a2d-qwen3".
 ROLE_KEYS = {"causal": "is_causal", "shift": "shift", "block_length": "block_length",
              "blocks_from_start": "blocks_from_start", "threshold": "threshold",
-             "edit_threshold": "edit_threshold"}
+             "edit_threshold": "edit_threshold", "edit_schedule": "edit_schedule",
+             "edit_masks": "edit_masks"}
 ACTIVATION_NAMES = {"swish": "silu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
                     "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 

@@ -589,3 +589,23 @@ FAMILIES = {
         prefix="model.",
     ),
 }
+
+# --------------------------------------------------------------------------------------------------
+# dLLM's Edit Flows (edits.py): three of the families once more, with heads that edit. Its code
+# trains with the cubic schedule unless told otherwise, and its config.json does not say.
+
+EDITING = {"llada": "editflow-llada", "Dream": "editflow-dream",
+           "modernbert": "editflow-modernbert"}
+EDIT_ARCHITECTURES = {"llada": "EditFlowLLaDAModel", "Dream": "EditFlowDreamModel",
+                      "modernbert": "EditFlowModernBertModel"}
+EDIT_TENSORS = {"substitute_head": "sub_logits", "insert_head": "ins_logits",
+                "rate_head": "rate_heads.0"}
+for base, name in EDITING.items():
+    row = FAMILIES[base]
+    FAMILIES[name] = replace(
+        row,
+        architecture=EDIT_ARCHITECTURES[base],
+        fixed={**row.fixed, "edits": True, "keeps_head": True, "edit_schedule": "cubic",
+               "edits_before_norm": base == "modernbert", "edit_masks": 128},
+        tensors={**row.tensors, **EDIT_TENSORS},
+    )

@@ -51,10 +51,10 @@ class Sampler:
         knows a mask token."""
         self.model, self.config, self.tokenizer, self.name = model, model.config, tokenizer, name
         self.take_roles_from_tokenizer()
-        if self.config.mask_token_id is None and not self.config.causal:
+        if self.config.mask_token_id is None and not (self.config.causal or self.config.edits):
             raise ValueError(f"neither the config nor the tokenizer of {name} has a mask token: "
                              "convert it first (convert_bert.py, convert_ar.py)")
-        self.mask_id = canvas_mask_id(model)
+        self.mask_id = self.config.mask_token_id if self.config.edits else canvas_mask_id(model)
         self.head, self.tail = tokenizer.frame()
         self.opening = []
         if self.config.causal or self.config.family == "unmask":
@@ -274,8 +274,11 @@ class Sampler:
         settings: steps, block_length, temperature, remasking, cache, cfg_scale, schedule, seed and
         those in NOT_USED, with the meaning of sample.py's constants; 0, "" and "auto" leave the
         choice to us, and this is the choice. Raises ValueError for what cannot be read; ranges are
-        for the engine to check.
+        for the engine to check, and for a model that edits, which takes none of these.
         """
+        if self.config.edits:
+            raise ValueError(f"{self.name} edits texts: sample.py can use it, but no chat, server "
+                             "or task that fills masks")
         s = {**NOT_USED, **settings}
         arguments = {} if gaps else {"max_new_tokens": count}
         arguments["steps"] = s["steps"] or count                # one token a step

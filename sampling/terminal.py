@@ -22,7 +22,7 @@ class Terminal:
 
     def draw(self, trace, message):
         """Called with each message of a Trace."""
-        if "changes" not in message:
+        if "step" not in message:
             return
         if self.in_place:
             self.redraw(trace, message["step"])
@@ -30,18 +30,18 @@ class Terminal:
             self.print_lines(trace, message["step"])
 
     def print_lines(self, trace, step):
-        for row in trace.rows:
+        for row in trace.view:
             if self.grid is not None:
                 print(f"step {step}\n{self.draw_grid(row)}\n", file=self.stream, flush=True)
                 continue
-            text = "".join("░" if cell.text is None else cell.text for cell in row[self.begin:])
+            text = "".join(marked(cell, step) for cell in row[self.begin:])
             line = f"step {step:3}  {printable(text, newline='⏎')}"
             print(line, file=self.stream, flush=True)
 
     def redraw(self, trace, step):
         size = shutil.get_terminal_size()
         lines = []
-        for row in trace.rows:
+        for row in trace.view:
             if self.grid is not None:
                 lines += [*self.draw_grid(row, step).split("\n"), ""]
             else:
@@ -90,14 +90,32 @@ class Terminal:
 
     def style(self, cell, step):
         """The numbers of the escape sequence that a cell is drawn with."""
+        if cell.kind == "deleted":
+            return "2;9;31"                             # dim, crossed out, red
         if cell.text is None:
             return "2"                                  # dim
+        if cell.kind in ("inserted", "substituted"):
+            hue = "32" if cell.kind == "inserted" else "33"         # green, yellow
+            return f"{hue};4" if cell.step == step else hue
         if cell.step == 0:
             return "1"                                  # bold: given
         colour = self.palette[min(int(8 * cell.confidence**0.5), 7)]
         if cell.step == step:
             return f"38;5;{colour};4"                   # underlined: new
         return f"38;5;{colour}"
+
+
+def marked(cell, step):
+    """The text of a cell without colours: what this step inserts is {+so+}, what it deletes [-so-],
+    a substitution both."""
+    text = "░" if cell.text is None else cell.text
+    if cell.step != step or cell.kind == "written":
+        return text
+    if cell.kind == "deleted":
+        return f"[-{text}-]"
+    if cell.kind == "substituted":
+        return f"[-{cell.before or '░'}-]{{+{text}+}}"
+    return f"{{+{text}+}}"
 
 
 def columns_of(character):

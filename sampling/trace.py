@@ -16,6 +16,8 @@ class Cell:
     text: str = None            # None: still a mask
     confidence: float = None    # the probability that it was written with; None: it was given
     step: int = 0               # that wrote it, 0: it was given
+    kind: str = "written"       # of an edit: inserted, substituted or deleted
+    before: str = ""            # what stood there before it was substituted
 
 
 class Trace:
@@ -84,6 +86,11 @@ class Trace:
         if self.watch:
             self.watch(self, message)
 
+    @property
+    def view(self):
+        """The rows as the last step leaves them to be seen."""
+        return self.rows
+
     def finish(self):
         """Correct the text of tokens that were written before their neighbours. Returns self."""
         pieces = [self.sampler.pieces(row) for row in self.canvas or []]
@@ -115,3 +122,57 @@ class Trace:
             Path(temporary).write_text(page, encoding="utf-8")
 
         write_atomically(path, write)
+
+
+class EditTrace(Trace):
+    """`on_step` of sampling/rewriting.py: a record of texts that grow and shrink.
+
+    view      for each sequence its Cells after the last step, those that it deleted among them
+    messages  {"rows": [[text, ...], ...], "edits": true} at the beginning,
+              {"step": n, "canvas": {row: [[text, kind, step, before], ...]}} for each step: whole
+              rows, only those that changed; kind is given, inserted, substituted or deleted
+    """
+
+    def __init__(self, sampler, sequences, watch=None):
+        super().__init__(sampler, watch=watch)
+        self.canvas = [list(row) for row in sequences]
+        texts = [sampler.pieces(row) for row in self.canvas]
+        self.rows = [[Cell(text, kind="given") for text in row] for row in texts]
+        self.marked = self.rows
+        self.tell({"rows": texts, "edits": True})
+
+    @property
+    def view(self):
+        return self.marked
+
+    def __call__(self, step):
+        """Take in an `EditStep`."""
+        self.passes = step.passes
+        self.marked, canvas = list(self.rows), {}
+        for b, written in enumerate(step.rows):
+            if written is None:
+                continue
+            self.marked[b] = self.change(b, written, step.number)
+            canvas[b] = [[cell.text, cell.kind, cell.step, cell.before] for cell in self.marked[b]]
+        self.tell({"step": step.number, "canvas": canvas})
+
+    def change(self, b, written, number):
+        """Make edits.Written row b. Returns its Cells, with the deleted ones in their places."""
+        old, new = self.rows[b], []
+        pieces, marked, seen = self.sampler.pieces(written.tokens), [], 0
+        for text, origin, edited in zip(pieces, written.origin, written.edited):
+            if origin is None:
+                cell = Cell(text, step=number, kind="inserted")
+            else:
+                marked += [self.deleted(cell, number) for cell in old[seen:origin]]
+                cell, seen = old[origin], origin + 1
+            if edited and origin is not None:
+                cell = Cell(text, None, number, "substituted", cell.text or "")
+            new.append(cell)
+            marked.append(cell)
+        marked += [self.deleted(cell, number) for cell in old[seen:]]
+        self.canvas[b], self.rows[b] = list(written.tokens), new
+        return marked
+
+    def deleted(self, cell, number):
+        return Cell(cell.text, None, number, "deleted")

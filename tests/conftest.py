@@ -45,6 +45,7 @@ def prepared_data(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def haste():
+    """This process leaves out what those of scripts.py leave out."""
     with pytest.MonkeyPatch.context() as patch:
         leave_out_what_nobody_reads(patch.setattr)
         yield
@@ -91,7 +92,7 @@ def small(text, talk):
     from runs import command
 
     def arguments(script, out_dir, *settings):
-        data = text if script == "train_scratch.py" else talk
+        data = text if script in ("train_scratch.py", "train_edits.py") else talk
         return command(script, out_dir, data, *settings)
 
     return arguments

@@ -29,6 +29,8 @@ SETTINGS = {
                          "--final_eval_tokens=512"],
     "convert_bert.py": [*CHAT, *SHAPE, "--padding=hidden"],
     "convert_ar.py": [*CHAT, *SHAPE, "--anneal_steps=6"],
+    "train_edits.py": [*SHAPE, "--tokenizer=byte", "--seq_len=16", "--eval_tokens=64",
+                       "--final_eval_tokens=256"],
     "finetune_llada.py": [*CHAT, "--lora_rank=4", "--lora_dropout=0.2", "--lora_targets=q,v"],
     "train_grpo.py": ["--init_from=tiny", "--seq_len=96", "--max_new_tokens=6", "--prompts=2",
                       "--group_size=4", "--eval_prompts=4", "--reward=contains"],

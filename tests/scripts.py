@@ -194,14 +194,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_parallel(world_size, script, *arguments, environment_of_all=None, **options):
+def run_parallel(world_size, script, *arguments, **options):
     """The Results of all ranks, in the environment that torchrun makes."""
     torchrun = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world_size),
     }
-    torchrun |= environment_of_all or {}
     ranks = []
     for rank in range(world_size):
         environment = torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -53,8 +53,13 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def docstrings():
-    """Read once, and kept for the tests that go through them again."""
-    found = list(python_docs.docstrings())
+    """Those of every third module of the library, of bisect and of asyncio: all take four seconds.
+    Read once, and kept for the tests that go through them again."""
+    with pytest.MonkeyPatch.context() as patch:
+        sources = list(python_docs.library_sources())
+        some = sources[::3] + [pair for pair in sources if pair[0] in ("bisect", "asyncio.tasks")]
+        patch.setattr(python_docs, "library_sources", lambda: some)
+        found = list(python_docs.docstrings())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(python_docs, "docstrings", lambda: found)
         yield found
@@ -87,7 +92,7 @@ def test_pydocs(pydocs):
     data = TokenDataset(pydocs)
     assert pydocs.name == "pydocs-bpe-2048"
     assert data.vocab_size == 2048 == Tokenizer.from_pretrained(pydocs).vocab_size
-    assert 1_500_000 < data.meta["bytes"]["train"] < 4_000_000
+    assert 750_000 < data.meta["bytes"]["train"] < 2_000_000
     share = data.meta["bytes"]["val"] / sum(data.meta["bytes"].values())
     assert 0.05 < share < 0.15
     for split in ("train", "val"):
@@ -109,7 +114,7 @@ def test_pydocs_splits_do_not_meet(docstrings):
         if text is not None:
             documents[split].append(text)
     everything = documents["train"] + documents["val"]
-    assert len(set(everything)) == len(everything) > 5000
+    assert len(set(everything)) == len(everything) > 3000
     bodies, paragraphs = {}, {}
     for split, texts in documents.items():
         bodies[split] = {text.split("\n", 1)[-1] for text in texts}         # signature aside

@@ -5,16 +5,29 @@ import functools
 import pytest
 import torch
 from conftest import ROOT
+from runs import command, succeed
 from scripts import run
+from tiny import publish, tiny_sampler
 
-from experiments import ablate, bench_sampling, conversions, results
+from experiments import (
+    ablate,
+    bench_mixture,
+    bench_sampling,
+    block_schedule,
+    conversions,
+    encoder,
+    mixture,
+    real,
+    results,
+)
 from experiments.against import Edition, against
 from experiments.bench import COMMANDS
 from experiments.bench_eval import choices_of
 from experiments.bench_sampling import compare_caches, published_loop
 from experiments.timing import interleaved
-from model import Config, Transformer
+from model import Config, Experts, Transformer
 from sampling.engine import generate
+from sampling.sampler import Sampler
 
 STEADY = {"MALLOC_TRIM_THRESHOLD_": "0"}        # bench.py does not start itself anew then
 
@@ -28,15 +41,16 @@ def constants_of(script):
     return names
 
 
-@pytest.mark.parametrize("script", ["bench", "ablate", "results", "conversions"])
+@pytest.mark.parametrize("script", ["bench", "ablate", "results", "conversions", "mixture",
+                                    "block_schedule", "encoder", "real"])
 def test_without_arguments_they_say_how(script):
     result = run(f"experiments/{script}.py", environment=STEADY)
     assert result.status == 2 and f"python experiments/{script}.py" in result.err
 
 
 def test_commands_that_are_quoted_are_there():
-    assert set(COMMANDS) == {"forward", "parity", "load", "step", "loss", "block", "finetune",
-                             "sample", "serve", "eval", "against"}
+    assert set(COMMANDS) == {"forward", "parity", "load", "step", "loss", "block", "blocks",
+                             "experts", "finetune", "sample", "serve", "eval", "against"}
     result = run("experiments/bench.py", "step", "1", "2", "3", environment=STEADY)
     assert result.status == 2 and result.err.startswith("error: ")
 
@@ -45,11 +59,14 @@ def test_settings_of_runs_are_settings_of_the_recipes():
     known = constants_of("train_scratch.py")
     for settings in [*results.ARMS.values(), *results.EXERCISES.values()]:
         assert set(settings) <= known
-    for stage in conversions.STAGES.values():
-        if stage.command is not None:
-            script, *arguments = stage.command
-            names = {a.removeprefix("--").partition("=")[0] for a in arguments}
-            assert names <= constants_of(script)
+    stages = [*conversions.STAGES.values(), *block_schedule.STAGES.values(),
+              *encoder.STAGES.values()]
+    commands = [stage.command for stage in stages if stage.command is not None]
+    commands += [[*real.CONVERT, *way] for way in real.WAYS.values()]
+    commands += [["train_scratch.py", *run] for run in mixture.RUNS.values()]
+    for script, *arguments in commands:
+        names = {a.removeprefix("--").partition("=")[0] for a in arguments}
+        assert names <= constants_of(script)
 
 
 def test_arms_of_the_ablation():
@@ -81,6 +98,58 @@ def test_published_loops_give_our_tokens(monkeypatch):
     assert theirs == generate(model, [[1, 2, 3]], 16, 16, 8)[0]
     for kind in ("prefix", "dual"):             # compares the tokens itself
         assert set(compare_caches(model, [1, 2, 3], 16, kind)) == {"theirs", "ours"}
+
+
+@torch.no_grad()
+def test_the_yardsticks_of_mixtures_compute_the_same(monkeypatch):
+    small = dict(dim=16, n_heads=2, n_experts=6, experts_per_token=2, expert_dim=8, shared_dim=8)
+    layer = Experts(Config(**small))
+    for p in layer.parameters():
+        p.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(bench_mixture.loop_over_experts(layer, x), layer(x), atol=1e-6)
+    monkeypatch.setattr(bench_mixture, "BLOCK", 8)
+    monkeypatch.setattr(bench_mixture, "MASK", 49)
+    config = Config(**bench_mixture.LLADA2 | small | dict(
+        vocab_size=50, mask_token_id=49, n_layers=2, n_kv_heads=2, block_length=8,
+        router_groups=3, router_top_groups=2))
+    model = Transformer(config).init_weights()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    model.head.weight[49] = 0
+    for threshold in (0.3, 0.95):
+        published = bench_mixture.reference_blocks(model, [1, 2, 3], 16, threshold)
+        assert generate(model, [[1, 2, 3]], 16, block_length=8, threshold=threshold,
+                        minimum=1)[0] == published[:19]
+
+
+def test_loads_of_a_small_mixture(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    arguments = command("train_scratch.py", tmp_path / "out", text, *mixture.MIXTURE,
+                        "--max_steps=1", "--tokenizer=bpe", "--vocab_size=300")
+    succeed(run(*arguments))
+    loads = mixture.loads_of(tmp_path / "out", str(text), windows=4)
+    assert loads.shape == (2, 8) and torch.allclose(loads.sum(1), torch.ones(2))
+    mixture.draw({"a": loads}, tmp_path / "loads.png")
+    assert (tmp_path / "loads.png").stat().st_size > 5000
+
+
+def test_decoding_beside_the_teacher(tmp_path):
+    """One question after the other, with a converted model and the teacher itself."""
+    teacher, model = Sampler.load(publish("llama", tmp_path)), tiny_sampler(max_len=256)
+    questions = ["a?", "b?"]
+    slow = real.answer(model, questions, teacher, 8, threshold=0.0)
+    fast = real.answer(model, questions, teacher, 8, threshold=1e-6)
+    assert len(slow.answers) == 2 and slow.passes == 16 and fast.passes == 2
+    assert 2 <= slow.tokens <= 16 and slow.seconds > 0
+    assert real.answer(teacher, questions, teacher, 4).passes <= 8
+    nats = real.teacher_nats(teacher, ["a?"], ["abc"])
+    begin = teacher.encode_chat([{"role": "user", "content": "a?"}])
+    tokens = torch.tensor([[*begin, *teacher.tokenizer.encode("abc")]])
+    with torch.no_grad():
+        log_p = teacher.model(tokens).log_softmax(-1)[0, len(begin) - 1:-1]
+    exact = -log_p.gather(1, tokens[0, len(begin):, None]).mean()
+    assert nats == pytest.approx(exact.item(), rel=1e-4)
 
 
 def test_measures_of_results():

@@ -18,15 +18,17 @@ MAY_IMPORT = {
     "kernels": ["common"],
     "model": ["common", "kernels"],
     "diffusion": ["common", "kernels", "model"],
+    "edits": ["common", "kernels", "model", "diffusion"],
     "policy": ["common", "kernels", "model", "diffusion"],
     "pretrained": ["common", "model"],
-    "training": ["common", "data", "kernels", "model", "diffusion", "pretrained"],
+    "training": ["common", "data", "kernels", "model", "diffusion", "edits", "pretrained"],
     "sampling": [
         "common",
         "data",
         "kernels",
         "model",
         "diffusion",
+        "edits",
         "policy",
         "pretrained",
         "training",
@@ -37,6 +39,7 @@ MAY_IMPORT = {
         "kernels",
         "model",
         "diffusion",
+        "edits",
         "policy",
         "pretrained",
         "training",
@@ -48,6 +51,7 @@ RECIPES = [
     "convert_bert",
     "convert_ar",
     "finetune_llada",
+    "train_edits",
     "train_grpo",
     "sample",
     "eval",
@@ -58,6 +62,8 @@ INSIDE_FUNCTIONS = {
     ("model", "pretrained.load"),  # Transformer.from_pretrained, and `python model.py FOLDER`
     ("model", "pretrained.export"),  # Transformer.save_pretrained, export_pretrained
     ("data.tokenizer", "pretrained.tokenizer_files"),  # a tokenizer that is not ours
+    ("data.selfmade", "pretrained.hub"),  # the teacher's weights
+    ("data.selfmade", "sampling.sampler"),  # the teacher, who answers
     ("pretrained.load", "training.lora"),  # a folder that holds an adapter
 }
 # This module imports common alone: our own layout is written without pretrained/ too.

@@ -234,6 +234,22 @@ def test_damaged_mixtures_are_refused(change, words, tmp_path):
         Transformer.from_pretrained(changed("llada2", tmp_path, change))
 
 
+@pytest.mark.parametrize("change, words", [
+    (dict(num_experts_per_tok=9), "9 experts a token .* cannot be chosen of 8"),
+    (dict(n_group=3), "8 do not divide into 3 groups"),
+    (dict(topk_group=5), "router_top_groups 5 does not fit"),
+    (dict(num_experts=4), r"experts\.4\.down_proj\.weight, which has no place"),
+])
+def test_a_config_that_does_not_fit_its_weights(change, words, tmp_path):
+    """In the published spelling, as they stand in config.json."""
+    tiny("llada2").export_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert change.keys() <= raw.keys()
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(ValueError, match=words):
+        Transformer.from_pretrained(tmp_path)
+
+
 def test_nan_in_an_expert_is_told(tmp_path):
     folder = changed("llada2", tmp_path, lambda w: w[EXPERT].fill_(math.nan))
     with pytest.warns(UserWarning, match="experts.5.up_proj.weight contains NaN"):

@@ -1,10 +1,11 @@
 """Four processes as two copies of two shards, a job that torchrun starts anew, and the arithmetic
 of experiments/scaling.py."""
+import os
 import signal
 
 import pytest
 from runs import SignalAt, equal, learned, refused, rows, succeed
-from scripts import run, run_here, run_parallel
+from scripts import Script, free_port, run, run_here, run_parallel
 
 from experiments import scaling
 from model import Config
@@ -41,17 +42,34 @@ def test_two_copies_of_two_shards_are_one(arguments, alone, tmp_path):
     assert equal(learned(tmp_path), learned(alone), 1e-3)
 
 
+class KillOnce(SignalAt):
+    """SignalAt, but not in the processes that torchrun starts anew."""
+
+    def __call__(self):
+        super().__call__()
+        from data.chat import ChatDataset
+
+        counted, original = ChatDataset.batch, self.original
+
+        def batch(*arguments, **options):
+            first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+            return (counted if first else original)(*arguments, **options)
+
+        ChatDataset.batch = batch
+
+
 def test_torchrun_starts_a_job_anew(arguments, alone, tmp_path):
-    """One of two processes is killed; the same command, with the count that torchrun gives to it
-    then, goes on from the last checkpoint and ends with the weights of an undisturbed run."""
-    command = arguments(tmp_path, "--batch_size=2")
-    kill = SignalAt(7, signal.SIGKILL, rank=1)
-    survivor, killed = run_parallel(2, SCRIPT, *command, before=kill,
-                                    environment_of_all={"TORCHELASTIC_RESTART_COUNT": "0"})
-    assert killed.status == -signal.SIGKILL and survivor.status == 1
-    assert [row["step"] for row in rows(tmp_path)] == [3]
-    succeed(*run_parallel(2, SCRIPT, *command,
-                          environment_of_all={"TORCHELASTIC_RESTART_COUNT": "1"}))
+    """One of two processes is killed; torchrun starts both with the same command, which goes on
+    from the last checkpoint and ends with the weights of an undisturbed run."""
+    from data.chat import ChatDataset
+
+    kill = KillOnce(7, signal.SIGKILL, rank=1)
+    kill.original = ChatDataset.batch
+    result = Script("tests/torchrun.py", "--nproc_per_node=2", "--max_restarts=1",
+                    "--master_addr=127.0.0.1", f"--master_port={free_port()}", SCRIPT,
+                    *arguments(tmp_path, "--batch_size=2"), before=kill).wait(300)
+    assert result.status == 0, result
+    assert result.out.count("parameters,") == 2         # it began twice
     assert equal(rows(tmp_path), rows(alone), 1e-4)
     assert equal(learned(tmp_path), learned(alone), 1e-3)
 

@@ -95,10 +95,14 @@ class LoRAExperts(ExpertLinear):
         E, self.out_features, self.in_features = base.weight.shape
         self.weight, self.rank, self.alpha, self.dropout = base.weight, rank, alpha, dropout
         self.scale = alpha / rank if rank else 0.0
-        self.device = base.weight.device
         with torch.device(base.weight.device):
             self.lora_A = nn.Parameter(torch.zeros(E, rank, self.in_features))
             self.lora_B = nn.Parameter(torch.zeros(E, self.out_features, rank))
+
+    @property
+    def device(self):
+        """Where the frozen weights are."""
+        return self.weight.device
 
     def forward(self, x, counts):
         y = kernels.expert_linear(x, self.weight, counts)                               # [N, out]

@@ -112,7 +112,8 @@ class Counter(TorchDispatchMode):
 def plan_memory(config, seq_len, batch_size, lora_rank, lora_targets="q,k,v,o,gate,up,down",
                 dtype=torch.bfloat16, checkpoint_blocks=True, ranks=1, base_bits=16):
     """The Plan of one training step of batch_size sequences of seq_len tokens on each process,
-    every token masked: the worst case.
+    every token masked: the worst case. A model that writes in blocks reads each of them four times,
+    twice noisy and twice clean (`diffusion.llada2_loss`).
 
     lora_rank 0 trains everything: weights are float32 then and products in `dtype`; else the base
     is stored in `dtype`, or its blocks' matrices in 4 bits (base_bits 4; nf4.py), one of which is
@@ -166,6 +167,8 @@ def run_step(model, seq_len, batch_size, autocast, ranks):
                     lambda p: counter.count(p.grad, "gradients", move=True))
         counter.most_together = counter.most["activations"] = 0
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+        if config.block_length and not config.causal:
+            tokens = tokens.repeat(2, 2)
         select = torch.zeros(rows, dtype=torch.int64)
         with autocast:
             loss, _ = model.weighted_nll(tokens, select, select, torch.zeros(rows))

@@ -1,0 +1,149 @@
+"""What sample.py does with a model that edits (train_edits.py): texts in, edits, texts out."""
+import sys
+from dataclasses import dataclass
+
+from sampling.rewriting import rewrite
+from sampling.sampler import GAP, NOT_USED
+from sampling.terminal import Terminal, printable
+from sampling.trace import EditTrace
+
+STEPS = 64          # of length 1 / 64 in time, unless the user says otherwise
+# Settings of models that fill masks, as they are when nobody has touched them.
+FOR_MASKS = {**NOT_USED, "block_length": 0, "remasking": "auto", "cache": "auto", "cfg_scale": 0.0}
+
+
+@dataclass
+class Canvas:
+    """A text to edit."""
+    tokens: list
+    frozen: list        # bool each: it stays
+    closed: list        # bool each: nothing comes behind it
+
+
+def edit_and_show(sampler, settings, read):
+    """Run sample.py for a model that edits. settings: its constants; read(text): the text or what a
+    FILE:path holds. Raises ValueError."""
+    arguments = edit_arguments(sampler, settings)
+    canvas = make_canvas(sampler, settings, read)
+    terminal, count = Terminal(pause=settings["pause"]), settings["num_samples"]
+    watch = terminal.draw if settings["show"] else None
+    trace = EditTrace(sampler, [canvas.tokens] * count, watch)
+    try:
+        samples = rewrite(sampler.model, [canvas.tokens] * count, frozen=[canvas.frozen] * count,
+                          closed=[canvas.closed] * count, on_step=trace, **arguments)
+    except KeyboardInterrupt:
+        print("\nstopped")
+        sys.exit(130)
+    terminal.clear()
+    for number, sample in enumerate(samples, 1):
+        if count > 1:
+            print(f"--- {number} of {count}")
+        print(printable(sampler.tokenizer.decode(sample, skip_special_tokens=True)))
+    print(f"\n{summary(trace, samples)}")
+    if settings["html"]:
+        trace.write_html(settings["html"], arguments)
+        print(f"wrote {settings['html']}: open it in a browser")
+
+
+def summary(trace, samples):
+    """How many edits there were, and the speed of the run."""
+    kinds = {"inserted": 0, "substituted": 0, "deleted": 0}
+    for message in trace.messages:
+        for cells in message.get("canvas", {}).values():
+            for _, kind, step, _ in cells:
+                if step == message["step"]:
+                    kinds[kind] += 1
+    counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+    return f"{counts}; {trace.report(sum(map(len, samples)))}"
+
+
+def edit_arguments(sampler, settings):
+    """The keyword arguments of rewriting.rewrite for sample.py's constants. Raises ValueError for
+    one that a model of edits does not take."""
+    for name, unused in FOR_MASKS.items():
+        value = settings.get(name, unused)
+        if value != unused and not (name == "cache" and value in ("none", "")):
+            raise ValueError(f"{name} is for models that fill masks; {sampler.name} edits, without "
+                             "blocks or caches, and takes steps, schedule, temperature and seed")
+    temperature = settings["temperature"]
+    if temperature == "auto":           # a repair is the most probable one, a new text any
+        writes = not (settings["infill"] or settings["edit"])
+        temperature = 0.7 if writes and sampler.config.family == "unmask" else 0.0
+    try:
+        temperature = float(temperature)
+    except ValueError:
+        raise ValueError(f"temperature takes a number or auto, got {temperature!r}") from None
+    return {"steps": settings["steps"] or STEPS, "schedule": settings["schedule"] or None,
+            "temperature": temperature, "seed": settings["seed"]}
+
+
+def make_canvas(sampler, settings, read):
+    """The Canvas of sample.py's prompt, infill or edit. Raises ValueError."""
+    if settings["edit"]:
+        text = read(settings["edit"])
+        if not text.strip():
+            raise ValueError("the text to edit is empty: leave --edit out to write a new one")
+        tokens = begun(sampler, sampler.tokenizer.encode(text) + sampler.tail)
+        stays = [True] + [False] * (len(tokens) - 1)
+        return Canvas(tokens, stays, [False] * len(tokens))
+    if settings["infill"]:
+        return canvas_with_gaps(sampler, read(settings["infill"]))
+    text = read(settings["prompt"])
+    gap = GAP.search(text)
+    if gap:
+        raise ValueError(f"the prompt contains {gap[0]} at character {gap.start()}: use --infill "
+                         "to fill it")
+    tokens = begun(sampler, sampler.tokenizer.encode(text))
+    return continued(sampler, tokens, settings["max_new_tokens"])
+
+
+def continued(sampler, tokens, max_new_tokens):
+    """The Canvas of a prompt, with the masks that the model was trained to begin with."""
+    asked, room = max_new_tokens or sampler.config.edit_masks, sampler.config.max_len - len(tokens)
+    if max_new_tokens and not sampler.config.edit_masks:
+        raise ValueError(f"{sampler.name} decides itself how much it writes: leave max_new_tokens "
+                         "at 0")
+    if room < 1:
+        raise ValueError(f"{len(tokens)} tokens of prompt leave no room in the context of "
+                         f"{sampler.config.max_len}")
+    masks = [sampler.mask_id] * min(asked, room)
+    n = len(tokens)
+    frozen = [True] * n + [False] * len(masks)
+    closed = [True] * (n - 1) + [False] * (1 + len(masks))
+    return Canvas(tokens + masks, frozen, closed)
+
+
+def canvas_with_gaps(sampler, text):
+    """The Canvas of a text in which [MASK] stands where something is missing, of whatever length:
+    the rest stays, and tokens come behind those before a gap. Raises ValueError."""
+    gaps = list(GAP.finditer(text))
+    if not gaps:
+        raise ValueError("there is nothing to fill: write [MASK] where text is missing")
+    canvas, position = Canvas(begun(sampler, []), [], []), 0
+    ends = [gap.start() for gap in gaps] + [len(text)]
+    begins = [gap.end() for gap in gaps] + [len(text)]
+    opens = []                                          # positions behind which a gap is
+    for gap in gaps:
+        if gap[1]:
+            raise ValueError(f"{gap[0]} says how long a gap is, and {sampler.name} finds that out: "
+                             "write [MASK]")
+    for end, begin in zip(ends, begins):
+        before = text[position:end]
+        if sampler.glues_space and end < len(text):
+            before = before.removesuffix(" ")
+        canvas.tokens += sampler.tokenizer.encode(before)
+        if end < len(text):
+            opens.append(len(canvas.tokens) - 1)
+        position = begin
+    canvas.tokens += sampler.tail
+    canvas.frozen = [True] * len(canvas.tokens)
+    canvas.closed = [i not in opens for i in range(len(canvas.tokens))]
+    return canvas
+
+
+def begun(sampler, tokens):
+    """The tokens behind the one that stands before every text, as train_edits.py has it."""
+    roles = [sampler.tokenizer.bos_token_id, sampler.config.bos_token_id,
+             sampler.tokenizer.eos_token_id, sampler.config.eos_token_id]
+    first = [token for token in roles if token is not None][:1]
+    return tokens if tokens[:1] == first else first + tokens

@@ -1,0 +1,271 @@
+"""Recipe 6: a model that inserts, deletes and substitutes tokens until a text is finished.
+
+Masks fix the length of what is written before it is written; edits do not. The model sees a text on
+its way from x_0 (nothing, a damaged text, one with a gap) to x_1, a text of the data, and learns at
+what rate each position is substituted, deleted, or followed by something new, and what is written
+there (Edit Flows, arXiv 2506.09018; the mathematics stands in edits.py). The transformer is that of
+the other recipes with three heads, of random weights or with those of a model of masks.
+
+    python train_edits.py                                 minutes on a CPU or a GPU, no network
+    python train_edits.py --source=nothing                writing alone, no repairs
+    python train_edits.py --init_from=out/scratch         a model of masks learns to edit
+    python train_edits.py --init_from=GSAI-ML/LLaDA-8B-Base --source=masks --num_masks=128
+    torchrun --nproc_per_node=4 train_edits.py --dataset=tinystories --max_minutes=60
+
+Then: python sample.py --checkpoint=out/edits --show
+      python sample.py --checkpoint=out/edits --edit='Tom had had red kite.' --show
+"""
+import common  # noqa: I001 (before torch: it sets how threads wait)
+import random
+import warnings
+
+import torch
+
+from data.chat import is_chat
+from data.documents import Documents
+from data.loader import TokenDataset
+from data.prepare import prepare
+from data.tokenizer import Tokenizer
+from diffusion import sample_t
+from edits import (FLOW_SCHEDULES, SOURCES, SourceSettings, align_answer, edit_loss, edit_nelbo,
+                   stack)
+from model import Config, Transformer
+from pretrained.editing import become_editor
+from pretrained.export import save
+from pretrained.hub import model_folder
+from sampling.rewriting import rewrite
+from training.ahead import Ahead
+from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
+                                 make_optimizers, set_learning_rate)
+from training.run import Run
+from training.state import make_folder
+
+# ---- settings: change them here or with --name=value ---------------------------------------------
+# run
+init_from = ""              # a model of masks or edits, folder or hub id; empty: random weights
+out_dir = "out/edits"       # receives weights, tokenizer, train_state.pt, log.jsonl, loss.png
+resume = False              # continue the run in out_dir, bit for bit
+seed = 1337                 # weights, order of the data and noise follow from it
+device = "cuda" if torch.cuda.is_available() else "cpu"     # or mps
+_on_gpu = common.given("device", device) != "cpu"
+dtype = common.best_dtype(common.given("device", device))   # of matrix products: bfloat16, float32
+compile = False             # torch.compile, which begins anew where rows get another length
+threads = 0                 # CPU threads; 0: torch's choice
+wandb = ""                  # a project of Weights & Biases that gets the rows of log.jsonl as well
+# data
+dataset = "tales"     # a text file, a folder or a name that `python data/prepare.py --help` lists
+tokenizer = "bpe"           # bpe (trained on the data), byte, gpt2; with init_from: the model's
+vocab_size = 2048           # pieces of the bpe tokenizer, special tokens included
+# model, of random weights
+n_layers = 8 if _on_gpu else 4      # transformer blocks
+n_heads = 8 if _on_gpu else 4       # attention heads
+dim = 512 if _on_gpu else 192       # width
+seq_len = 512 if _on_gpu else 128   # tokens of a document at most; longer ones are cut
+# edits
+source = "mixed"            # x_0: nothing, masks, damage, gap; mixed: nothing, damage or gap
+num_masks = 32              # of source masks, however long the text is
+max_damage = 8              # random edits at most of source damage
+schedule = "cubic"          # kappa_t: linear, cubic (dLLM), cube (t^3, Edit Flows), cosine
+time_features = 64          # sines and cosines of t that the model is told; 0: not told (dLLM)
+max_weight = 20.0           # the loss weight is clipped here, the NELBO is not; 0: no clipping
+per_token = False           # each text counts by its length, once; True: all texts the same (dLLM)
+# optimizer
+batch_size = 64 if _on_gpu else 16  # documents a step and process
+grad_accum = 1              # steps of batch_size documents before each update
+optimizer = "muon"          # muon (AdamW for embeddings, heads and norms) or adamw
+learning_rate = 3e-3        # AdamW's peak
+embedding_lr = 0.05         # AdamW's for the embedding, whose numbers are of size 1
+muon_lr = 0.02              # Muon's peak
+if common.given("init_from", init_from):
+    optimizer, learning_rate = "adamw", 1e-4            # of a trained model
+weight_decay = 0.0          # of the blocks' matrices
+beta2 = 0.99                # AdamW's second moment
+grad_clip = 1.0             # largest norm of the gradient; 0: no clipping
+warmup = 0.02               # share of the run in which the learning rate rises
+decay = "linear"            # linear or cosine: how it falls to 0
+max_steps = 0               # updates; 0: as many as fit into max_minutes
+max_minutes = 8.0 if _on_gpu else 20.0  # unless max_steps is set; the learning rate follows it
+# evaluation
+eval_interval = 200       # updates between evaluations, checkpoints and samples; 0: at the end only
+eval_tokens = 2**14         # validation tokens of an evaluation on the way
+final_eval_tokens = 2**17   # and of the last one
+sample_tokens = 64          # steps of the samples shown on the way; 0: none
+settings = common.override(globals())
+
+# ---- process -------------------------------------------------------------------------------------
+common.check(
+    settings,
+    at_least_1=["n_layers", "n_heads", "dim", "batch_size", "grad_accum", "num_masks",
+                "max_damage", "eval_tokens", "final_eval_tokens"],
+    positive=["learning_rate", "embedding_lr", "muon_lr"],
+    not_negative=["time_features", "max_weight", "weight_decay", "grad_clip", "warmup", "max_steps",
+                  "max_minutes", "eval_interval", "sample_tokens"],
+    source=list(SOURCES), schedule=list(FLOW_SCHEDULES),
+    optimizer=["muon", "adamw"], decay=["linear", "cosine"])
+if not (max_steps or max_minutes):
+    raise ValueError("max_steps and max_minutes are both 0: say when to stop")
+if is_chat(dataset):
+    raise ValueError(f"{dataset} holds conversations, and this recipe learns from whole texts: "
+                     "finetune_llada.py takes it")
+if seq_len < 2:
+    raise ValueError(f"seq_len must be at least 2, a token to begin with and one of text, got "
+                     f"{seq_len}")
+device, rank, world_size = common.init_process(device, threads)
+autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
+make_folder(out_dir)                # fail early if it cannot be written to
+
+# ---- data ----------------------------------------------------------------------------------------
+base = None
+if init_from:
+    base = Transformer.from_pretrained(init_from, dtype=torch.float32)
+    text = Tokenizer.from_pretrained(model_folder(init_from))
+    data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
+else:
+    data_folder = common.first_on_rank_0(prepare, dataset, tokenizer, vocab_size)
+    text = Tokenizer.from_pretrained(data_folder)
+data = TokenDataset(data_folder)
+roles = [text.bos_token_id, text.eos_token_id]
+first = next((token for token in roles if token is not None), None)     # stands before every text
+if first is None:
+    raise ValueError(f"the tokenizer of {init_from} has no token to begin a text with (bos or eos)")
+documents = Documents(data, first, seq_len)
+special = set(text.backend.get_added_tokens_decoder())
+alphabet = [token for token in range(data.vocab_size) if token not in special]
+how = SourceSettings(alphabet, data.mask_token_id, num_masks, max_damage)
+val_source = "nothing" if source == "mixed" else source     # what the bound is measured from
+
+
+def pair(x_1, name, *numbers):
+    """The alignment of a text with one to begin with, drawn from a stream of its own."""
+    rng = random.Random(common.seed_for("source", seed, *numbers))
+    return align_answer(SOURCES[name](x_1, rng, how), x_1, prompt_len=1)
+
+
+def pairs_of_step(step):
+    """(z_0, z_1) of each micro-step of this process. Prepared beside the step before."""
+    found = []
+    for micro_step in range(grad_accum):
+        piece = micro_step * world_size + rank
+        texts = documents.batch("train", batch_size, seed, step, piece, slices)
+        begin = piece * batch_size
+        found.append(stack([pair(x_1, source, step, begin + i) for i, x_1 in enumerate(texts)]))
+    return found
+
+
+slices = grad_accum * world_size                    # of a step, batch_size documents each
+val_texts = documents.some("val", max(eval_tokens, final_eval_tokens))
+val_pairs = stack([pair(x_1, val_source, i, i) for i, x_1 in enumerate(val_texts)])     # [N, Z]
+
+# ---- model ---------------------------------------------------------------------------------------
+if base is None:
+    config = Config(
+        vocab_size=data.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads,
+        max_len=2 * seq_len, mask_token_id=data.mask_token_id, eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id, edits=True,
+        edit_schedule=schedule, edit_masks=num_masks if source == "masks" else 0,
+        time_features=time_features)
+    model = Transformer(config).init_weights(seed).to(device)
+else:
+    masks_to_begin = num_masks if source == "masks" else 0
+    model = become_editor(base, schedule, time_features, masks_to_begin, seed).to(device).train()
+    config = model.config
+    if 2 * seq_len > config.max_len:                # on its way a text may be as long as both ends
+        raise ValueError(f"{init_from} has a context of {config.max_len} tokens, and texts grow to "
+                         f"twice seq_len {seq_len}: take --seq_len={config.max_len // 2}")
+    model.head.requires_grad_(not config.keeps_head)
+if compile:
+    model.compile_blocks()
+
+# ---- optimizer -----------------------------------------------------------------------------------
+optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay,
+                             embedding_lr if base is None else None)
+must_match = {name: settings[name] for name in (
+    "init_from", "n_layers", "n_heads", "dim", "seq_len", "source", "num_masks", "max_damage",
+    "schedule", "time_features", "per_token", "tokenizer", "optimizer", "weight_decay", "beta2",
+    "seed")}
+must_match["dataset"] = data.fingerprint
+must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
+
+
+def save_model():
+    """The model, for sample.py and the next recipe."""
+    if run.main:
+        save(model, out_dir)
+
+
+run = Run(settings, model, optimizers, text, device, must_match,
+          model.flops_per_token(seq_len, head_share=0.5), save_model)
+
+
+def evaluate(tokens):
+    """(NELBO, standard error, bytes per token) on so many validation tokens, always with the same
+    times and edits: of texts out of nothing, a bound on -log p(text) as the other recipes have it,
+    the length included. The processes divide the passes."""
+    count = len(documents.some("val", tokens))
+    z_0, z_1 = val_pairs[0][:count], val_pairs[1][:count]
+    model.eval()
+    value, error = edit_nelbo(model, z_0, z_1, seed=seed, run_passes=common.share)
+    model.train()
+    return value, error, data.bytes_per_token("val")
+
+
+def show_sample():
+    """A text out of nothing, and a damaged one repaired, as far as the model has come."""
+    x_1 = val_texts[run.step % len(val_texts)]
+    rng = random.Random(run.step)
+    begins = [[first] + [config.mask_token_id] * config.edit_masks,
+              SOURCES["damage"](x_1, rng, how)]
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # a young model lets texts grow without end
+        written, repaired = rewrite(model, begins, sample_tokens, [1, 1], temperature=0.7,
+                                    seed=run.step)
+    model.train()
+    shown = [text.decode(ids, skip_special_tokens=True) for ids in (written, begins[1], repaired)]
+    run.say(f"step {run.step}: {shown[0]!r}\n  repair: {shown[1]!r} -> {shown[2]!r}")
+
+
+# ---- loop ----------------------------------------------------------------------------------------
+# All randomness of a step follows from (seed, step). Each process draws the noise of the whole step
+# and takes its slices: the result does not depend on how many processes share the work.
+G = slices * batch_size                             # documents of a step
+Z = 2 * seq_len + max_damage + num_masks            # columns of an alignment at most
+ahead = Ahead(pairs_of_step)
+run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data.train):,} training "
+        f"tokens, edits from {source} on {device}")
+while run.goes_on():
+    factor = learning_rate_factor(run.progress, warmup, decay)
+    if run.evaluates():
+        run.save()                              # first: a resumed run repeats what a kill cut short
+        run.log(*evaluate(final_eval_tokens if run.finished else eval_tokens), factor)
+        if sample_tokens and run.main:
+            show_sample()
+        run.bar.begin_window()
+    if run.finished:
+        break
+    set_learning_rate(optimizers, factor)
+
+    noise = common.stream("noise", seed, run.step)
+    t = 1 - sample_t((G,), noise)                   # 0: x_0, 1: x_1                        [G]
+    u = torch.rand((G, Z), generator=noise)         # which columns are edited at t         [G, Z]
+    tokens = 0
+    for micro_step, (z_0, z_1) in enumerate(ahead(run.step)):
+        piece = micro_step * world_size + rank
+        rows = slice(piece * batch_size, (piece + 1) * batch_size)
+        z_0, z_1 = z_0.to(device), z_1.to(device)                                       # [B, Z]
+        with autocast:
+            loss = edit_loss(model, z_0, z_1, t[rows], u[rows, :z_0.shape[1]], schedule,
+                             max_weight, per_token)
+        # Nats a text are made nats a token of a full one: a size that grad_clip suits.
+        (loss.loss / (grad_accum if per_token else grad_accum * seq_len)).backward()
+        run.count(loss)
+        tokens += loss.count
+    average_gradients(model)                        # over the processes
+    clip_gradients(model, grad_clip)
+    for o in optimizers:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    run.end_step(tokens=tokens * world_size)
+
+run.finish()
+common.end_process()
