@@ -111,7 +111,7 @@ def config_of(model):
 
 def mask_token_id(model):
     """The id of the mask token. Raises ValueError for a model that has none, or that edits."""
-    if config_of(model).edits:
+    if getattr(config_of(model), "edits", False):
         raise ValueError("this model inserts, deletes and substitutes (train_edits.py): what fills "
                          "or scores masks cannot use it")
     token = config_of(model).mask_token_id

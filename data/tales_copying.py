@@ -22,14 +22,15 @@ class HiddenThings:
     distance: torch.Tensor      # int64 [N]: tokens from it to the nearest one that is not hidden
 
 
-def hidden_things(ids, tokenizer, seq_len, count=64, visible=None, seed=5):
+def hidden_things(ids, tokenizer, seq_len, count=64, visible=None, seed=5, words=THINGS):
     """HiddenThings of the first tales in a split's ids (TokenDataset.val), `count` at most; None if
     none fits into seq_len tokens.
 
     visible: so many other mentions of the thing are left, and the rest are hidden too; None: all
-    are left.
+    are left. words: what may be hidden, properties or names in place of things; of several that a
+    tale has the one that it names most often.
     """
-    nouns = [tokenizer.encode(f" {noun}") for noun in THINGS]
+    nouns = [tokenizer.encode(f" {word}") for word in words]
     rng, rows = random.Random(seed), []
     ends = np.flatnonzero(np.asarray(ids) == tokenizer.eos_token_id).tolist()
     for begin, end in zip(ends, ends[1:]):

@@ -7,7 +7,8 @@
     python experiments/tales.py minutes OUT MINUTES,... [SEED,...]
         the same, and copying, after so many minutes of train_scratch.py  -> docs/tales_minutes.png
     python experiments/tales.py copying CHECKPOINT...
-        the probability of a hidden thing with one, two, three other mentions, near and far
+        the probability of a hidden thing with one, two, three other mentions, near and far; and of
+        a hidden property and person
     python experiments/tales.py infill CHECKPOINT TWIN [N=200]
         a hidden cause or effect of held-out tales: does the whole hold together? TWIN is
         autoregressive and reads the left alone
@@ -30,6 +31,7 @@ import torch  # noqa: E402
 
 from data.tales import check, split_sentences, tell, variety  # noqa: E402
 from data.tales_copying import hidden_things  # noqa: E402
+from data.tales_world import ADJECTIVES, NAMES  # noqa: E402
 from diffusion import restored  # noqa: E402
 from experiments.results import Curve, draw, log_of, train  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
@@ -147,6 +149,11 @@ def copying(*checkpoints):
             print(f"{checkpoint}: {name:3} other mentions: {found.mean():.3f} "
                   f"(near {near.mean():.3f}, {len(near)} tales; far {far.mean():.3f}, {len(far)})",
                   flush=True)
+        for name, words in (("properties", ADJECTIVES), ("persons", NAMES)):
+            hidden = hidden_things(ids, sampler.tokenizer, sampler.config.max_len, 256, words=words)
+            found = restored(sampler.model, hidden.tokens, hidden.hidden, hidden.target)
+            print(f"{checkpoint}: {name}, all other mentions: {found.mean():.3f} "
+                  f"({len(found)} tales)", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The test of memory in data/tales_copying.py: what it hides, and that only copying passes it."""
 
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from data.tales import tell
 from data.tales_copying import hidden_things
-from data.tales_world import THINGS
+from data.tales_world import ADJECTIVES, NAMES, THINGS
 from data.tokenizer import Tokenizer
 from diffusion import restored
 
@@ -42,12 +43,21 @@ def test_what_is_hidden(visible, stream):
         assert not hidden[end:].any()
         left = torch.where(hidden, tokenizer.mask_token_id, tokens)[:end]
         shown = tokenizer.decode(left).split("[MASK]")
-        words = "".join(shown).replace(".", " ").replace(",", " ").replace("'", " ").split()
-        count = words.count(noun)
+        count = re.findall("[a-z]+", "".join(shown)).count(noun)
         assert count == visible if visible else count >= 1 and target.equal(hidden)
         first = target.nonzero()[0].item()
         near = tokens[max(first - distance, 0):first + distance + 6]
         assert noun in tokenizer.decode(near)
+
+
+@pytest.mark.parametrize("words", [ADJECTIVES, NAMES])
+def test_properties_and_persons_can_be_hidden_too(words, stream):
+    ids, tokenizer = stream
+    found = hidden_things(ids, tokenizer, T, 10, words=words)
+    for tokens, target in zip(found.tokens, found.target):
+        word = tokenizer.decode(tokens[target])
+        assert word.strip() in words
+        assert word in tokenizer.decode(tokens[:target.nonzero()[0]])
 
 
 def test_the_first_mention_is_never_asked_for(stream):
