@@ -297,11 +297,11 @@ def test_gym_as_a_task_of_lm_evals():
     assert right == {"score": 1.0, "solved": 1.0} and wrong["solved"] == 0
 
 
-def test_gym_as_conversations():
+def test_gym_as_conversations(tmp_path):
     pytest.importorskip("reasoning_gym")
     name = "gym:chain_sum:max_terms=2"
     assert is_chat(f"{name}[train:20]+talk.jsonl") and not is_chat("tales")
-    rows_of = list(conversations(find_parts(f"{name}[train:20]")))
+    rows_of = list(conversations(find_parts(f"{name}[train:20]", tmp_path)))
     assert sum(split == "train" for split, _ in rows_of) == 20
     _, messages = next(gym_conversations(name))
     assert [message["role"] for message in messages] == ["user", "assistant"]
