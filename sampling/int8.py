@@ -5,6 +5,9 @@
 Products are torch's own for such weights (`torch._weight_int8pack_mm`), in bfloat16. Embedding and
 norms stay as they are, and the head where it is tied to the embedding.
 """
+import ctypes
+import sys
+
 import torch
 import torch.nn as nn
 
@@ -44,8 +47,18 @@ def put_int8(model, name, rows):
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, Int8Linear) and name.endswith(".weight"):
         module.q, module.scale = quantize(rows)
+        give_back_memory()
     else:
         put_rows(model, name, rows)
+
+
+def give_back_memory():
+    """Let glibc return what was freed: the temporary matrices leave holes between the packed ones,
+    which would stay the process's own and take more than these."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)      # musl has none
+        if trim is not None:
+            trim(0)
 
 
 def load_int8(folder, device="cpu", dtype=None):
