@@ -8,13 +8,18 @@ MINUTES each; sizes, batch, optimizer and text are those of experiments/conversi
 is finished is not run again, one that was killed goes on. OUT_FOLDER/results.jsonl has a line a
 stage.
 """
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.conversions import FROM_AR, SCRATCH, Stage, rows_of, run_stage  # noqa: E402
+from experiments.conversions import (  # noqa: E402
+    FROM_AR,
+    SCRATCH,
+    Stage,
+    described,
+    run_stages,
+)
 
 BLOCKS = ["--objective=bd3lm", "--block_length=32"]
 STAGES = {
@@ -28,18 +33,8 @@ STAGES = {
 
 def main(out, MINUTES="6", SEED="1337", THREADS="0"):
     out = Path(out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    results = out / "results.jsonl"
-    done = {row["stage"]: row for row in rows_of(results)}
-    for name, stage in STAGES.items():
-        if name not in done:
-            done[name] = run_stage(name, stage, out, float(MINUTES), int(SEED), int(THREADS))
-            with results.open("a") as file:
-                file.write(json.dumps(done[name]) + "\n")
-        row = done[name]
-        print(f"{name:26} {row['minutes']:5.2f} min {row['updates']:6} updates   "
-              f"{row['val_nelbo']:.4f} +- {row['val_stderr']:.4f} nats/token   "
-              f"{row['val_bpb']:.3f} bits/byte", flush=True)
+    for row in run_stages(STAGES, out, float(MINUTES), int(SEED), int(THREADS)):
+        print(described(row, 26), flush=True)
 
 
 if __name__ == "__main__":

@@ -146,22 +146,31 @@ def plot(out, path):
     figure.savefig(path, dpi=120)
 
 
-def main(out, MINUTES="6", SEED="1337", THREADS="0"):
-    out, minutes = Path(out).resolve(), float(MINUTES)
+def run_stages(stages, out, minutes, seed, threads):
+    """Yield the row of each stage; one that results.jsonl has no row of yet is run for it."""
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
     done = {row["stage"]: row for row in rows_of(results)}
-    for name in STAGES:
+    for name, stage in stages.items():
         if name not in done:
-            done[name] = run_stage(name, STAGES[name], out, minutes, int(SEED),
-                                   int(THREADS))
+            done[name] = run_stage(name, stage, out, minutes, seed, threads)
             with results.open("a") as file:
                 file.write(json.dumps(done[name]) + "\n")
-    for row in done.values():
+        yield done[name]
+
+
+def described(row, width):
+    """A line on a stage, whose name gets so many columns."""
+    return (f"{row['stage']:{width}} {row['minutes']:5.2f} min {row['updates']:6} updates   "
+            f"{row['val_nelbo']:.4f} +- {row['val_stderr']:.4f} nats/token   "
+            f"{row['val_bpb']:.3f} bits/byte")
+
+
+def main(out, MINUTES="6", SEED="1337", THREADS="0"):
+    out, minutes = Path(out).resolve(), float(MINUTES)
+    for row in list(run_stages(STAGES, out, minutes, int(SEED), int(THREADS))):
         if "val_nelbo" in row:
-            print(f"{row['stage']:46} {row['minutes']:5.2f} min {row['updates']:6} updates   "
-                  f"{row['val_nelbo']:.4f} +- {row['val_stderr']:.4f} nats/token   "
-                  f"{row['val_bpb']:.3f} bits/byte")
+            print(described(row, 46))
     plot(out, ROOT / "docs" / "convert.png" if minutes >= 3 else out / "convert.png")
 
 

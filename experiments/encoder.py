@@ -9,7 +9,6 @@ MiniLM was stored without a masked-LM head: both get a fresh one, tied to the em
 that is finished is not run again, one that was killed goes on. OUT_FOLDER/results.jsonl has a line
 a stage.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import common  # noqa: E402, I001 (before torch: it sets how threads wait)
 import torch  # noqa: E402
 
 from data.tokenizer import Tokenizer  # noqa: E402
-from experiments.conversions import Stage, rows_of, run_stage  # noqa: E402
+from experiments.conversions import Stage, described, run_stages  # noqa: E402
 from model import Transformer  # noqa: E402
 from pretrained.hub import model_folder  # noqa: E402
 
@@ -58,17 +57,8 @@ def main(out, MINUTES="30", SEED="1337", THREADS="0"):
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "random" / "tokenizer.json").exists():
         write_random_twin(ENCODER, out / "random", int(SEED))
-    results = out / "results.jsonl"
-    done = {row["stage"]: row for row in rows_of(results)}
-    for name, stage in STAGES.items():
-        if name not in done:
-            done[name] = run_stage(name, stage, out, float(MINUTES), int(SEED), int(THREADS))
-            with results.open("a") as file:
-                file.write(json.dumps(done[name]) + "\n")
-        row = done[name]
-        print(f"{name:26} {row['minutes']:5.2f} min {row['updates']:6} updates   "
-              f"{row['val_nelbo']:.4f} +- {row['val_stderr']:.4f} nats/token   "
-              f"{row['val_bpb']:.3f} bits/byte", flush=True)
+    for row in run_stages(STAGES, out, float(MINUTES), int(SEED), int(THREADS)):
+        print(described(row, 26), flush=True)
 
 
 if __name__ == "__main__":

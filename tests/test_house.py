@@ -12,6 +12,8 @@ from runs import forget_the_repository
 from scripts import ROOT, run
 
 # What the modules of each part may import, besides those of their own part.
+BELOW_SAMPLING = ["common", "data", "kernels", "model", "diffusion", "edits", "policy",
+                  "pretrained", "training"]
 MAY_IMPORT = {
     "common": [],
     "data": ["common"],
@@ -22,29 +24,8 @@ MAY_IMPORT = {
     "policy": ["common", "kernels", "model", "diffusion"],
     "pretrained": ["common", "model"],
     "training": ["common", "data", "kernels", "model", "diffusion", "edits", "pretrained"],
-    "sampling": [
-        "common",
-        "data",
-        "kernels",
-        "model",
-        "diffusion",
-        "edits",
-        "policy",
-        "pretrained",
-        "training",
-    ],
-    "evaluation": [
-        "common",
-        "data",
-        "kernels",
-        "model",
-        "diffusion",
-        "edits",
-        "policy",
-        "pretrained",
-        "training",
-        "sampling",
-    ],
+    "sampling": BELOW_SAMPLING,
+    "evaluation": [*BELOW_SAMPLING, "sampling"],
 }
 RECIPES = [
     "train_scratch",
