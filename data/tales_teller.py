@@ -12,7 +12,7 @@ from data.files import hash_fraction
 from data.tales_machine import START, after, options
 from data.tales_scene import Scene, make_tale
 from data.tales_sentences import capitalised, pattern, roles_of, spell
-from data.tales_world import ADJECTIVES, ANIMALS, COLOURS, GENDER, NAMES, PLACES, THINGS
+from data.tales_world import ADJECTIVES, ANIMALS, BOYS, COLOURS, GENDER, GIRLS, PLACES, THINGS
 
 SENTENCES = (4, 10)         # fewest and most sentences of a tale
 MAX_PIECES = 118            # words and punctuation marks of a tale at most
@@ -242,8 +242,10 @@ class Teller:
 
 
 def choose_words(rng):
-    """{letter: word} for all letters that may come up, and "C", a new colour for the thing t."""
-    words = dict(zip("ab", pick(NAMES, 2, rng)))
+    """{letter: word} for all letters that may come up, and "C", a new colour for the thing t. The
+    two persons are a girl and a boy: of two girls a small model does not learn who is who."""
+    both = [*pick(GIRLS, 1, rng), *pick(BOYS, 1, rng)]
+    words = dict(zip("ab", pick(both, 2, rng)))
     for letter, noun in zip("tu", pick(NOUNS, 2, rng)):
         words[letter] = (noun, *pick(ADJECTIVES, 1, rng))
     words |= zip("pqr", pick(PLACE_NAMES, 3, rng))
