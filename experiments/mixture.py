@@ -1,11 +1,13 @@
 """A small mixture of experts from random weights against the dense default, in equal minutes.
 
     python experiments/mixture.py OUT_FOLDER [MINUTES=6.5] [SEED=1337] [THREADS=0] [DATASET=tales]
+                                  [MORE='--name=value ...']
 
 Three runs of train_scratch.py: as it is; with eight experts, two of them a token and together of
-the dense MLP's width; and the same with biases that even out the experts' loads. A run that is
-finished is not run again, one that was killed goes on. Prints the bound of each, and draws how the
-validation text spreads over the experts of each layer (OUT_FOLDER/experts.png).
+the dense MLP's width; and the same with biases that even out the experts' loads. MORE: settings of
+train_scratch.py for all three. A run that is finished is not run again, one that was killed goes
+on. Prints the bound of each, and draws how the validation text spreads over the experts of each
+layer: docs/experts.png (OUT_FOLDER/experts.png if MINUTES is below 3, which proves nothing).
 """
 import json
 import subprocess
@@ -86,7 +88,7 @@ def main(out, MINUTES="6.5", SEED="1337", THREADS="0", DATASET="tales", MORE="")
             smallest, largest = loads[name].min(), loads[name].max()
             print(f"{'':22} an expert sees {100 * smallest:.1f} to {100 * largest:.1f} % of the "
                   "choices")
-    draw(loads, out / "experts.png")
+    draw(loads, ROOT / "docs" / "experts.png" if float(MINUTES) >= 3 else out / "experts.png")
 
 
 if __name__ == "__main__":

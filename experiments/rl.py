@@ -3,20 +3,21 @@
     python experiments/rl.py variance CHECKPOINT TASK [DRAWS=8] [STEPS=0]
         answers of CHECKPOINT to TASK, and of each estimator's gradient: variance over draws of its
         views, passes, agreement with the sampler's own steps    -> docs/rl_variance.png
-    python experiments/rl.py compare OUT CHECKPOINT TASK MINUTES SEED,... [--name=value ...]
-        train_grpo.py with every estimator and objective for so many minutes each; with a task
-        gym:NAME also finetune_llada.py on the same questions      -> docs/rl_compare.png
-    python experiments/rl.py rollouts CHECKPOINT TASK [N=64]
-        seconds for N answers at once and one by one
+    python experiments/rl.py compare OUT CHECKPOINT TASK MINUTES SEED,... WAY,... [--name=value ...]
+        train_grpo.py in each way, a key of WAYS, for so many minutes; the way `supervised` is
+        finetune_llada.py on a task gym:NAME[train:N], N questions with their answers, of which the
+        others learn the questions. What is done is not done again, what was killed goes on; WAY
+        `all` takes all of them, and `done` those of which OUT has something  -> docs/rl_compare.png
+    python experiments/rl.py rollouts CHECKPOINT TASK [N=64] [ROUNDS=3] [--name=value ...]
+        seconds for N answers at once and one by one, in turns
 
-Every run takes one thread.
+--name=value: settings of train_grpo.py. Every run takes one thread.
 """
 import json
 import math
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,6 +28,7 @@ import torch  # noqa: E402
 from data.rewards import Judge  # noqa: E402
 from data.tasks import find_task  # noqa: E402
 from evaluation.likelihood import sharp_sets  # noqa: E402
+from experiments.timing import interleaved  # noqa: E402
 from policy import (  # noqa: E402
     bound,
     coupled,
@@ -36,7 +38,7 @@ from policy import (  # noqa: E402
     token_weights,
     trace,
 )
-from sampling.rollouts import Asker, collate  # noqa: E402
+from sampling.rollouts import Asker, collate, mean_and_error  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,18 +64,18 @@ WAYS = {
     "wd1": ["--estimator=coupled", "--objective=wd1"],
     "spg": ["--estimator=bound", "--objective=spg"],
 }
+# Beside them, answers in place of rewards: finetune_llada.py.
+SUPERVISED = ["--lora_rank=0", "--seq_len=128", "--batch_size=48", "--checkpointing=False",
+              "--learning_rate=1e-3", "--beta2=0.99", "--sample_tokens=0", "--eval_interval=200"]
 
 # --------------------------------------------------------------------------------------------------
 # Variance
 
 
 def rollouts_of(checkpoint, task, steps=0):
-    """(Sampler, Asker, the rollouts of PROMPTS questions, their advantages)."""
+    """(Sampler, the rollouts of PROMPTS questions, their advantages)."""
     torch.set_num_threads(1)
-    sampler = Sampler.load(checkpoint, dtype=torch.float32)
-    asked = find_task(task)
-    context = min(ASKING["seq_len"], sampler.config.max_len)
-    asker = Asker(sampler, asked, {**ASKING, "seq_len": context, "steps": int(steps)})
+    asker, asked = asker_of(checkpoint, task, {**ASKING, "steps": int(steps)})
     pairs = [asker.question("train", n) for n in range(PROMPTS) for _ in range(GROUP)]
     found = asker.write([canvas for _, canvas in pairs], list(range(len(pairs))), 1.0)
     judge = Judge("", asked.own)
@@ -82,7 +84,7 @@ def rollouts_of(checkpoint, task, steps=0):
     if not advantages.any():
         raise ValueError(f"all answers of {checkpoint} to {task} are worth the same: there is no "
                          "gradient to compare; take another task")
-    return sampler, asker, found, advantages
+    return asker.sampler, found, advantages
 
 
 def gradient_of(model, answers, advantages, views):
@@ -98,7 +100,7 @@ def gradient_of(model, answers, advantages, views):
 
 
 def variance(checkpoint, task, draws=8, steps=0):
-    sampler, _, found, advantages = rollouts_of(checkpoint, task, steps)
+    sampler, found, advantages = rollouts_of(checkpoint, task, steps)
     answers, mask_id, table = collate(found), sampler.mask_id, {}
     exact = gradient_of(sampler.model, answers, advantages, trace(answers, mask_id))
     for name, estimate in ESTIMATES.items():
@@ -137,37 +139,65 @@ def plot_bars(table, label, name):
 # Comparison
 
 
-def compare(out, checkpoint, task, minutes, seeds, *settings):
-    """Each way for each seed; a run that is there already is not repeated."""
+def compare(out, checkpoint, task, minutes, seeds, ways, *settings):
+    """Each way for each seed."""
+    names, seeds = names_of(ways, out), seeds.split(",")
     table = {}
-    for name, way in WAYS.items():
-        rates = []
-        for seed in seeds.split(","):
+    for name in names:
+        for seed in seeds:
             folder = Path(out, f"{name}-{seed}")
-            run("train_grpo.py", folder, f"--init_from={checkpoint}", f"--task={task}",
-                f"--max_minutes={minutes}", f"--seed={seed}", *way, *settings)
-            rows = read_log(folder)
-            rates.append((rows[0]["solve_rate"], rows[-1]["solve_rate"], rows[-1]["step"],
-                          rows[-1]["rollout_share"]))
-        table[name] = tell(name, rates)
-    if task.startswith("gym:"):
-        rates = []
-        for seed in seeds.split(","):
-            folder = Path(out, f"supervised-{seed}")
-            run("finetune_llada.py", folder, f"--init_from={checkpoint}", f"--dataset={task}",
-                f"--max_minutes={minutes}", f"--seed={seed}", "--lora_rank=0", "--seq_len=128",
-                "--batch_size=16", "--learning_rate=3e-4", "--eval_interval=0")
-            before, after = solve_rate(checkpoint, task), solve_rate(folder, task)
-            rates.append((before, after, read_log(folder)[-1]["step"], 0.0))
-        table["supervised"] = tell("supervised", rates)
-    plot_bars(table, "held-out solve rate", "rl_compare.png")
+            if not folder.exists() and ways == "done":
+                continue
+            if name == "supervised":
+                learn_from_answers(folder, checkpoint, task, minutes, seed, settings)
+            else:
+                run("train_grpo.py", folder, f"--init_from={checkpoint}",
+                    f"--task={task.partition('[')[0]}", f"--max_minutes={minutes}",
+                    f"--seed={seed}", *WAYS[name], *settings)
+            table.setdefault(name, []).append(read_log(folder))
+        tell(name, table[name])
+    plot_curves(table, ROOT / "docs" / "rl_compare.png")
+
+
+def names_of(ways, out):
+    """The ways that a word of the command line names. ValueError for one that is none."""
+    known = [*WAYS, "supervised"]
+    if ways == "all":
+        return known
+    if ways == "done":
+        return [name for name in known if any(Path(out).glob(f"{name}-*"))]
+    for name in ways.split(","):
+        if name not in known:
+            raise ValueError(f"no way called {name!r}: there are {', '.join(known)}")
+    return ways.split(",")
 
 
 def run(script, folder, *settings):
-    if not (folder / "log.jsonl").exists():
-        command = [sys.executable, str(ROOT / script), f"--out_dir={folder}", "--threads=1",
-                   *settings]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    """A recipe, from where it stands to its end."""
+    done = folder / "done"
+    if done.exists():
+        return
+    command = [sys.executable, str(ROOT / script), f"--out_dir={folder}", "--threads=1", *settings]
+    if (folder / "train_state.pt").exists() or (folder / "train_state").exists():
+        command.append("--resume=True")
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    done.touch()
+
+
+def learn_from_answers(folder, checkpoint, task, minutes, seed, settings):
+    """The supervised run; solve rates before and after are written where train_grpo.py has its."""
+    run("finetune_llada.py", folder / "model", f"--init_from={checkpoint}", f"--dataset={task}",
+        f"--max_minutes={minutes}", f"--seed={seed}", *SUPERVISED)
+    log = folder / "log.jsonl"
+    if not log.exists():
+        updates = read_log(folder / "model")[-1]["step"]
+        asking = asking_of(settings)
+        rows = []
+        for model, step, elapsed in ((checkpoint, 0, 0.0),
+                                     (folder / "model", updates, 60 * float(minutes))):
+            rate, error = solve_rate(model, task.partition("[")[0], asking)
+            rows.append(dict(step=step, elapsed_s=elapsed, solve_rate=rate, solve_stderr=error))
+        log.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def read_log(folder):
@@ -175,53 +205,99 @@ def read_log(folder):
     return [json.loads(line) for line in lines]
 
 
-def tell(name, rates):
-    """Print a way's figures over seeds; the mean of its last solve rates."""
-    before, after, steps, shares = (list(column) for column in zip(*rates))
+def tell(name, runs):
+    """Print a way's figures over its runs, each a list of rows of log.jsonl."""
+    before = statistics.mean(rows[0]["solve_rate"] for rows in runs)
+    after = [rows[-1]["solve_rate"] for rows in runs]
     error = math.nan
     if len(after) > 1:
         error = statistics.stdev(after) / math.sqrt(len(after))
-    print(f"{name:12} first evaluation {statistics.mean(before):.3f}, last "
-          f"{statistics.mean(after):.3f} +- {error:.3f} over {len(after)} seeds, "
-          f"{statistics.mean(steps):.0f} steps, rollouts {statistics.mean(shares):.0%} of the time",
-          flush=True)
-    return statistics.mean(after)
+    steps = statistics.mean(rows[-1]["step"] for rows in runs)
+    line = (f"{name:12} solve rate {before:.3f}, then {statistics.mean(after):.3f} +- {error:.3f} "
+            f"over {len(after)} seeds, {steps:.0f} steps")
+    if "rollout_share" in runs[0][-1]:
+        last = [rows[-1] for rows in runs]
+        means = {key: statistics.mean(row[key] for row in last)
+                 for key in ("reward", "train_loss", "clipped", "alike", "rollout_share")}
+        line += (f"; at the end reward {means['reward']:.3f}, -log p a token "
+                 f"{means['train_loss']:.3f}, clipped {means['clipped']:.1%}, groups alike "
+                 f"{means['alike']:.0%}, rollouts {means['rollout_share']:.0%} of a step")
+    print(line, flush=True)
 
 
-def solve_rate(checkpoint, task, count=128):
-    """As train_grpo.py measures it."""
+def plot_curves(table, path):
+    """Held-out solve rate, reward and sureness of the answers that are learned from, over minutes;
+    a line a run, a colour a way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    panels = figure.subplots(1, 3)
+    keys = {"solve_rate": "held-out solve rate", "reward": "reward of sampled answers",
+            "train_loss": "-log p per token of them, as estimated"}
+    for number, (name, runs) in enumerate(table.items()):
+        for first, rows in enumerate(runs):
+            for axes, (key, label) in zip(panels, keys.items()):
+                some = [row for row in rows if row.get(key) is not None]
+                axes.plot([row["elapsed_s"] / 60 for row in some], [row[key] for row in some],
+                          color=f"C{number}", label=name if not first else None)
+                axes.set(xlabel="minutes", title=label)
+                axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def asking_of(settings):
+    """How train_grpo.py asks with these --name=value."""
+    asking = dict(ASKING)
+    for text in settings:
+        name, _, value = text.removeprefix("--").partition("=")
+        if name in asking:
+            asking[name] = type(asking[name])(value)
+    return asking
+
+
+def asker_of(checkpoint, task, asking):
+    """(Asker, the task) in float32."""
     sampler, asked = Sampler.load(checkpoint, dtype=torch.float32), find_task(task)
-    context = min(ASKING["seq_len"], sampler.config.max_len)
-    asker = Asker(sampler, asked, {**ASKING, "seq_len": context})
+    context = min(asking["seq_len"], sampler.config.max_len)
+    return Asker(sampler, asked, {**asking, "seq_len": context}), asked
+
+
+def solve_rate(checkpoint, task, asking, count=128):
+    """(rate, standard error), as train_grpo.py measures them."""
+    asker, asked = asker_of(checkpoint, task, asking)
     pairs = [asker.question("val", n) for n in range(count)]
     found = asker.write([canvas for _, canvas in pairs], list(range(count)), 0.0)
     judge = Judge("", asked.own)
-    return statistics.mean(judge(example, one.text).solved
-                           for (example, _), one in zip(pairs, found))
+    return mean_and_error([float(judge(example, one.text).solved)
+                           for (example, _), one in zip(pairs, found)])
 
 
 # --------------------------------------------------------------------------------------------------
 # Rollouts
 
 
-def rollouts(checkpoint, task, count=64):
-    """Processor time, which other work on the machine does not change."""
+def rollouts(checkpoint, task, *more):
+    """Medians; processor time beside the clock, since other work does not change it."""
+    numbers = [int(word) for word in more if not word.startswith("--")]
+    count, rounds = (numbers + [64, 3][len(numbers):])[:2]
     torch.set_num_threads(1)
-    sampler, asked = Sampler.load(checkpoint, dtype=torch.float32), find_task(task)
-    context = min(ASKING["seq_len"], sampler.config.max_len)
-    asker = Asker(sampler, asked, {**ASKING, "seq_len": context})
-    canvases = [asker.question("train", n)[1] for n in range(int(count))]
-    seeds = list(range(len(canvases)))
-    asker.write(canvases[:2], seeds[:2], 1.0)                                   # warm
-    begin = time.process_time()
-    together = asker.write(canvases, seeds, 1.0)
-    at_once = time.process_time() - begin
-    begin = time.process_time()
-    alone = [asker.write([c], [seed], 1.0)[0] for c, seed in zip(canvases, seeds)]
-    one_by_one = time.process_time() - begin
-    same = sum(a == b for a, b in zip(together, alone))
-    print(f"{count} answers: {at_once:.1f} s at once, {one_by_one:.1f} s one by one "
-          f"({at_once / one_by_one:.0%}); {same} are the same")
+    asker, _ = asker_of(checkpoint, task, asking_of(more))
+    canvases = [asker.question("train", n)[1] for n in range(count)]
+    seeds = list(range(count))
+
+    def together():
+        return asker.write(canvases, seeds, 1.0)
+
+    def one_by_one():
+        return [asker.write([c], [seed], 1.0)[0] for c, seed in zip(canvases, seeds)]
+
+    same = sum(a == b for a, b in zip(together(), one_by_one()))
+    times = interleaved({"together": together, "one by one": one_by_one}, rounds, warmup=0)
+    once, alone = times["together"], times["one by one"]
+    print(f"{count} answers: {once.wall:.2f} s at once, {alone.wall:.2f} s one by one, "
+          f"{once.wall / alone.wall:.0%} (processor time {once.cpu:.2f} s, {alone.cpu:.2f} s, "
+          f"{once.cpu / alone.cpu:.0%}; goal a third); {same} are the same")
 
 
 COMMANDS = {"variance": variance, "compare": compare, "rollouts": rollouts}

@@ -1,6 +1,7 @@
 """experiments/: what README and docs quote still runs: names, settings of recipes, two editions."""
 import ast
 import functools
+import json
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from experiments import (
     mixture,
     real,
     results,
+    rl,
 )
 from experiments.against import Edition, against
 from experiments.bench import COMMANDS
@@ -42,7 +44,7 @@ def constants_of(script):
 
 
 @pytest.mark.parametrize("script", ["bench", "ablate", "results", "conversions", "mixture",
-                                    "block_schedule", "encoder", "real"])
+                                    "block_schedule", "encoder", "real", "rl"])
 def test_without_arguments_they_say_how(script):
     result = run(f"experiments/{script}.py", environment=STEADY)
     assert result.status == 2 and f"python experiments/{script}.py" in result.err
@@ -132,6 +134,37 @@ def test_loads_of_a_small_mixture(tmp_path):
     assert loads.shape == (2, 8) and torch.allclose(loads.sum(1), torch.ones(2))
     mixture.draw({"a": loads}, tmp_path / "loads.png")
     assert (tmp_path / "loads.png").stat().st_size > 5000
+
+
+def test_ways_of_learning_from_rewards_are_compared(tmp_path, monkeypatch, capsys):
+    """What is done is told and drawn, and nothing is trained for it."""
+    monkeypatch.setattr(rl, "ROOT", tmp_path)           # there is no recipe there, and no docs/
+    (tmp_path / "docs").mkdir()
+    trained = dict(train_loss=0.5, reward=0.5, clipped=0.1, alike=0.2, rollout_share=0.4)
+    for name, last in (("coupled-1", 0.5), ("coupled-2", 0.7), ("supervised-1", 0.4)):
+        lines = [dict(step=0, elapsed_s=0.0, solve_rate=0.3),
+                 dict(step=9, elapsed_s=60.0, solve_rate=last) | trained]
+        if name == "supervised-1":
+            lines[1] = {key: value for key, value in lines[1].items() if key not in trained}
+        folder = tmp_path / "out" / name
+        (folder / "model").mkdir(parents=True)
+        (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        for one in (folder, folder / "model"):
+            (one / "done").touch()
+    rl.compare(tmp_path / "out", "none", "gym:chain_sum[train:10]", "1", "1,2,3", "done")
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and "0.300, then 0.600 +- 0.100 over 2 seeds, 9 steps" in told[0]
+    assert told[1].startswith("supervised") and "0.400 +- nan over 1 seeds" in told[1]
+    assert (tmp_path / "docs" / "rl_compare.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="no way called 'none': there are diffu, coupled"):
+        rl.compare(tmp_path / "out", "none", "tales", "1", "1", "none")
+
+
+def test_rollouts_are_timed_with_the_settings_of_the_recipe(tmp_path, capsys):
+    publish("llada", tmp_path)
+    assert rl.asking_of(["3", "--max_new_tokens=4", "--beta=1"])["max_new_tokens"] == 4
+    rl.rollouts(str(tmp_path), "gym:basic_arithmetic", "3", "1", "--max_new_tokens=4")
+    assert capsys.readouterr().out.rstrip().endswith("; 3 are the same")
 
 
 def test_decoding_beside_the_teacher(tmp_path):
