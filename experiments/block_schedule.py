@@ -6,7 +6,8 @@ arXiv 2512.15745), in equal minutes.
 
 MINUTES each; sizes, batch, optimizer and text are those of experiments/conversions.py. A stage that
 is finished is not run again, one that was killed goes on. OUT_FOLDER/results.jsonl has a line a
-stage.
+stage; docs/block_schedule.png shows the bound over minutes (OUT_FOLDER/block_schedule.png if
+MINUTES is below 3, which proves nothing).
 """
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.conversions import (  # noqa: E402
     FROM_AR,
+    ROOT,
     SCRATCH,
     Stage,
     described,
+    rows_of,
     run_stages,
 )
 
@@ -31,10 +34,28 @@ STAGES = {
 }
 
 
+def draw(out, path):
+    """The bound over minutes of each conversion, always in blocks of 32."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in list(STAGES)[1:]:
+        rows = rows_of(out / name / "log.jsonl")
+        minutes = [row["elapsed_s"] / 60 for row in rows]
+        axes.errorbar(minutes, [row["val_nelbo"] for row in rows],
+                      [row["val_stderr"] for row in rows], label=name, lw=1.2, elinewidth=0.5)
+    axes.set(xlabel="minutes of conversion", ylabel="NELBO in blocks of 32, nats per token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
 def main(out, MINUTES="6", SEED="1337", THREADS="0"):
-    out = Path(out).resolve()
-    for row in run_stages(STAGES, out, float(MINUTES), int(SEED), int(THREADS)):
+    out, minutes = Path(out).resolve(), float(MINUTES)
+    for row in run_stages(STAGES, out, minutes, int(SEED), int(THREADS)):
         print(described(row, 26), flush=True)
+    folder = ROOT / "docs" if minutes >= 3 else out
+    draw(out, folder / "block_schedule.png")
 
 
 if __name__ == "__main__":

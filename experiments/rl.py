@@ -4,10 +4,10 @@
         answers of CHECKPOINT to TASK, and of each estimator's gradient: variance over draws of its
         views, passes, agreement with the sampler's own steps    -> docs/rl_variance.png
     python experiments/rl.py compare OUT CHECKPOINT TASK MINUTES SEED,... WAY,... [--name=value ...]
-        train_grpo.py in each way, a key of WAYS, for so many minutes; the way `supervised` is
-        finetune_llada.py on a task gym:NAME[train:N], N questions with their answers, of which the
-        others learn the questions. What is done is not done again, what was killed goes on; WAY
-        `all` takes all of them, and `done` those of which OUT has something  -> docs/rl_compare.png
+        train_grpo.py in each way, a key of WAYS, for so many minutes. The way `supervised` learns
+        from answers instead: of grids as train_scratch.py does, and of a task gym:NAME[train:N] by
+        finetune_llada.py, from N questions. What is done is not done again, what was killed goes
+        on; WAY `all` takes all, `done` those of which OUT has something  -> docs/rl_compare.png
     python experiments/rl.py rollouts CHECKPOINT TASK [N=64] [ROUNDS=3] [--name=value ...]
         seconds for N answers at once and one by one, in turns
 
@@ -18,6 +18,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,10 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402, I001 (before torch: it sets how threads wait)
 import torch  # noqa: E402
 
+from data.loader import TokenDataset  # noqa: E402
+from data.prepare import prepare  # noqa: E402
 from data.rewards import Judge  # noqa: E402
 from data.tasks import find_task  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from diffusion import mask_tokens, mdlm_loss, sample_t  # noqa: E402
 from evaluation.likelihood import sharp_sets  # noqa: E402
 from experiments.timing import interleaved  # noqa: E402
+from model import Transformer  # noqa: E402
 from policy import (  # noqa: E402
     bound,
     coupled,
@@ -40,6 +46,7 @@ from policy import (  # noqa: E402
 )
 from sampling.rollouts import Asker, collate, mean_and_error  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
+from training.optimizers import clip_gradients, make_optimizers, set_learning_rate  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ASKING = dict(seq_len=1024, max_new_tokens=32, system="", rollout_size=64, steps=0, block_length=0,
@@ -64,9 +71,10 @@ WAYS = {
     "wd1": ["--estimator=coupled", "--objective=wd1"],
     "spg": ["--estimator=bound", "--objective=spg"],
 }
-# Beside them, answers in place of rewards: finetune_llada.py.
+# Beside them, answers in place of rewards: finetune_llada.py, and of grids `train_on_grids`.
 SUPERVISED = ["--lora_rank=0", "--seq_len=128", "--batch_size=48", "--checkpointing=False",
               "--learning_rate=1e-3", "--beta2=0.99", "--sample_tokens=0", "--eval_interval=200"]
+GRIDS_A_STEP, GRIDS_RATE, GRIDS_MUON = 64, 1e-3, 5e-3
 
 # --------------------------------------------------------------------------------------------------
 # Variance
@@ -186,18 +194,48 @@ def run(script, folder, *settings):
 
 def learn_from_answers(folder, checkpoint, task, minutes, seed, settings):
     """The supervised run; solve rates before and after are written where train_grpo.py has its."""
-    run("finetune_llada.py", folder / "model", f"--init_from={checkpoint}", f"--dataset={task}",
-        f"--max_minutes={minutes}", f"--seed={seed}", *SUPERVISED)
-    log = folder / "log.jsonl"
-    if not log.exists():
-        updates = read_log(folder / "model")[-1]["step"]
-        asking = asking_of(settings)
-        rows = []
-        for model, step, elapsed in ((checkpoint, 0, 0.0),
-                                     (folder / "model", updates, 60 * float(minutes))):
-            rate, error = solve_rate(model, task.partition("[")[0], asking)
-            rows.append(dict(step=step, elapsed_s=elapsed, solve_rate=rate, solve_stderr=error))
-        log.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    model, log = folder / "model", folder / "log.jsonl"
+    if log.exists():
+        return
+    if task.startswith("gym:"):
+        run("finetune_llada.py", model, f"--init_from={checkpoint}", f"--dataset={task}",
+            f"--max_minutes={minutes}", f"--seed={seed}", *SUPERVISED)
+        updates = read_log(model)[-1]["step"]
+    else:
+        updates = train_on_grids(checkpoint, model, task.partition(":")[0], float(minutes),
+                                 int(seed))
+    rows = []
+    for where, step, elapsed in ((checkpoint, 0, 0.0), (model, updates, 60 * float(minutes))):
+        rate, error = solve_rate(where, task.partition("[")[0], asking_of(settings))
+        rows.append(dict(step=step, elapsed_s=elapsed, solve_rate=rate, solve_stderr=error))
+    log.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def train_on_grids(checkpoint, folder, dataset, minutes, seed):
+    """Go on with the bound of train_scratch.py, its optimizer at a quarter of its rates, falling to
+    0. The number of updates."""
+    torch.set_num_threads(1)
+    model = Transformer.from_pretrained(checkpoint)
+    data = TokenDataset(prepare(dataset))
+    optimizers = make_optimizers(model, "muon", GRIDS_RATE, GRIDS_MUON)
+    shape = (GRIDS_A_STEP, data.document_length)
+    begin, step, progress = time.perf_counter(), 0, 0.0
+    while progress < 1:
+        set_learning_rate(optimizers, 1 - progress)
+        noise = common.stream("noise", seed, step)
+        t = sample_t((GRIDS_A_STEP, 1), noise)
+        mask = mask_tokens(shape, t, noise)
+        tokens = data.batch("train", *shape, seed, step)
+        mdlm_loss(model, tokens, t[:, 0], mask, max_weight=10).loss.backward()
+        clip_gradients(model, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        progress = (time.perf_counter() - begin) / 60 / minutes
+    model.save_pretrained(folder)
+    Tokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return step
 
 
 def read_log(folder):

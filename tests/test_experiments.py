@@ -66,6 +66,8 @@ def test_settings_of_runs_are_settings_of_the_recipes():
     commands = [stage.command for stage in stages if stage.command is not None]
     commands += [[*real.CONVERT, *way] for way in real.WAYS.values()]
     commands += [["train_scratch.py", *run] for run in mixture.RUNS.values()]
+    commands += [["train_grpo.py", *way] for way in rl.WAYS.values()]
+    commands += [["finetune_llada.py", *rl.SUPERVISED]]
     for script, *arguments in commands:
         names = {a.removeprefix("--").partition("=")[0] for a in arguments}
         assert names <= constants_of(script)
@@ -147,10 +149,9 @@ def test_ways_of_learning_from_rewards_are_compared(tmp_path, monkeypatch, capsy
         if name == "supervised-1":
             lines[1] = {key: value for key, value in lines[1].items() if key not in trained}
         folder = tmp_path / "out" / name
-        (folder / "model").mkdir(parents=True)
+        folder.mkdir(parents=True)
         (folder / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        for one in (folder, folder / "model"):
-            (one / "done").touch()
+        (folder / "done").touch()
     rl.compare(tmp_path / "out", "none", "gym:chain_sum[train:10]", "1", "1,2,3", "done")
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and "0.300, then 0.600 +- 0.100 over 2 seeds, 9 steps" in told[0]
