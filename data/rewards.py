@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.sudoku import SHAPES
+
 # --------------------------------------------------------------------------------------------------
 # Reading an answer
 
@@ -119,6 +121,23 @@ def sudoku(example, text):
     digits = re.sub(r"\D", "", last_answer(text) or "")
     right = sum(digits[cell:cell + 1] == solution[cell] for cell in empty)
     return right / len(empty) if empty and digits else 0.0
+
+
+def units(example, text):
+    """of a grid (data/sudoku.py), the share of its rows, columns and boxes that hold each digit
+    once; 0 where a given digit was changed
+
+    Unlike the share of cells that are as in the grid that a puzzle was made from, it favours none
+    of the solutions of a puzzle that has several.
+    """
+    puzzle = example.facts["puzzle"]
+    grid = [int(digit) for digit in text]
+    kept = all(given in (0, digit) for given, digit in zip(puzzle, grid))
+    if len(grid) != len(puzzle) or not kept:
+        return 0.0
+    shape = next(shape for shape in SHAPES.values() if shape.cells == len(grid))
+    right = [len({grid[cell] for cell in cells}) == shape.size for cells in shape.units.values()]
+    return sum(right) / len(right)
 
 
 def countdown(example, text):
@@ -259,6 +278,7 @@ REWARDS = {
     "soft_format": Named(soft_format, 0.5),
     "xmlcount": Named(xmlcount, 0.5),
     "sudoku": Named(sudoku, 1.0),
+    "units": Named(units, 1.0),
     "countdown": Named(countdown, 1.0),
     "math": Named(math_correctness, 2.0),
     "boxed": Named(boxed, 1.0),

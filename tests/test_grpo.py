@@ -12,6 +12,7 @@ from common import stream
 from data.chat_sets import conversations, find_parts, is_chat
 from data.files import VAL_FRACTION, hash_fraction
 from data.gym import conversations as gym_conversations
+from data.rewards import find_reward
 from data.sudoku import is_solved
 from data.tasks import find_task
 from data.tokenizer import Tokenizer
@@ -258,6 +259,12 @@ def test_tales_and_grids_reward_what_is_right():
     wrong = list(example.answer)
     wrong[blank] = str(int(wrong[blank]) % 6 + 1)
     assert grids.own.function(example, "".join(wrong)) == 0.8
+    units = find_reward("units").function       # a row, a column and a box are wrong then
+    assert units(example, example.answer) == 1
+    assert units(example, "".join(wrong)) == pytest.approx(15 / 18)
+    given = example.facts["puzzle"].index(next(filter(None, example.facts["puzzle"])))
+    wrong[given] = str(int(wrong[given]) % 6 + 1)
+    assert units(example, "".join(wrong)) == 0 and units(example, "12") == 0
 
 
 def test_tasks_of_reasoning_gym():
