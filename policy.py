@@ -188,35 +188,38 @@ ESTIMATORS = {"diffu": diffu, "coupled": coupled, "trace": trace, "bound": bound
 # What the model says of them
 
 
-def logps_of(model, answers, views, cfg_scale=0.0):
+def logps_of(model, answers, views, cfg_scale=0.0, without_mask=False):
     """The estimate of log p in nats, float [B, T], 0 where a token does not count: what a ratio or
-    a loss is made of. Its gradient flows."""
-    found = view_logps(model, answers, views, cfg_scale)
+    a loss is made of. Its gradient flows. without_mask: see `view_logps`."""
+    found = view_logps(model, answers, views, cfg_scale, without_mask)
     return (views.weight * found).sum(0)
 
 
-def view_logps(model, answers, views, cfg_scale=0.0):
+def view_logps(model, answers, views, cfg_scale=0.0, without_mask=False):
     """log p(token | view) in nats, float [K, B, T], where the weight is not 0; else 0.
 
     Only views that are asked for anything cost a pass. cfg_scale > 0: classifier-free guidance, the
     prompt masked plus (1 + cfg_scale) times the difference that it makes (LLaDA, eq. 16).
+    without_mask: among all tokens but the mask, as the sampler chooses what it writes. Published
+    code has the mask among them, and then a bad answer becomes improbable at no price when the mask
+    takes its probability: nothing ever samples that.
     """
     asked = views.weight != 0                                                           # [K, B, T]
     used = asked.any(2).nonzero()                                                       # [N, 2]
     view, row = used[:, 0], used[:, 1]
     noisy, asked_here = views.tokens[view, row], asked[view, row]                       # [N, T]
     picked = answers.rows(row)
-    nats = masked_logps(model, noisy, picked, asked_here)
+    unguided = None
     if cfg_scale:
-        without = torch.where(picked.prompt, mask_token_id(model), noisy)
-        nats = masked_logps(model, noisy, picked, asked_here, without, cfg_scale)
+        unguided = torch.where(picked.prompt, mask_token_id(model), noisy)
+    nats = masked_logps(model, noisy, picked, asked_here, unguided, cfg_scale, without_mask)
     found = nats.new_zeros(asked.shape)
     return found.index_put((view, row), nats)
 
 
-def masked_logps(model, noisy, answers, asked, without=None, cfg_scale=0.0):
-    """log p of the tokens at `asked` [N, T] given `noisy` [N, T]: [N, T], 0 elsewhere. without: the
-    same with the prompt masked, for guidance."""
+def masked_logps(model, noisy, answers, asked, unguided=None, cfg_scale=0.0, without_mask=False):
+    """log p of the tokens at `asked` [N, T] given `noisy` [N, T]: [N, T], 0 elsewhere. unguided:
+    the same with the prompt masked, for guidance."""
     config = config_of(model)
     flat = asked.flatten().nonzero()[:, 0]
     T = noisy.shape[1]
@@ -230,9 +233,12 @@ def masked_logps(model, noisy, answers, asked, without=None, cfg_scale=0.0):
                "positions": torch.arange(T, device=noisy.device).repeat(2)}
     rows = prediction_rows(flat, T, noisy.shape[1], config.shift, config.block_length)
     logits = row_logits(model, noisy, rows, **how)                                      # [M, V]
-    if without is not None:
-        logits_without = row_logits(model, without, rows, **how)
-        logits = logits_without + (cfg_scale + 1) * (logits - logits_without)
+    if unguided is not None:
+        logits_unguided = row_logits(model, unguided, rows, **how)
+        logits = logits_unguided + (cfg_scale + 1) * (logits - logits_unguided)
+    if without_mask:
+        mask_id = torch.tensor(mask_token_id(model), device=logits.device)
+        logits = logits.index_fill(1, mask_id, -torch.inf)
     nats = -F.cross_entropy(logits, answers.tokens[asked], reduction="none")            # [M]
     return nats.new_zeros(asked.shape).masked_scatter(asked, nats)
 

@@ -262,6 +262,7 @@ def evaluate():
 estimate = ESTIMATORS[estimator]
 how = {"trace": dict(together=trace_together),
        "bound": dict(num_samples=bound_samples, sets=sharp_sets if bound_sets == "dealt" else None)}
+scoring = dict(cfg_scale=cfg_scale, without_mask=True)      # as the sampler wrote the answers
 B = prompts * group_size
 mine = torch.arange(rank * B // world_size, (rank + 1) * B // world_size)
 run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -303,12 +304,12 @@ while run.goes_on():
             for rows in passes:
                 some, shown = answers.rows(rows).to(device), seen.rows(rows).to(device)
                 if objective == "grpo" and inner_updates > 1:
-                    old.append(logps_of(model, some, shown, cfg_scale))                 # [b, T]
+                    old.append(logps_of(model, some, shown, **scoring))                 # [b, T]
                 if beta and frozen is None:
                     with without_adapters(model):
-                        ref.append(logps_of(model, some, shown, cfg_scale))
+                        ref.append(logps_of(model, some, shown, **scoring))
                 elif beta:
-                    ref.append(logps_of(frozen, some, shown, cfg_scale))
+                    ref.append(logps_of(frozen, some, shown, **scoring))
 
     # Updates. Weights belong to the whole step: losses of parts of it add up.
     counts, shares = token_weights(answers.answer, mean), token_weights(answers.answer)  # [B, T]
@@ -319,7 +320,7 @@ while run.goes_on():
             some, shown = answers.rows(rows).to(device), seen.rows(rows).to(device)
             A, weight = advantages[rows].to(device), counts[rows].to(device)
             with autocast:
-                found = view_logps(model, some, shown, cfg_scale)                       # [K, b, T]
+                found = view_logps(model, some, shown, **scoring)                       # [K, b, T]
             logps = (shown.weight * found).sum(0)                                       # [b, T]
             terms = policy_terms(logps, old[i] if old else None, ref[i] if ref else None, A, clip,
                                  beta, clip_high)

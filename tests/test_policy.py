@@ -258,6 +258,21 @@ def test_trace_is_the_chain_of_the_samplers_own_conditionals():
         trace(Answers(answers.tokens, answers.prompt, answers.answer, answers.shown), 11)
 
 
+def test_without_the_mask_its_logit_means_nothing():
+    """Else a bad answer is made improbable by predicting masks, which no answer holds."""
+    model = tiny_model(vocab_size=12, mask_token_id=11, eos_token_id=10)
+    answers = Answers(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[True, True, False, False]]),
+                      torch.tensor([[False, False, True, True]]), torch.ones(1, 4).bool())
+    views = diffu(answers, 11, stream("views", 0), prompt_mask=0.0)
+    for without_mask in (True, False):
+        logps = logps_of(model, answers, views, without_mask=without_mask)
+        assert logps.isfinite().all()
+        gradient = torch.autograd.grad(logps.sum(), model.head.weight)[0][11]
+        assert gradient.any().item() != without_mask
+    guided = logps_of(model, answers, views, 1.5, without_mask=True)
+    assert guided.isfinite().all()
+
+
 def test_bound_is_the_average_over_all_sets():
     """The estimate is unbiased: its mean over draws is LLaDA's eq. 6 by brute force."""
     model, answers = small_model(), batch(B=1, L=3)
