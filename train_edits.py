@@ -38,7 +38,7 @@ from training.ahead import Ahead
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
-from training.state import make_folder
+from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
 # run
@@ -112,7 +112,8 @@ if seq_len < 2:
                      f"{seq_len}")
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
-make_folder(out_dir)                # fail early if it cannot be written to
+folder = make_folder(out_dir)       # fail early if it cannot be written to
+settings["resume"] = resumes(resume, folder)
 
 # ---- data ----------------------------------------------------------------------------------------
 base = None
