@@ -703,7 +703,6 @@ def test_the_measurements_run():
     """At a small size; what they find is docs/edits.md's."""
     assert experiment.distance([1, 2, 3, 4], [1, 2, 3, 4]) == 0
     assert experiment.distance([1, 1], [2, 2]) == 1
-    assert experiment.describe([2, 4]) == "3.0 +- 1.0"
     steps = experiment.steps_of_training(B=2, T=8, V=20, D=8, layers=1)
     assert set(steps) == {"masks", *(f"edits from {name}" for name in
                                      ("nothing", "damage", "gap", "mixed"))}
