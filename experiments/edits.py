@@ -50,13 +50,14 @@ from experiments.tales import gaps as find_gaps  # noqa: E402
 from experiments.tales import standard_error  # noqa: E402
 from experiments.timing import interleaved, machine, timed  # noqa: E402
 from model import Config, Transformer  # noqa: E402
-from sampling.editing import begun, canvas_with_gaps  # noqa: E402
-from sampling.rewriting import rewrite  # noqa: E402
+from sampling.editing import Canvas, begun, canvas_with_gaps, edit, with_masks  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
 
 WAYS = {        # settings of train_edits.py
     "flows": [],
     "blind": ["--time_features=0"],
+    "tokens": ["--editing=tokens"],
+    "replace": ["--editing=replace"],
 }
 EDITS = (1, 2, 3, 5, 8)
 WRONG_BY = (0, 2, -2)       # masks more than the sentence had tokens
@@ -164,13 +165,13 @@ def draw(out, name, rows, x, figures, xlabel, count, **axis):
 # Repair
 
 
-def edited(sampler, rows, steps, temperature=0.0, schedule=None, **how):
-    """(texts, forward passes) of a model's edits of rows of tokens."""
+def edited(sampler, canvases, steps, temperature=0.0, **how):
+    """(texts, forward passes) of a model's edits of Canvases."""
     seen = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # a text that outgrows the context
-        rows = rewrite(sampler.model, rows, steps, temperature=temperature, seed=0,
-                       schedule=schedule, on_step=seen.append, **how)
+        rows = edit(sampler.model, canvases, seen.append, steps=steps, temperature=temperature,
+                    seed=0, **how)
     return texts_of(sampler, rows), seen[-1].passes
 
 
@@ -194,10 +195,11 @@ def damaged_tales(sampler, count, number):
     return texts, [damaged(row, number, rng, alphabet) for row in rows]
 
 
-def repaired(sampler, count, number, steps, schedule=None):
+def repaired(sampler, count, number, steps, **how):
     """The figures of `number` edits."""
     texts, rows = damaged_tales(sampler, count, number)
-    after, passes = edited(sampler, rows, steps, schedule=schedule, prompt_lens=[1] * len(rows))
+    canvases = [Canvas(row, [True] + [False] * (len(row) - 1), [False] * len(row)) for row in rows]
+    after, passes = edited(sampler, canvases, steps, **how)
     found = shares(consistent=[check(text).consistent for text in after],
                    restored=[a == b for a, b in zip(after, texts)])
     before = [check(text).consistent for text in texts_of(sampler, rows)]
@@ -234,7 +236,7 @@ def schedules(out, count="200", steps="64", minutes="20"):
 
 
 def with_schedule(way, name, sampler, count, steps):
-    return {"way": way, "schedule": name, **repaired(sampler, count, 3, steps, name)}
+    return {"way": way, "schedule": name, **repaired(sampler, count, 3, steps, schedule=name)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,9 +259,7 @@ def gaps(out, masks, count="200", steps="64", minutes="20"):
 def filled_by_edits(way, sampler, found, steps):
     canvases = [canvas_with_gaps(sampler, f"{gap.before.rstrip()} [MASK]{gap.behind}")
                 for gap in found]
-    texts, passes = edited(sampler, [canvas.tokens for canvas in canvases], steps,
-                           frozen=[canvas.frozen for canvas in canvases],
-                           closed=[canvas.closed for canvas in canvases])
+    texts, passes = edited(sampler, canvases, steps)
     consistent = [check(text).consistent for text in texts]
     return {"way": "edits", "label": way, **shares(consistent=consistent), "passes": passes}
 
@@ -304,9 +304,8 @@ def lengths(out, count="200", steps="8,16,32,64,128", minutes="20"):
 
 def written(way, sampler, count, steps, theirs):
     """Tales out of nothing; how their lengths in tokens differ from `theirs`."""
-    start = begun(sampler, []) + [sampler.mask_id] * sampler.config.edit_masks
-    texts, passes = edited(sampler, [start] * count, steps, temperature=0.7,
-                           prompt_lens=[1] * count)
+    start = with_masks(sampler, begun(sampler, []), sampler.config.edit_masks)
+    texts, passes = edited(sampler, [start] * count, steps, temperature=0.7)
     ours = [len(sampler.tokenizer.encode(text)) for text in texts]
     return {"way": way, "passes": passes, "tokens": statistics.mean(ours),
             "spread": statistics.pstdev(ours), "distance": distance(ours, theirs),
