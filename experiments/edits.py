@@ -16,7 +16,8 @@
         repairs of three edits with the schedule that was trained and with others: dLLM samples with
         the linear one, whatever was trained                          -> docs/edits_schedules.png
     python experiments/edits.py speed [ROUNDS=9] [--threads=N]
-        an alignment of 1,024 tokens; a training step against one of masks, in turns
+        an alignment and a common subsequence of 1,024 tokens; a training step against one of masks,
+        in turns
 
 OUT is a folder with a folder for each way. A way that is trained is not trained again, one that was
 killed goes on. Each point that is measured becomes a line of OUT/repair.jsonl and so on; one that
@@ -43,7 +44,18 @@ import torch  # noqa: E402
 
 from data.tales import check, tell  # noqa: E402
 from diffusion import mdlm_loss  # noqa: E402
-from edits import SOURCES, SourceSettings, align, damaged, edit_loss, stack  # noqa: E402
+from edits import (  # noqa: E402
+    SOURCES,
+    Orders,
+    SourceSettings,
+    align,
+    common_tokens,
+    damaged,
+    edit_loss,
+    label_loss,
+    spoiled,
+    stack,
+)
 from experiments.conversions import rows_of  # noqa: E402
 from experiments.results import is_done  # noqa: E402
 from experiments.tales import gaps as find_gaps  # noqa: E402
@@ -327,10 +339,12 @@ def speed(rounds="9", threads="1", B=16, T=128, V=2048, D=192, layers=4):
     torch.set_num_threads(int(threads.removeprefix("--threads=")))
     rng = random.Random(0)
     long = [[rng.randrange(V) for _ in range(1024)] for _ in range(2)]
-    timings = [timed(lambda: align(*long)) for _ in range(int(rounds))]
-    wall = statistics.median(timing.wall for timing in timings)
-    cpu = statistics.median(timing.cpu for timing in timings)
-    print(f"{machine()}\nalignment of 1,024 tokens: {1000 * wall:.1f} ms ({1000 * cpu:.1f} of CPU)")
+    print(machine())
+    for name, function in (("alignment", align), ("common subsequence", common_tokens)):
+        timings = [timed(lambda: function(*long)) for _ in range(int(rounds))]
+        wall = statistics.median(timing.wall for timing in timings)
+        cpu = statistics.median(timing.cpu for timing in timings)
+        print(f"{name} of 1,024 tokens: {1000 * wall:.1f} ms ({1000 * cpu:.1f} of CPU)")
     medians = interleaved(steps_of_training(B, T, V, D, layers), int(rounds))
     masked = medians["masks"]
     for name, timing in medians.items():
@@ -356,6 +370,12 @@ def steps_of_training(B, T, V, D, layers):
             edit_loss(editor, z_0, z_1, max_weight=20.0, generator=noise).loss.backward()
 
         functions[f"edits from {source}"] = step
+    # A block is as long as the texts; the two orders are the last tokens.
+    corrector = Transformer(Config(**shape, delete_token_id=V - 3, insert_token_id=V - 2,
+                                   eos_token_id=V - 4)).init_weights()
+    blocks = stack([spoiled(x_1, "mixed", rng, how, T, V - 4, Orders(V - 1, V - 3, V - 2))
+                    for x_1 in texts])
+    functions["tokens from mixed"] = lambda: label_loss(corrector, *blocks).loss.backward()
     return functions
 
 

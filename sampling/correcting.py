@@ -154,11 +154,10 @@ class Corrector:
             logits[:, [self.orders.delete, self.orders.insert]] = -torch.inf
         chosen = logits.argmax(-1)
         if self.temperature > 0:
-            masked = x.flatten() == self.orders.mask
             u = torch.cat([torch.rand(L, generator=self.rows[b].stream, dtype=torch.float64)
-                           for b in work])
-            drawn = sample_tokens(logits[masked], self.temperature, u[masked])
-            chosen[masked] = drawn
+                           for b in work])                                              # [A L]
+            drawn = sample_tokens(logits, self.temperature, u)
+            chosen = torch.where(x.flatten() == self.orders.mask, drawn, chosen)
         p = logits.softmax(-1).gather(1, chosen[:, None])[:, 0]
         return chosen.view(A, L), p.view(A, L)
 
