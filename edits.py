@@ -649,7 +649,7 @@ def edit_labels(x_t, x_1, orders):
     labels, i, j = [], 0, 0
     for i_next, j_next in [*common_tokens(x_t, x_1), (len(x_t), len(x_1))]:
         m, n = i_next - i, j_next - j
-        labels += x_1[j:j + min(m, n)] + [orders.delete] * (m - n)
+        labels += x_1[j:j + min(m, n)] + [orders.delete] * max(m - n, 0)
         if i_next < len(x_t):
             labels.append(orders.insert if m < n else x_t[i_next])
         i, j = i_next + 1, j_next + 1
@@ -712,19 +712,19 @@ def label_loss(model, x_t, labels):
     return Loss(total / count, nll, count, masked, masked.float().mean(1, keepdim=True))
 
 
-def labels_to_apply(x, chosen, p, orders, threshold, edit_threshold, frozen, closed):
+def labels_to_apply(x, chosen, p, orders, threshold, edit_threshold, frozen, closed, minimum=1):
     """What a step does with a block x, int64 [L]: labels [L], those of x itself where it does
     nothing.
 
     chosen, p   what the model says of each position, and its probability, [L].
-    A mask becomes what is chosen if p >= threshold; if none is as sure, the surest does. Another
-    token is edited if p > edit_threshold (LLaDA2.1). frozen, closed bool [L]: tokens that stay, and
-    behind which nothing comes.
+    A mask becomes what is chosen if p >= threshold, and in any case the `minimum` surest do.
+    Another token is edited if p > edit_threshold (LLaDA2.1). frozen, closed bool [L]: tokens that
+    stay, and behind which nothing comes.
     """
     masked = x == orders.mask
     filled = masked & (p >= threshold)
-    if masked.any() and not filled.any():
-        filled[torch.where(masked, p, -1.0).argmax()] = True
+    surest = torch.where(masked, p, -1.0).argsort(descending=True, stable=True)
+    filled[surest[:min(minimum, int(masked.sum()))]] = True
     edited = ~masked & (chosen != x) & (p > edit_threshold) & ~frozen
     if orders.insert is not None:
         inserts = chosen == orders.insert

@@ -341,7 +341,7 @@ def speed(rounds="9", threads="1", B=16, T=128, V=2048, D=192, layers=4):
     long = [[rng.randrange(V) for _ in range(1024)] for _ in range(2)]
     print(machine())
     for name, function in (("alignment", align), ("common subsequence", common_tokens)):
-        timings = [timed(lambda: function(*long)) for _ in range(int(rounds))]
+        timings = [timed(functools.partial(function, *long)) for _ in range(int(rounds))]
         wall = statistics.median(timing.wall for timing in timings)
         cpu = statistics.median(timing.cpu for timing in timings)
         print(f"{name} of 1,024 tokens: {1000 * wall:.1f} ms ({1000 * cpu:.1f} of CPU)")
@@ -375,7 +375,11 @@ def steps_of_training(B, T, V, D, layers):
                                    eos_token_id=V - 4)).init_weights()
     blocks = stack([spoiled(x_1, "mixed", rng, how, T, V - 4, Orders(V - 1, V - 3, V - 2))
                     for x_1 in texts])
-    functions["tokens from mixed"] = lambda: label_loss(corrector, *blocks).loss.backward()
+
+    def correction():
+        label_loss(corrector, *blocks).loss.backward()
+
+    functions["tokens from mixed"] = correction
     return functions
 
 

@@ -9,6 +9,7 @@ all. (LLaDA2.2 draws another edit instead.)
 
 Shapes: B rows, A of them at work, L tokens of a block, V vocabulary.
 """
+import math
 import warnings
 from dataclasses import dataclass, field
 
@@ -56,7 +57,8 @@ def correct(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
     prompt_lens     for each row, so many tokens at its beginning are a prompt that stays; None: 0.
     frozen, closed  for each row lists of bool, in place of it: tokens that stay, and behind which
                     nothing is inserted.
-    threshold       masks are filled where the model is as sure as this, and the surest anyway.
+    threshold       masks are filled where the model is as sure as this, and the surest anyway: an
+                    equal share of them in each pass that is left.
     edit_threshold  tokens are edited where it is surer than this; None: the model's own.
     temperature     0: the most probable token; else masks become a sample of softmax(logits /
                     temperature).
@@ -82,7 +84,7 @@ def correct(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
         edit_threshold = config.edit_threshold
     corrector = Corrector(model, rows, threshold, edit_threshold, temperature)
     for number in range(1, steps + 1):
-        changed = corrector.step(is_last=number == steps)
+        changed = corrector.step(left=steps - number + 1)
         if on_step is not None:
             on_step(EditStep(number, number, changed))
         if all(row.is_done for row in rows):
@@ -128,18 +130,21 @@ class Corrector:
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
-    def step(self, is_last=False):
-        """A pass over the rows at work: for each row what was Written, or None."""
+    def step(self, left):
+        """A pass over the rows at work, `left` of them with this one: for each row what was
+        Written, or None."""
         changed = [None] * len(self.rows)
         work = [b for b, row in enumerate(self.rows) if not row.is_done]
         x = torch.tensor([self.rows[b].tokens for b in work])                           # [A, L]
-        chosen, p = self.predict(x, work, is_last)
+        chosen, p = self.predict(x, work, is_last=left == 1)
         for a, b in enumerate(work):
             row = self.rows[b]
-            fills_only = is_last or row.is_settled
-            labels = labels_to_apply(
-                x[a], chosen[a], p[a], self.orders, 0.0 if is_last else self.threshold,
-                1.0 if fills_only else self.edit_threshold, row.frozen, row.closed)
+            edit_threshold = self.edit_threshold
+            if left == 1 or row.is_settled:
+                edit_threshold = 1.0                    # which nothing exceeds
+            minimum = math.ceil(row.tokens.count(self.orders.mask) / left)
+            labels = labels_to_apply(x[a], chosen[a], p[a], self.orders, self.threshold,
+                                     edit_threshold, row.frozen, row.closed, minimum)
             changed[b] = self.write(row, labels.tolist())
         return changed
 

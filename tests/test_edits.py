@@ -724,13 +724,14 @@ def test_what_a_step_does():
     closed = torch.tensor([True, False, False, False, False, False])
     x = torch.tensor([A, B, MASK, MASK, C, D])
 
-    def done(chosen, p, threshold=0.9, edit_threshold=0.5):
-        return labels_to_apply(x, torch.tensor(chosen), torch.tensor(p), ORDERS, threshold,
-                               edit_threshold, frozen, closed).tolist()
+    def done(chosen, p, minimum=1):
+        return labels_to_apply(x, torch.tensor(chosen), torch.tensor(p), ORDERS, 0.9, 0.5, frozen,
+                               closed, minimum).tolist()
 
     sure = [1.0] * 6
     assert done([B, C, D, E, E, E], sure) == [A, B, D, E, E, E]         # a prompt stays
     assert done([A, B, D, E, E, E], [1, 1, 0.3, 0.4, 0.5, 0.51]) == [A, B, MASK, E, C, E]
+    assert done([A, B, D, E, E, E], [1, 1, 0.3, 0.4, 0.5, 0.5], minimum=2) == [A, B, D, E, C, D]
     assert done([INS, INS, DEL, INS, INS, DEL], sure) == [A, B, DEL, INS, INS, DEL]
     assert done([INS] * 6, sure)[:2] == [A, B]          # nothing comes between prompt tokens
     closed[1] = True
@@ -763,10 +764,11 @@ def correct_plainly(model, tokens, steps, threshold, edit_threshold, prompt_len)
         if step == steps:
             logits[:, [orders.delete, orders.insert]] = -torch.inf
         p, chosen = logits.softmax(-1).max(-1)
-        limits = (threshold, 1.0 if fills_only else edit_threshold)
-        if step == steps:
-            limits = (0.0, 1.0)
-        labels = labels_to_apply(torch.tensor(x), chosen, p, orders, *limits, frozen, closed)
+        if fills_only or step == steps:
+            edit_threshold = 1.0
+        share = math.ceil(x.count(orders.mask) / (steps - step + 1))
+        labels = labels_to_apply(torch.tensor(x), chosen, p, orders, threshold, edit_threshold,
+                                 frozen, closed, share)
         if labels.tolist() == x:
             break
         x = apply_labels(x, labels.tolist(), orders).tokens     # the prompt never moves
