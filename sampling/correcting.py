@@ -31,6 +31,7 @@ from kernels import sample_tokens
 from sampling.engine import row_streams
 from sampling.rewriting import EditStep
 
+AT_ONCE = 32            # rows of a pass whose logits, [L, V] each, are in memory together
 THRESHOLD = 0.9         # for masks; what is edited is LLaDA2.1's edit_threshold of the model
 
 
@@ -135,6 +136,13 @@ class Corrector:
         Written, or None."""
         changed = [None] * len(self.rows)
         work = [b for b, row in enumerate(self.rows) if not row.is_done]
+        for begin in range(0, len(work), AT_ONCE):
+            for b, labels in self.labels(work[begin:begin + AT_ONCE], left):
+                changed[b] = self.write(self.rows[b], labels)
+        return changed
+
+    def labels(self, work, left):
+        """(row, its labels) for each row of `work`."""
         x = torch.tensor([self.rows[b].tokens for b in work])                           # [A, L]
         chosen, p = self.predict(x, work, is_last=left == 1)
         for a, b in enumerate(work):
@@ -145,8 +153,7 @@ class Corrector:
             minimum = math.ceil(row.tokens.count(self.orders.mask) / left)
             labels = labels_to_apply(x[a], chosen[a], p[a], self.orders, self.threshold,
                                      edit_threshold, row.frozen, row.closed, minimum)
-            changed[b] = self.write(row, labels.tolist())
-        return changed
+            yield b, labels.tolist()
 
     def predict(self, x, work, is_last):
         """(tokens, their probabilities) that the model says of each position of x [A, L]."""
