@@ -384,7 +384,8 @@ def test_two_processes_are_one(script, settings, ways, of_losses, of_weights, sm
 # Started anew
 
 
-@pytest.mark.parametrize("script", ["train_edits.py", "train_grpo.py"])
+@pytest.mark.parametrize("script", ["convert_bert.py", "convert_ar.py", "train_edits.py",
+                                    "train_grpo.py"])
 def test_torchrun_starts_it_anew(script, small, tmp_path, monkeypatch):
     """With the same command, --resume=False: the run goes on, and ends as one that was never
     disturbed. How torchrun does it stands in test_scale.py."""
