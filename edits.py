@@ -25,6 +25,9 @@ about 1 for an edit that is certain to come, at all times.
 Shapes: B batch, Z columns of an alignment, T positions, V vocabulary, N edits. The model is
 anything that has `edit_states`, `edit_rates` and `edit_logits` as model.Transformer does, and its
 `config`. Randomness comes from generators on the CPU.
+
+The last part is the other way of the field: one head whose words are edits, as LLaDA2.1 and 2.2
+have it. sampling/correcting.py samples with it.
 """
 import math
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ also that a token goes or that something is missing before it (tokens, LLaDA2.2)
 
     python train_edits.py                                 minutes on a CPU or a GPU, no network
     python train_edits.py --source=nothing                writing alone, no repairs
-    python train_edits.py --editing=tokens                LLaDA2.2's way, see below
+    python train_edits.py --editing=tokens                insert and delete tokens, LLaDA2.2's
     python train_edits.py --init_from=out/scratch         a model of masks learns to edit
     python train_edits.py --init_from=GSAI-ML/LLaDA-8B-Base --source=masks --num_masks=128
     torchrun --nproc_per_node=4 train_edits.py --dataset=tinystories --max_minutes=60
