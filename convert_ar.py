@@ -34,7 +34,9 @@ from pretrained.export import save
 from pretrained.hub import model_folder
 from pretrained.tensors import gathered
 from pretrained.tiny import tiny_model
+from pretrained.vocabulary import resize_vocabulary
 from training.blocks import block_length_at, parse_schedule
+from training.flops import flops_per_token
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
@@ -163,7 +165,7 @@ if _tiny:
                          "converts encoders")
 else:
     model = Transformer.from_pretrained(init_from, dtype=torch.float32).train()
-    model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
+    resize_vocabulary(model, text.vocab_size, new=range(old_size, text.vocab_size))
     model.source = None                     # its tokenizer files are no longer the model's
 config = model.config
 config.mask_token_id = text.mask_token_id
@@ -195,7 +197,7 @@ def save_model():
 
 
 run = Run(settings, model, optimizers, text, device, must_match, save_model=save_model,
-          flops_per_token=model.flops_per_token(seq_len, head_share=0.5), sharded=sharded)
+          flops_per_token=flops_per_token(model, seq_len, head_share=0.5), sharded=sharded)
 
 
 def evaluate(batch):

@@ -30,6 +30,8 @@ from pretrained.hub import model_folder
 from pretrained.load import load
 from pretrained.tensors import gathered
 from pretrained.tiny import tiny_model
+from pretrained.vocabulary import resize_vocabulary
+from training.flops import flops_per_token
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
@@ -144,7 +146,7 @@ else:
     if model.fresh_head and rank == 0 and not resume:
         print(f"{init_from} is an encoder without masked-LM head: it gets a fresh one, whose "
               "matrix is tied to the embedding")
-    model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
+    resize_vocabulary(model, text.vocab_size, new=range(old_size, text.vocab_size))
     model.source = None                     # its tokenizer files are no longer the model's
 config = model.config
 config.mask_token_id = text.mask_token_id
@@ -173,7 +175,7 @@ def save_model():
 
 
 run = Run(settings, model, optimizers, text, device, must_match, save_model=save_model,
-          flops_per_token=model.flops_per_token(seq_len, head_share=0.5), sharded=sharded)
+          flops_per_token=flops_per_token(model, seq_len, head_share=0.5), sharded=sharded)
 
 
 def evaluate(batch):

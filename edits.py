@@ -23,13 +23,14 @@ come happen at the rate kappa'_t / (1 - kappa_t) each, and
 about 1 for an edit that is certain to come, at all times.
 
 Shapes: B batch, Z columns of an alignment, T positions, V vocabulary, N edits. The model is
-anything that has `edit_states`, `edit_rates` and `edit_logits` as model.Transformer does, and its
-`config`. Randomness comes from generators on the CPU.
+anything that has `hidden`, `config` and the heads of a model.Transformer that edits. Randomness
+comes from generators on the CPU.
 """
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import kernels
 from common import stream
@@ -208,6 +209,58 @@ def remaining_edits(z_t, z_1):
 
 
 # --------------------------------------------------------------------------------------------------
+# What the heads say
+
+
+def edit_forward(model, tokens, attention_mask=None, t=None):
+    """(substitution logits [B, T, V], insertion logits [B, T, V], rates [B, T, 3]) of a model that
+    edits; attention_mask bool [B, T], t float [B]."""
+    states = model.hidden(tokens, attention_mask, t=t)                                  # [B, T, D]
+    substitutes = edit_logits(model, states, SUBSTITUTE)
+    if config_of(model).shift:
+        substitutes = one_later(substitutes)
+    return substitutes, edit_logits(model, states, INSERT), edit_rates(model, states)
+
+
+def edit_rates(model, states):
+    """Rates [B, T, 3], float32 at least, of states [B, T, D]: to substitute and delete token i, to
+    insert behind it. With `shift` those of a token are read one position earlier, but what comes
+    behind it at its own."""
+    rates = model.rate_head(states)
+    rates = F.softplus(rates.to(torch.promote_types(rates.dtype, torch.float32)))
+    if not config_of(model).shift:
+        return rates
+    return torch.cat((one_later(rates[..., :2]), rates[..., 2:]), dim=-1)
+
+
+def edit_logits(model, states, kind):
+    """Logits [..., V], float32 at least, of states [..., D]: what is written in the place of a
+    token (SUBSTITUTE) or behind it (INSERT)."""
+    if kind == INSERT:
+        head = model.insert_head
+    elif model.substitute_head is None:
+        head = model.head
+    else:
+        head = model.substitute_head
+    logits = head(states)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def edit_nll(model, states, kind, rows, targets):
+    """-log p in nats [N], with its gradient, of the tokens `targets` [N] that are written at the
+    flat rows int64 [N] of states [B, T, D]."""
+    if config_of(model).shift and kind == SUBSTITUTE:
+        rows = rows - 1
+    logits = edit_logits(model, states.flatten(0, 1)[rows], kind)                       # [N, V]
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def one_later(x):
+    """x [B, T, ...] shifted by one position; zeros at the first."""
+    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+
+
+# --------------------------------------------------------------------------------------------------
 # Loss
 
 
@@ -276,8 +329,8 @@ def edit_loss(model, z_0, z_1, t=None, u=None, schedule=None, max_weight=None, p
 def edit_terms(model, x_t, shown, t, edits):
     """(survival [B], -log(rate * Q(token)) of each edit [N]) of a pass over x_t [B, T], whose
     padding is where `shown` is false; t [B]."""
-    states = model.edit_states(x_t, shown if not shown.all() else None, t)              # [B, T, D]
-    rates = model.edit_rates(states)                                                    # [B, T, 3]
+    states = model.hidden(x_t, shown if not shown.all() else None, t=t)                 # [B, T, D]
+    rates = edit_rates(model, states)                                                   # [B, T, 3]
     survival = (rates.sum(-1) * shown).sum(1)
     rate = rates[edits.row, edits.position, edits.kind]                                 # [N]
     first = (edits.position == 0) & (edits.kind != INSERT)
@@ -288,7 +341,7 @@ def edit_terms(model, x_t, shown, t, edits):
     for kind in (SUBSTITUTE, INSERT):
         where = (edits.kind == kind).nonzero()[:, 0]
         rows = edits.row[where] * x_t.shape[1] + edits.position[where]
-        nll = nll.index_add(0, where, model.edit_nll(states, kind, rows, edits.token[where]))
+        nll = nll.index_add(0, where, edit_nll(model, states, kind, rows, edits.token[where]))
     return survival, nll - rate.log()
 
 
@@ -533,17 +586,15 @@ def flow(model, tokens, tau, schedule=None, prompt_len=0, frozen=None, closed=No
     device = next(model.parameters()).device
     for step, t in enumerate(flow_times(tau)):
         x, time = torch.tensor([tokens], device=device), torch.tensor([t])
-        states = model.edit_states(x, None, time.to(device))                            # [1, T, D]
+        substitutes, inserts, rates = edit_forward(model, x, None, time.to(device))
         weight = flow_weight(time, schedule or config.edit_schedule)
         u = draw(generator, len(tokens), temperature)                                   # [3 or 5,T]
         if uniform is not None:
             u[:3] = uniform(step, len(tokens))
-        fire = fires(model.edit_rates(states)[0].cpu(), weight, tau, u, frozen, closed)
-        chosen = []
-        for kind, numbers in ((SUBSTITUTE, -2), (INSERT, -1)):
-            logits = model.edit_logits(states, kind)[0].cpu()                           # [T, V]
-            chosen.append(sample_tokens(logits, temperature, u[numbers].double()).tolist())
-        new = apply_edits(tokens, fire, *chosen)
+        fire = fires(rates[0].cpu(), weight, tau, u, frozen, closed)
+        written = sample_tokens(substitutes[0].cpu(), temperature, u[-2].double()).tolist()
+        inserted = sample_tokens(inserts[0].cpu(), temperature, u[-1].double()).tolist()
+        new = apply_edits(tokens, fire, written, inserted)
         if len(new.tokens) > config.max_len:
             raise ValueError(outgrown(len(new.tokens), config.max_len))
         tokens = new.tokens

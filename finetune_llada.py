@@ -36,7 +36,9 @@ from pretrained.hub import model_folder
 from pretrained.load import fill, open_checkpoint
 from pretrained.tensors import gathered, put_rows
 from pretrained.tiny import tiny_config, tiny_model
+from pretrained.vocabulary import resize_vocabulary
 from training import nf4
+from training.flops import flops_per_token
 from training.lora import (add_lora, freeze_in_4_bits, holds_a_run, init_lora, name_of_base,
                            published_modules, save_adapter)
 from training.memory import report
@@ -209,7 +211,7 @@ if _tiny or text.vocab_size > source.vocab_size:
         else:
             made = Transformer.from_pretrained(init_from)
             new = range(made.config.vocab_size, text.vocab_size)
-            made.resize_vocabulary(text.vocab_size, new)
+            resize_vocabulary(made, text.vocab_size, new)
             made.source = None              # the tokenizer is written here
             made.save_pretrained(base)
         text.save_pretrained(base)
@@ -262,7 +264,7 @@ def save_model():
         save(model, folder, weights)
 
 
-flops = model.flops_per_token(seq_len, head_share=0.5, training=False)
+flops = flops_per_token(model, seq_len, head_share=0.5, training=False)
 flops *= 2 if lora_rank else 3              # frozen weights get no gradient
 flops *= (1 + in_blocks) * (1 + (in_blocks and complement))         # [x_t, x_0], twice
 run = Run(settings, model, optimizers, text, device, must_match, save_model=save_model,

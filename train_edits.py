@@ -35,6 +35,7 @@ from pretrained.export import save
 from pretrained.hub import model_folder
 from sampling.rewriting import rewrite
 from training.ahead import Ahead
+from training.flops import flops_per_token
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
@@ -194,7 +195,7 @@ def save_model():
 
 
 run = Run(settings, model, optimizers, text, device, must_match,
-          model.flops_per_token(seq_len, head_share=0.5), save_model)
+          flops_per_token(model, seq_len, head_share=0.5), save_model)
 
 
 def evaluate(tokens):

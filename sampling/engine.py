@@ -28,7 +28,8 @@ from diffusion import (
     row_logits,
     streams,
 )
-from model import Cache, Transformer
+from model import Transformer
+from sampling.cache import Cache
 from sampling.rules import (
     REMASK_SCHEDULES,
     filter_logits,

@@ -27,6 +27,7 @@ from edits import (
     align_answer,
     apply_edits,
     blend,
+    edit_forward,
     edit_loss,
     edit_nelbo,
     fires,
@@ -203,18 +204,21 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.config = Config(vocab_size=3, dim=2, n_layers=1, n_heads=1, edits=True)
         self.anchor = torch.nn.Parameter(torch.zeros(()))
-        self.rate, self.q = rate, q
+        self.rate, self.q, self.substitute_head, self.head = rate, q, None, self.insert_head
 
-    def edit_states(self, tokens, attention_mask=None, t=None):
+    def hidden(self, tokens, attention_mask=None, t=None):
         return tokens[..., None].float()
 
-    def edit_rates(self, states):
+    def rate_head(self, states):
         inserts = torch.where(states[..., 0] == 0, self.rate, 1e-9)
         nothing = torch.full_like(inserts, 1e-9)
-        return torch.stack((nothing, nothing, inserts), dim=-1) + self.anchor
+        rates = torch.stack((nothing, nothing, inserts), dim=-1) + self.anchor
+        return rates.expm1().log()                      # what softplus turns into the rates
 
-    def edit_nll(self, states, kind, rows, targets):
-        return torch.full(targets.shape, -math.log(self.q))
+    def insert_head(self, states):
+        others = (1 - self.q) / 2
+        p = torch.tensor([others, self.q, others]).expand(*states.shape[:-1], 3)
+        return p.log()
 
 
 def test_the_bound_is_exact_where_a_text_has_one_history():
@@ -434,7 +438,7 @@ def test_heads_of_the_reference(name, editor, fixture_path):
     model, known = editor(name), load_file(fixture_path(f"editflow_{name}") / "io.safetensors")
     shown = known["attention_mask"].bool()
     with torch.no_grad():
-        substitutes, inserts, rates = model.edit_forward(known["input_ids"], shown)
+        substitutes, inserts, rates = edit_forward(model, known["input_ids"], shown)
     found = {"sub_logits": substitutes, "ins_logits": inserts, "sub_rate_hat": rates[..., 0],
              "del_rate_hat": rates[..., 1], "ins_rate_hat": rates[..., 2]}
     for key, tensor in found.items():
@@ -455,7 +459,7 @@ def test_a_checkpoint_is_written_back_as_it_was(name, editor, fixture_path, tmp_
     again = Transformer.from_pretrained(tmp_path / "ours")
     assert again.config == model.config
     tokens = torch.tensor([[83, 1, 2, 3]])
-    for ours, theirs in zip(again.edit_forward(tokens), model.edit_forward(tokens)):
+    for ours, theirs in zip(edit_forward(again, tokens), edit_forward(model, tokens)):
         assert torch.equal(ours, theirs)
 
 
@@ -470,7 +474,7 @@ def test_a_model_of_masks_becomes_an_editor(name, fixture_path, tmp_path):
     assert raw["model_type"] == f"editflow-{name}"
     assert raw["architectures"][0].startswith("EditFlow")
     again = Transformer.from_pretrained(tmp_path)
-    _, inserts, rates = again.edit_forward(tokens)
+    _, inserts, rates = edit_forward(again, tokens)
     if name != "modernbert":            # whose edit heads read what comes before the last norm
         torch.testing.assert_close(inserts, before(tokens))
     assert (rates[..., 2] - 0.1).abs().max() < 0.2

@@ -16,13 +16,14 @@ BELOW_SAMPLING = ["common", "data", "kernels", "model", "diffusion", "edits", "p
                   "pretrained", "training"]
 MAY_IMPORT = {
     "common": [],
+    "config": [],
     "data": ["common"],
     "kernels": ["common"],
-    "model": ["common", "kernels"],
+    "model": ["common", "config", "kernels"],
     "diffusion": ["common", "kernels", "model"],
     "edits": ["common", "kernels", "model", "diffusion"],
     "policy": ["common", "kernels", "model", "diffusion"],
-    "pretrained": ["common", "model"],
+    "pretrained": ["common", "config", "model"],
     "training": ["common", "data", "kernels", "model", "diffusion", "edits", "pretrained"],
     "sampling": BELOW_SAMPLING,
     "evaluation": [*BELOW_SAMPLING, "sampling"],
@@ -176,12 +177,12 @@ def test_the_walk_sees_what_is_wrong(tmp_path):
 
 
 def test_a_copied_recipe_runs(tmp_path):
-    """train_scratch.py with model, kernels, diffusion, common, data and training, and nothing
-    else; and a second run goes on from the first."""
+    """train_scratch.py with model, config, kernels, diffusion, common, data and training, and
+    nothing else; and a second run goes on from the first."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("train_scratch.py", "model.py", "kernels.py", "diffusion.py", "common.py"):
-        shutil.copy(ROOT / name, copy)
+    for name in ("train_scratch", "model", "config", "kernels", "diffusion", "common"):
+        shutil.copy(ROOT / f"{name}.py", copy)
     for name in ("data", "training"):
         ignored = shutil.ignore_patterns("__pycache__", "prepared")
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
