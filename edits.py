@@ -34,7 +34,8 @@ import torch.nn.functional as F
 
 import kernels
 from common import stream
-from diffusion import config_of, ratio_error, sample_t, sample_tokens, streams
+from diffusion import sample_t, sample_tokens, streams
+from passes import config_of, ratio_error
 
 BLANK = -1
 # The kinds of edit, in the order of the model's rates.

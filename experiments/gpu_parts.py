@@ -18,10 +18,11 @@ from torch._dynamo.utils import counters
 
 import diffusion
 import kernels
-from diffusion import ar_loss, block_attention, block_loss, mdlm_loss, sft_loss
+from diffusion import ar_loss, block_loss, mdlm_loss, sft_loss
 from experiments.gpu_checks import CHECKS, wrong
 from experiments.gpu_yardsticks import PlainGPT, fast_dllm_loop, llada_loop, now
 from model import Config, ExpertLinear, Transformer
+from passes import block_attention
 from sampling.cache import Cache
 from sampling.engine import generate
 from training.flops import flops_per_token

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 import kernels
-from diffusion import config_of
 from edits import (
     INSERT,
     SUBSTITUTE,
@@ -29,6 +28,7 @@ from edits import (
     flow_weight,
     outgrown,
 )
+from passes import config_of
 from sampling.engine import row_streams
 
 

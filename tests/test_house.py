@@ -12,7 +12,7 @@ from runs import forget_the_repository
 from scripts import ROOT, run
 
 # What the modules of each part may import, besides those of their own part.
-BELOW_SAMPLING = ["common", "data", "kernels", "model", "diffusion", "edits", "policy",
+BELOW_SAMPLING = ["common", "data", "kernels", "model", "passes", "diffusion", "edits", "policy",
                   "pretrained", "training"]
 MAY_IMPORT = {
     "common": [],
@@ -20,9 +20,10 @@ MAY_IMPORT = {
     "data": ["common"],
     "kernels": ["common"],
     "model": ["common", "config", "kernels"],
-    "diffusion": ["common", "kernels", "model"],
-    "edits": ["common", "kernels", "model", "diffusion"],
-    "policy": ["common", "kernels", "model", "diffusion"],
+    "passes": ["kernels"],
+    "diffusion": ["common", "passes"],
+    "edits": ["common", "kernels", "passes", "diffusion"],
+    "policy": ["passes"],
     "pretrained": ["common", "config", "model"],
     "training": ["common", "data", "kernels", "model", "diffusion", "edits", "pretrained"],
     "sampling": BELOW_SAMPLING,
@@ -177,11 +178,11 @@ def test_the_walk_sees_what_is_wrong(tmp_path):
 
 
 def test_a_copied_recipe_runs(tmp_path):
-    """train_scratch.py with model, config, kernels, diffusion, common, data and training, and
-    nothing else; and a second run goes on from the first."""
+    """train_scratch.py with model, config, kernels, passes, diffusion, common, data and
+    training, and nothing else; and a second run goes on from the first."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("train_scratch", "model", "config", "kernels", "diffusion", "common"):
+    for name in ("train_scratch", "model", "config", "kernels", "passes", "diffusion", "common"):
         shutil.copy(ROOT / f"{name}.py", copy)
     for name in ("data", "training"):
         ignored = shutil.ignore_patterns("__pycache__", "prepared")
