@@ -235,6 +235,16 @@ def take(x, select):
     return x.flatten(0, 1)[select]
 
 
+def keys_ahead(positions, cache):
+    """By how much a key stands behind a query, int64 [S, T] or [B, 1, S, T]; positions [S] or
+    [B, S] of the queries, and of the keys unless a cache has them."""
+    keys = positions
+    if cache is not None:
+        keys = torch.arange(cache.length, device=positions.device)
+    ahead = keys[..., None, :] - positions[..., :, None]
+    return ahead[:, None] if ahead.dim() == 3 else ahead
+
+
 def time_waves(t, size):
     """cos and sin of 1000 t at size / 2 frequencies from 1 to 1/10000, [B, size] for t [B]: what
     diffusion models are told of the time (Ho et al. 2020, arXiv 2006.11239, appendix B)."""
@@ -414,12 +424,9 @@ class Transformer(nn.Module):
         if given is not None:
             keys_only = given.dim() == 2
             mask = given[:, None, None, :] if keys_only else given[:, None]     # [B, 1, 1 or S, T]
-        keys = positions
-        if cache is not None:
-            keys = torch.arange(cache.length, device=positions.device)
-        ahead = keys[..., None, :] - positions[..., :, None]  # key minus query: [S, T] or [B, S, T]
-        if ahead.dim() == 3:
-            ahead = ahead[:, None]                                                    # [B, 1, S, T]
+        if not (causal or config.local_window):
+            return (mask, None), False
+        ahead = keys_ahead(positions, cache)
         if causal and mask is None:
             mask = ahead <= 0
         elif causal:

@@ -16,8 +16,9 @@ import torch
 import torch.nn as nn
 from torch._dynamo.utils import counters
 
-import diffusion
+
 import kernels
+import passes
 from diffusion import ar_loss, block_loss, mdlm_loss, sft_loss
 from experiments.gpu_checks import CHECKS, wrong
 from experiments.gpu_yardsticks import PlainGPT, fast_dllm_loop, llada_loop, now
@@ -280,7 +281,7 @@ def blocks(bench):
         return block_loss(model, tokens, block, t, mask).loss
 
     def by_dense_mask(model):
-        with replaced(diffusion, "block_attention", lambda *_: dense):
+        with replaced(passes, "block_attention", lambda *_: dense):
             return block_loss(model, tokens, block, t, mask).loss
 
     exact = gradients_in_float32(bench, config, by_dense_mask)

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "edits": ["common", "kernels", "passes", "diffusion"],
     "policy": ["passes"],
     "pretrained": ["common", "config", "model"],
-    "training": ["common", "data", "kernels", "model", "diffusion", "edits", "pretrained"],
+    "training": ["common", "data", "kernels", "model", "passes", "diffusion", "edits", "policy",
+                 "pretrained"],
     "sampling": BELOW_SAMPLING,
     "evaluation": [*BELOW_SAMPLING, "sampling"],
 }
