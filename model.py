@@ -360,7 +360,8 @@ class Transformer(nn.Module):
             select, targets = F.pad(select, fill), F.pad(targets, fill)
             weights = F.pad(weights, fill)
         hidden = self.hidden(tokens, attention_mask, select, None, positions).flatten(0, -2)
-        head, entropy_weights = (self.head.weight, self.head.bias), None
+        head = self.head.weight, self.head.bias
+        entropy_weights = None
         if cap_weight:
             right = kernels.linear_argmax(hidden, *head, self.chunk) == targets
             right[N:] = False
@@ -378,15 +379,7 @@ class Transformer(nn.Module):
             if config.positions == "learned" and tokens.shape[1] > config.max_len:
                 raise ValueError(f"{tokens.shape[1]} tokens are too long for this model's "
                                  f"{config.max_len} learned positions")
-        x = self.embed(tokens)                                                          # [B, S, D]
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(positions + config.position_offset)
-        if self.embed_types is not None:
-            x = x + self.embed_types.weight[0]
-        if self.embed_time is not None and t is not None:
-            x = x + self.embed_time(time_waves(t, config.time_features))[:, None]
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
+        x = self.embedded(tokens, positions, t)                                         # [B, S, D]
         visible, causal = self.who_sees_whom(positions, attention_mask, cache)
         ropes = self.ropes(positions)
         for block in self.blocks:
@@ -401,8 +394,19 @@ class Transformer(nn.Module):
         if self.norm is not None and not config.edits_before_norm:
             x = self.norm(x)
         if self.head_dense is not None:
-            x = self.head_norm(ACTIVATIONS[self.config.head_activation](self.head_dense(x)))
+            x = self.head_norm(ACTIVATIONS[config.head_activation](self.head_dense(x)))
         return x
+
+    def embedded(self, tokens, positions, t=None):
+        """What the first block reads, [B, S, D]; arguments as in `hidden`."""
+        x = self.embed(tokens)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions + self.config.position_offset)
+        if self.embed_types is not None:
+            x = x + self.embed_types.weight[0]
+        if self.embed_time is not None and t is not None:
+            x = x + self.embed_time(time_waves(t, self.config.time_features))[:, None]
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def who_sees_whom(self, positions, attention_mask, cache):
         """((mask of the global layers, mask of the local layers), causal), as `kernels.attend`

@@ -22,13 +22,13 @@ import warnings
 import torch
 
 from data.chat import is_chat
+from data.damage import SOURCES, SourceSettings
 from data.documents import Documents
 from data.loader import TokenDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import sample_t
-from edits import (FLOW_SCHEDULES, SOURCES, SourceSettings, align_answer, edit_loss, edit_nelbo,
-                   stack)
+from edits import FLOW_SCHEDULES, align_answer, edit_loss, edit_nelbo, stack
 from model import Config, Transformer
 from pretrained.editing import become_editor
 from pretrained.export import save

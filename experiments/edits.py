@@ -30,7 +30,8 @@ import torch  # noqa: E402
 
 from data.tales import check, tell  # noqa: E402
 from diffusion import mdlm_loss  # noqa: E402
-from edits import SOURCES, SourceSettings, align, damaged, edit_loss, stack  # noqa: E402
+from data.damage import SOURCES, SourceSettings, damaged  # noqa: E402
+from edits import align, edit_loss, stack  # noqa: E402
 from experiments.tales import gaps as find_gaps  # noqa: E402
 from experiments.tales import standard_error  # noqa: E402
 from experiments.timing import interleaved, machine, timed  # noqa: E402

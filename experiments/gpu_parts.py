@@ -16,14 +16,12 @@ import torch
 import torch.nn as nn
 from torch._dynamo.utils import counters
 
-
 import kernels
 import passes
 from diffusion import ar_loss, block_loss, mdlm_loss, sft_loss
 from experiments.gpu_checks import CHECKS, wrong
 from experiments.gpu_yardsticks import PlainGPT, fast_dllm_loop, llada_loop, now
 from model import Config, ExpertLinear, Transformer
-from passes import block_attention
 from sampling.cache import Cache
 from sampling.engine import generate
 from training.flops import flops_per_token
@@ -258,7 +256,7 @@ def replaced(module, name, function):
 
 def dense_attention(T, block_length, device):
     """`block_attention` as a bool mask on every device, bool [1, 2T, 2T]."""
-    return block_attention(T, block_length, torch.device("cpu")).clone().to(device)
+    return passes.block_attention(T, block_length, torch.device("cpu")).clone().to(device)
 
 
 def blocks(bench):

@@ -15,6 +15,7 @@ from scripts import ROOT, run_here
 
 import edits
 import kernels
+from data import damage
 from data.documents import Documents, find_documents
 from data.tokenizer import Tokenizer
 from diffusion import denoise, mdlm_loss
@@ -520,15 +521,15 @@ def test_an_epoch_visits_each_document_once_however_it_is_shared():
 
 
 def test_sources_leave_the_first_token():
-    rng, how = random.Random(0), edits.SourceSettings([1, 2, 3], 7, num_masks=4, max_damage=3)
-    for name, source in edits.SOURCES.items():
+    rng, how = random.Random(0), damage.SourceSettings([1, 2, 3], 7, num_masks=4, max_damage=3)
+    for name, source in damage.SOURCES.items():
         for length in (1, 2, 9):
             x_0 = source([8, *range(10, 9 + length)], rng, how)
             assert x_0[0] == 8, name
     assert edits.masks([8, 1, 2], rng, how) == [8, 7, 7, 7, 7]
     for _ in range(50):
         x_1 = list(range(20, 30))
-        x_0 = edits.gap(x_1, rng, how)
+        x_0 = damage.gap(x_1, rng, how)
         assert 5 <= len(x_0) < 10 and cost(*align(x_0, x_1)) == 10 - len(x_0)
         assert 1 <= cost(*align(edits.damage(x_1, rng, how), x_1)) <= 3 or \
             edits.damage(x_1, rng, how)

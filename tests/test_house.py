@@ -1,6 +1,7 @@
 """The house itself: imports point one way, a copied recipe runs, and ruff has nothing to say."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -49,6 +50,22 @@ INSIDE_FUNCTIONS = {
     ("data.selfmade", "pretrained.hub"),  # the teacher's weights
     ("data.selfmade", "sampling.sampler"),  # the teacher, who answers
     ("pretrained.load", "training.lora"),  # a folder that holds an adapter
+}
+# What scripts of others import, whatever file the work is done in.
+NAMES = {
+    "model": ["Config", "Transformer"],
+    "diffusion": ["mdlm_loss", "block_loss", "sft_loss", "llada2_loss", "ar_loss", "nelbo",
+                  "denoise", "restored", "mask_token_id", "SCHEDULES", "STEP_SCHEDULES",
+                  "REMASKING"],
+    "sampling.engine": ["generate", "infill"],
+    "evaluation.likelihood": ["log_likelihood"],
+    "edits": ["align", "edit_loss", "edit_nelbo", "flow", "FLOW_SCHEDULES"],
+    "policy": ["group_advantages", "policy_loss", "wd1_loss"],
+    "data.tales": ["check"],
+    "data.prepare": ["prepare"],
+    "data.tokenizer": ["Tokenizer"],
+    "data.chat": ["render"],
+    "training.lora": ["load_adapter", "merge_lora"],
 }
 # This module imports common alone: our own layout is written without pretrained/ too.
 LEAVES = {"training.files"}
@@ -160,6 +177,12 @@ def test_no_module_stands_in_a_circle(imports):
         return seen
 
     assert not [module for module in edges if module in reached(module)]
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_that_others_call_stay_where_they_are(module):
+    missing = [name for name in NAMES[module] if not hasattr(importlib.import_module(module), name)]
+    assert not missing
 
 
 def test_the_walk_sees_what_is_wrong(tmp_path):
