@@ -526,13 +526,13 @@ def test_sources_leave_the_first_token():
         for length in (1, 2, 9):
             x_0 = source([8, *range(10, 9 + length)], rng, how)
             assert x_0[0] == 8, name
-    assert edits.masks([8, 1, 2], rng, how) == [8, 7, 7, 7, 7]
+    assert damage.masks([8, 1, 2], rng, how) == [8, 7, 7, 7, 7]
     for _ in range(50):
         x_1 = list(range(20, 30))
         x_0 = damage.gap(x_1, rng, how)
         assert 5 <= len(x_0) < 10 and cost(*align(x_0, x_1)) == 10 - len(x_0)
-        assert 1 <= cost(*align(edits.damage(x_1, rng, how), x_1)) <= 3 or \
-            edits.damage(x_1, rng, how)
+        assert 1 <= cost(*align(damage.damage(x_1, rng, how), x_1)) <= 3 or \
+            damage.damage(x_1, rng, how)
 
 
 def test_work_ahead_is_the_same_work():
