@@ -27,17 +27,20 @@ import torch
 from data.chat import is_chat, open_dataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from diffusion import block_loss, denoise, mask_tokens, mdlm_loss, nelbo, sample_t
+from diffusion import block_loss, mask_tokens, mdlm_loss, nelbo, sample_t
 from model import Transformer
 from pretrained.config import read_config
 from pretrained.export import save
 from pretrained.hub import model_folder
 from pretrained.tensors import gathered
 from pretrained.tiny import tiny_model
+from pretrained.vocabulary import resize_vocabulary
 from training.blocks import block_length_at, parse_schedule
+from training.flops import flops_per_token
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
+from training.show import show_answer
 from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
@@ -164,7 +167,7 @@ if _tiny:
                          "converts encoders")
 else:
     model = Transformer.from_pretrained(init_from, dtype=torch.float32).train()
-    model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
+    resize_vocabulary(model, text.vocab_size, new=range(old_size, text.vocab_size))
     model.source = None                     # its tokenizer files are no longer the model's
 config = model.config
 config.mask_token_id = text.mask_token_id
@@ -196,7 +199,7 @@ def save_model():
 
 
 run = Run(settings, model, optimizers, text, device, must_match, save_model=save_model,
-          flops_per_token=model.flops_per_token(seq_len, head_share=0.5), sharded=sharded)
+          flops_per_token=flops_per_token(model, seq_len, head_share=0.5), sharded=sharded)
 
 
 def evaluate(batch):
@@ -208,20 +211,6 @@ def evaluate(batch):
                          attention_mask=part.attention_mask,
                          run_passes=map if sharded else common.share)
     return value, error, data.val_bytes_per_token(batch, text)
-
-
-def show_sample():
-    """The answer to a held-out question, or a text out of nothing, as far as the model has come. A
-    sharded model needs all processes for it."""
-    prompt = data.prompt("val", run.step)[0] if chat else []
-    n = min(sample_tokens, seq_len - len(prompt))
-    canvas = torch.tensor([prompt + [config.mask_token_id] * n]).to(device)
-    how = dict(temperature=0.7, remasking="random")     # a small model repeats itself when greedy
-    if chat and not _tiny:
-        how = dict(temperature=0.0)
-    ids = denoise(model, canvas, n, prompt_len=len(prompt), seed=run.step, **how)[0].tolist()
-    question = f"{text.decode(prompt, skip_special_tokens=True)!r} -> " if chat else ""
-    run.say(f"step {run.step}: {question}{text.decode_answer(ids[len(prompt):])!r}")
 
 
 def opening_attention(tokens, attention_mask, opened):
@@ -248,7 +237,8 @@ while run.goes_on():
         run.save()                              # first: a resumed run repeats what a kill cut short
         run.log(*evaluate(last_val if run.finished else val), factor)
         if sample_tokens and (run.main or sharded):
-            show_sample()
+            # A small model repeats itself when it is greedy.
+            show_answer(run, data, chat, temperature=0.0 if chat and not _tiny else 0.7)
         run.bar.begin_window()
     if run.finished:
         break

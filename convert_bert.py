@@ -22,7 +22,7 @@ import torch
 from data.chat import is_chat, open_dataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from diffusion import denoise, mask_tokens, mdlm_loss, nelbo, sample_t
+from diffusion import mask_tokens, mdlm_loss, nelbo, sample_t
 from model import Transformer
 from pretrained.config import read_config
 from pretrained.export import save
@@ -30,9 +30,12 @@ from pretrained.hub import model_folder
 from pretrained.load import load
 from pretrained.tensors import gathered
 from pretrained.tiny import tiny_model
+from pretrained.vocabulary import resize_vocabulary
+from training.flops import flops_per_token
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
+from training.show import show_answer
 from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
@@ -145,7 +148,7 @@ else:
     if model.fresh_head and rank == 0 and not resume:
         print(f"{init_from} is an encoder without masked-LM head: it gets a fresh one, whose "
               "matrix is tied to the embedding")
-    model.resize_vocabulary(text.vocab_size, new=range(old_size, text.vocab_size))
+    resize_vocabulary(model, text.vocab_size, new=range(old_size, text.vocab_size))
     model.source = None                     # its tokenizer files are no longer the model's
 config = model.config
 config.mask_token_id = text.mask_token_id
@@ -174,7 +177,7 @@ def save_model():
 
 
 run = Run(settings, model, optimizers, text, device, must_match, save_model=save_model,
-          flops_per_token=model.flops_per_token(seq_len, head_share=0.5), sharded=sharded)
+          flops_per_token=flops_per_token(model, seq_len, head_share=0.5), sharded=sharded)
 
 
 def evaluate(batch):
@@ -188,20 +191,6 @@ def evaluate(batch):
     return value, error, data.val_bytes_per_token(batch, text)
 
 
-def show_sample():
-    """The answer to a held-out question, or a text out of nothing, as far as the model has come. A
-    sharded model needs all processes for it."""
-    prompt = data.prompt("val", run.step)[0] if chat else []
-    n = min(sample_tokens, seq_len - len(prompt))
-    canvas = torch.tensor([prompt + [config.mask_token_id] * n]).to(device)
-    how = dict(temperature=0.7, remasking="random")     # a small model repeats itself when greedy
-    if chat and not _tiny:
-        how = dict(temperature=0.0)
-    ids = denoise(model, canvas, n, prompt_len=len(prompt), seed=run.step, **how)[0].tolist()
-    question = f"{text.decode(prompt, skip_special_tokens=True)!r} -> " if chat else ""
-    run.say(f"step {run.step}: {question}{text.decode_answer(ids[len(prompt):])!r}")
-
-
 # ---- loop ----------------------------------------------------------------------------------------
 # All randomness of a step follows from (seed, step). Each process draws the noise of the whole step
 # and takes its slices: the result does not depend on how many processes share the work.
@@ -213,7 +202,8 @@ while run.goes_on():
         run.save()                              # first: a resumed run repeats what a kill cut short
         run.log(*evaluate(last_val if run.finished else val), factor)
         if sample_tokens and (run.main or sharded):
-            show_sample()
+            # A small model repeats itself when it is greedy.
+            show_answer(run, data, chat, temperature=0.0 if chat and not _tiny else 0.7)
         run.bar.begin_window()
     if run.finished:
         break

@@ -2,7 +2,8 @@
 
 Every idea stands here in its plain form. Change it and see what happens. The fast forms (the loss
 without logits, ragged batches, caches) stand in kernels.py and sampling/engine.py; tests hold them
-equal to these. Pure functions of tensors: no files, no tokenizers.
+equal to these. How a model is asked stands in passes.py. Pure functions of tensors: no files, no
+tokenizers.
 
 Time runs from t = 0, clean, to t = 1, all mask. The forward process masks each token independently:
 
@@ -25,14 +26,24 @@ CPU, so that every device draws the same masks.
 """
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask
 
-import kernels
 from common import stream
+from passes import (
+    block_nll,
+    canvas_mask_id,
+    config_of,
+    mask_token_id,
+    masked_nll,
+    own_block_length,
+    predict,
+    ratio_error,
+    weighted_nll,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Noise schedules: (alpha_t, alpha'_t). Whatever the schedule, the bound is the same number; how
@@ -105,39 +116,6 @@ def corrupt(model, tokens, t, mask=None, maskable=None, schedule="linear", gener
     return torch.where(mask, mask_token_id(model), tokens), mask
 
 
-def config_of(model):
-    return getattr(model, "module", model).config       # DistributedDataParallel keeps it there
-
-
-def mask_token_id(model):
-    """The id of the mask token. Raises ValueError for a model that has none, or that edits."""
-    if getattr(config_of(model), "edits", False):
-        raise ValueError("this model inserts, deletes and substitutes (train_edits.py): what fills "
-                         "or scores masks cannot use it")
-    token = config_of(model).mask_token_id
-    if token is None:
-        raise ValueError("this model has no mask token: convert it first (convert_bert.py, "
-                         "convert_ar.py)")
-    return token
-
-
-def canvas_mask_id(model):
-    """The id that stands for a mask on a canvas to be filled. An autoregressive model has no mask
-    token and never reads it: there it is vocab_size."""
-    config = config_of(model)
-    return config.vocab_size if config.causal else mask_token_id(model)
-
-
-def own_block_length(config, asked):
-    """How many tokens are denoised together: the model's own number where it has one. `asked`, None
-    for no wish, counts with all other models and with LLaDA2, whose blocks may have any length."""
-    if config.causal:
-        return 1
-    if config.block_length and not (config.blocks_from_start and asked is not None):
-        return config.block_length
-    return asked
-
-
 # --------------------------------------------------------------------------------------------------
 # Losses
 
@@ -174,7 +152,7 @@ def mdlm_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=No
     x_t, mask = corrupt(model, tokens, t, mask, maskable, schedule, generator)
     weights = weight(t, schedule).expand(B, T)
     clipped = weights.clamp(max=max_weight or math.inf)
-    count = B * T if maskable is None else max(int(maskable.sum()), 1)
+    count = tokens.numel() if maskable is None else max(int(maskable.sum()), 1)
     total, nll = weighted_nll(model, x_t, tokens, mask, clipped, attention_mask=attention_mask)
     return Loss(total / count, weights * nll, count, mask, t)
 
@@ -184,25 +162,15 @@ def block_loss(model, tokens, block_length, t=None, mask=None, maskable=None,
     """The bound of block diffusion for tokens int64 [B, T] (BD3-LM eq. 8); else as `mdlm_loss`.
 
     Each block of `block_length` tokens is predicted from itself, noisy, and the blocks before it,
-    clean; one pass over [x_t, x_0] does all blocks at once (BD3-LM, section 3.2).
+    clean; one pass over [x_t, x_0] does all blocks at once (passes.block_nll).
     t  float [B, T / block_length], a time for each block, or [B].
     """
-    B, T = tokens.shape
-    if block_length < 1 or T % block_length:
-        raise ValueError(f"block_length {block_length} does not divide the {T} tokens of a "
-                         "sequence")
-    blocks = T // block_length
-    if t is not None and t.dim() == 1:
-        t = t[:, None].expand(-1, blocks)
-    t = times(t, (B, blocks), generator).to(tokens.device)                             # [B, blocks]
-    each = t.repeat_interleave(block_length, dim=1)                                     # [B, T]
+    t, each = block_times(t, tokens, block_length, generator)                  # [B, blocks], [B, T]
     x_t, mask = corrupt(model, tokens, each, mask, maskable, schedule, generator)
     weights = weight(each, schedule)
     clipped = weights.clamp(max=max_weight or math.inf)
-    count = B * T if maskable is None else max(int(maskable.sum()), 1)
-    both = torch.cat((x_t, tokens), dim=1)                                              # [B, 2T]
-    total, nll = weighted_nll(model, both, tokens, mask, clipped, block_length=block_length,
-                              attention_mask=block_attention(T, block_length, tokens.device))
+    count = tokens.numel() if maskable is None else max(int(maskable.sum()), 1)
+    total, nll = block_nll(model, x_t, tokens, mask, clipped, block_length)
     return Loss(total / count, weights * nll, count, mask, t)
 
 
@@ -223,10 +191,10 @@ def sft_loss(model, tokens, maskable=None, t=None, mask=None, attention_mask=Non
     x_t, mask = corrupt(model, tokens, t, mask, maskable, "linear", generator)
     maskable = torch.ones_like(mask) if maskable is None else maskable.to(tokens.device)
     weights = (1 / t).expand(B, T)
-    used, counted = weights, maskable
+    used, lengths = weights, maskable.sum(1, keepdim=True)                              # [B, 1]
     if cart:
-        used, counted = cart_weights(mask, cart), mask
-    used = used / (B * counted.sum(1, keepdim=True).clamp(min=1))
+        used, lengths = cart_weights(mask, cart), mask.sum(1, keepdim=True)
+    used = used / (B * lengths.clamp(min=1))
     count = max(int(maskable.sum()), 1)
     total, nll = weighted_nll(model, x_t, tokens, mask, used, attention_mask=attention_mask)
     return Loss(total, weights * nll, count, mask, t)
@@ -251,17 +219,9 @@ def llada2_loss(model, tokens, block_length, maskable=None, t=None, mask=None, c
                 uniform in (0, 1].
     Raises ValueError where shapes or the mask token do not fit.
     """
-    B, T = tokens.shape
-    if block_length < 1 or T % block_length:
-        raise ValueError(f"block_length {block_length} does not divide the {T} tokens of a "
-                         "sequence")
-    blocks = T // block_length
     if t is None:
-        t = 0.3 + 0.5 * sample_t((B,), generator, eps=0)
-    if t.dim() == 1:
-        t = t[:, None].expand(-1, blocks)
-    t = times(t, (B, blocks), generator).to(tokens.device)                             # [B, blocks]
-    each = t.repeat_interleave(block_length, dim=1)                                     # [B, T]
+        t = 0.3 + 0.5 * sample_t(tokens.shape[:1], generator, eps=0)                    # [B]
+    t, each = block_times(t, tokens, block_length, generator)                  # [B, blocks], [B, T]
     x_t, mask = corrupt(model, tokens, each, mask, maskable, "linear", generator)
     maskable = torch.ones_like(mask) if maskable is None else maskable.to(tokens.device)
     if complement:
@@ -270,14 +230,10 @@ def llada2_loss(model, tokens, block_length, maskable=None, t=None, mask=None, c
         tokens, maskable = tokens.repeat(2, 1), maskable.repeat(2, 1)
         t, each = torch.cat((t, 1 - t)), torch.cat((each, 1 - each))
     weights = weight(each.clamp(min=1e-3))
-    used, counted = torch.ones_like(weights), mask
+    used = torch.ones_like(weights) / mask.sum().clamp(min=1)
     if bound:
-        used, counted = weights, maskable
-    used = used / counted.sum().clamp(min=1)
-    both = torch.cat((x_t, tokens), dim=1)                                              # [2B, 2T]
-    total, nll = weighted_nll(model, both, tokens, mask, used, block_length=block_length,
-                              cap_weight=cap_weight,
-                              attention_mask=block_attention(T, block_length, tokens.device))
+        used = weights / maskable.sum().clamp(min=1)
+    total, nll = block_nll(model, x_t, tokens, mask, used, block_length, cap_weight)
     return Loss(total, weights * nll, max(int(maskable.sum()), 1), mask, t)
 
 
@@ -319,96 +275,18 @@ def times(t, shape, generator):
     return t
 
 
-# --------------------------------------------------------------------------------------------------
-# What the losses ask the model
-
-
-def weighted_nll(model, inputs, targets, mask, weights, shift=None, block_length=0,
-                 cap_weight=0.0, **how):
-    """(sum over masked of weights * nll, with its gradient; nll [B, T], detached, 0 elsewhere),
-    where
-
-        nll = -log p(target | inputs)       in nats
-
-    inputs [B, T], or [B, 2T] for [x_t, x_0]; targets, mask, weights [B, T]. shift None: the
-    model's. cap_weight times the mean entropy of the right predictions is added to the sum.
-    """
-    B, T = targets.shape
-    shift = config_of(model).shift if shift is None else shift
-    masked = mask.flatten().nonzero()[:, 0]                                             # [N]
-    rows = prediction_rows(masked, T, inputs.shape[1], shift, block_length)
-    if inputs.shape[1] == 2 * T:
-        how["positions"] = torch.arange(T, device=inputs.device).repeat(2)              # [2T]
-    target, row_weights = targets.flatten()[masked], weights.flatten()[masked]
-    if hasattr(model, "weighted_nll"):      # the same without ever holding the logits: kernels.py
-        if cap_weight:
-            how["cap_weight"] = cap_weight
-        total, found = model.weighted_nll(inputs, rows, target, row_weights, **how)
-    else:
-        logits = row_logits(model, inputs, rows, **how)                                 # [N, V]
-        found = F.cross_entropy(logits, target, reduction="none")
-        total = (row_weights * found).sum()
-        if cap_weight:
-            total = total + cap_weight * right_entropy(logits, target)
-    nll = torch.zeros(B * T, dtype=found.dtype, device=found.device)
-    nll[masked] = found.detach()
-    return total, nll.view(B, T)
-
-
-def right_entropy(logits, targets):
-    """The mean entropy, in nats, of those rows of logits [N, V] whose most probable token is the
-    target [N]; 0 if none is right (CAP; LLaDA2, 2512.15745)."""
-    right = logits.argmax(-1) == targets
-    entropies = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)                  # [N]
-    return (entropies * right).sum() / right.sum().clamp(min=1)
-
-
-def prediction_rows(masked, T, width, shift, block_length):
-    """The rows of a pass, int64 [N] into B * width, that predict the tokens at `masked` [N], into B
-    * T.
-
-    Without `shift` a token is predicted where it stands; with it, one position earlier (token 0: at
-    its own). The row before a block's first token is taken from the clean half, where there is one:
-    it has seen all that stands before the block.
-    """
-    batch, position = masked // T, masked % T
-    row = position
-    if shift:
-        row = (position - 1).clamp(min=0)
-    if shift and width == 2 * T:
-        first_of_block = (position % block_length == 0) & (position > 0)
-        row = torch.where(first_of_block, row + T, row)
-    return batch * width + row
-
-
-def row_logits(model, tokens, rows, **how):
-    """Logits [N, V], float32 or better, at the flat rows int64 [N] of a pass over tokens."""
-    select = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
-    select[rows] = True
-    logits = model(tokens, select=select.view(tokens.shape), **how)                     # [<= N, V]
-    logits = logits[(select.cumsum(0) - 1)[rows]]       # a row may be asked for twice
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-@functools.lru_cache(maxsize=8)
-def block_attention(T, block_length, device):
-    """Who sees whom in a pass over [x_t, x_0], both of T tokens: bool [1, 2T, 2T]; on a GPU a
-    BlockMask.
-
-    A noisy token sees its own noisy block and the clean blocks before it; a clean token sees the
-    clean blocks up to its own.
-    """
-    def visible(batch, head, query, key):
-        query_block, key_block = query % T // block_length, key % T // block_length
-        own_noisy_block = (query < T) & (key < T) & (query_block == key_block)
-        clean_before = (query < T) & (key >= T) & (query_block > key_block)
-        clean_up_to_own = (query >= T) & (key >= T) & (query_block >= key_block)
-        return own_noisy_block | clean_before | clean_up_to_own
-
-    if device.type == "cuda":       # flex_attention skips what nobody sees
-        return create_block_mask(visible, None, None, 2 * T, 2 * T, device=device)
-    index = torch.arange(2 * T, device=device)
-    return kernels.remember_tiles(visible(None, None, index[:, None], index[None, :])[None])
+def block_times(t, tokens, block_length, generator):
+    """(t [B, T / block_length], the same for each token [B, T]) of tokens int64 [B, T] in blocks;
+    t None: drawn, a time for each block; [B]: one for all blocks of a row. Raises ValueError."""
+    B, T = tokens.shape
+    if block_length < 1 or T % block_length:
+        raise ValueError(f"block_length {block_length} does not divide the {T} tokens of a "
+                         "sequence")
+    blocks = T // block_length
+    if t is not None and t.dim() == 1:
+        t = t[:, None].expand(-1, blocks)
+    t = times(t, (B, blocks), generator).to(tokens.device)                             # [B, blocks]
+    return t, t.repeat_interleave(block_length, dim=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -440,46 +318,30 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
         maskable = maskable & attention_mask.bool().cpu()
     generator = stream("hidden tokens of nelbo", seed)
     draws = 1 if config.causal else num_samples
-    nats = torch.zeros(N, draws, dtype=torch.float64)
-    passes = []                                         # (sample, rows, width, mask, weights) each
+    passes = []                                         # (sample, rows, mask, weights) each
     for sample in range(draws):
         mask, weights, counts = hide(config, maskable[:, :longest], generator)
         for start in range(0, N, batch_size):
-            rows, width = slice(start, start + batch_size), longest
-            if attention_mask is not None:             # no wider than the longest row of this batch
-                width = int(attention_mask[rows].sum(1).max())
-            passes.append((sample, rows, width, mask[rows, :width], weights[rows, :width]))
+            rows = slice(start, start + batch_size)
+            passes.append((sample, rows, mask[rows], weights[rows]))
 
     def bound(one):                                     # -log p in nats, [B]
-        _, rows, width, mask, weights = one
-        shown = None if attention_mask is None else attention_mask[rows, :width]
-        nll = masked_nll(model, tokens[rows, :width], mask, shown)
-        return (nll * weights.to(nll.device)).sum(1).double().cpu()
+        _, rows, mask, weights = one
+        width, shown = longest, None
+        if attention_mask is not None:                  # no wider than the longest of these rows
+            width = int(attention_mask[rows].sum(1).max())
+            shown = attention_mask[rows, :width]
+        nll = masked_nll(model, tokens[rows, :width], mask[:, :width], shown)
+        return (nll * weights[:, :width].to(nll.device)).sum(1).double().cpu()
 
-    for (sample, rows, *_), estimate in zip(passes, run_passes(bound, passes)):
+    nats = torch.zeros(N, draws, dtype=torch.float64)
+    for (sample, rows, _, _), estimate in zip(passes, run_passes(bound, passes)):
         nats[rows, sample] = estimate
     counts = counts.double()
     if not counts.sum():
         raise ValueError("there is no token to score")
     value = nats.sum() / (counts.sum() * draws)
     return value.item(), ratio_error(nats, counts, value)
-
-
-def ratio_error(nats, counts, value):
-    """The standard error of value = sum of nats / sum of counts, for nats [N, draws] and counts
-    [N].
-
-        sqrt(N / (N - 1) * sum over rows of (n_i - value c_i)^2) / sum of c_i
-
-    With one row it is the spread of its draws, with one draw of one row nan.
-    """
-    N, draws = nats.shape
-    if N == 1 and draws == 1:
-        return float("nan")
-    if N == 1:
-        return (nats[0] / counts[0]).std().item() / math.sqrt(draws)
-    residual = nats.mean(1) - value * counts
-    return (residual.square().sum() * N / (N - 1)).sqrt().item() / counts.sum().item()
 
 
 def hide(config, maskable, generator):
@@ -502,28 +364,6 @@ def hide(config, maskable, generator):
     return mask.reshape(B, -1)[:, :T], weights.reshape(B, -1)[:, :T], maskable.sum(1)
 
 
-def masked_nll(model, tokens, mask, attention_mask=None):
-    """-log p in nats [B, T] of the tokens int64 [B, T] at `mask`, which are hidden from the model;
-    0 elsewhere.
-
-    A block-diffusion model sees the blocks before a token's own without masks, by one pass over
-    [noisy, clean] as in training; an autoregressive model sees the tokens before.
-    """
-    config, mask = config_of(model), mask.to(tokens.device)
-    ones = torch.ones(tokens.shape, device=tokens.device)
-    if config.causal:
-        how = {} if attention_mask is None else {"attention_mask": attention_mask}
-        return weighted_nll(model, tokens, tokens, mask, ones, shift=True, **how)[1]
-    noisy = torch.where(mask, mask_token_id(model), tokens)
-    if not config.block_length:
-        return weighted_nll(model, noisy, tokens, mask, ones, attention_mask=attention_mask)[1]
-    inputs, targets, mask, visible = in_blocks(config, noisy, tokens, mask, attention_mask)
-    ones = torch.ones(targets.shape, device=tokens.device)
-    nll = weighted_nll(model, inputs, targets, mask, ones, block_length=config.block_length,
-                       attention_mask=visible)[1]
-    return nll[:, :tokens.shape[1]]
-
-
 @torch.no_grad()
 def restored(model, tokens, hidden, target):
     """The probability [B] that the model gives the tokens at `target` when all at `hidden` are
@@ -531,22 +371,6 @@ def restored(model, tokens, hidden, target):
     independent."""
     nll = masked_nll(model, tokens, hidden).cpu()                                       # [B, T]
     return (nll * target).sum(1).neg().exp()
-
-
-def in_blocks(config, noisy, tokens, mask, attention_mask):
-    """([noisy, clean] int64 [B, 2T], tokens, mask, who sees whom) with T rounded up to whole
-    blocks; what fills the last block, and padding, is seen by nobody but itself."""
-    B, T = tokens.shape
-    fill = (0, -T % config.block_length)
-    shown = torch.ones(B, T, dtype=torch.bool, device=tokens.device)
-    if attention_mask is not None:
-        shown = attention_mask.bool()
-    noisy, tokens, mask, shown = (F.pad(x, fill) for x in (noisy, tokens, mask, shown))
-    T = tokens.shape[1]
-    visible = block_attention(T, config.block_length, torch.device("cpu")).to(tokens.device)
-    visible = visible & shown.repeat(1, 2)[:, None, :]                                 # [B, 2T, 2T]
-    visible = visible | torch.eye(2 * T, dtype=torch.bool, device=tokens.device)
-    return torch.cat((noisy, tokens), dim=1), tokens, mask, visible
 
 
 # --------------------------------------------------------------------------------------------------
@@ -638,8 +462,6 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
 
     Blocks of block_length tokens (None: one block; block diffusion: the model's own), counted from
     prompt_len (LLaDA2: from 0), are denoised from left to right in `steps` steps over all of them.
-    Each step predicts all masks of the block, keeps the predictions that the rule scores highest
-    and leaves the rest for later (LLaDA, algorithm 5).
     temperature   0: the most probable token; else a sample of softmax(logits / temperature).
     remasking     which predictions a step keeps: a key of REMASKING.
     threshold     keep all with at least this score, and the best (LLaDA2: at least as many as the
@@ -650,67 +472,101 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
     An autoregressive model is the case of blocks of one token; its masks have the id vocab_size.
     sampling/engine.py does the same with batches and caches, and has more rules.
     """
-    config = config_of(model)
-    block_length = own_block_length(config, block_length) or tokens.shape[1]
-    schedule = STEP_SCHEDULES[schedule or config.step_schedule]
+    config, mask_id = config_of(model), canvas_mask_id(model)
     if threshold is None and remasking == "low_confidence":
         threshold = config.threshold
     if edit_threshold is None and threshold is not None:
         edit_threshold = config.edit_threshold
-    one_a_step = threshold is not None and config.threshold is None
-    mask_id = canvas_mask_id(model)
+    schedule = STEP_SCHEDULES[schedule or config.step_schedule]
+    how = Rules(temperature, remasking, threshold, schedule, edit_threshold, edit_passes,
+                tokens.device)
+    block_length = own_block_length(config, block_length) or tokens.shape[1]
     begin = 0 if config.blocks_from_start else prompt_len
     block_of = (torch.arange(tokens.shape[1]) - begin) // block_length                  # [T]
     canvas = tokens.cpu().clone()
     for x, generator in zip(canvas, streams(seed, len(canvas))):                        # x [T]
-        given = x != mask_id
-        blocks = block_of[~given].unique()
-        steps_a_block = math.ceil(steps / max(len(blocks), 1))
+        blocks = block_of[x == mask_id].unique()
         for block in blocks:
-            inside, step = block_of == block, 0
-            # The schedule is of the block's masks; of a block of LLaDA2's, though it may begin with
-            # the prompt's end, of all its positions.
-            start = int((inside if config.blocks_from_start else inside & ~given).sum())
-            budget = start if one_a_step else steps_a_block
-            while (inside & (x == mask_id)).any():
-                where = (inside & (x == mask_id)).nonzero()[:, 0]                       # [N]
-                last, count = step >= budget - 1, len(where)
-                if one_a_step:
-                    count = 1
-                elif remasking != "ancestral" and not last:
-                    count = schedule(start, len(where), step, budget)
-                if remasking in BLIND and count:
-                    u = torch.rand(len(where), generator=generator, dtype=torch.float64)
-                    t, s = step_times(budget)[step:step + 2].double()
-                    chance = 1.0 if last else (t - s) / t
-                    where = where[u < chance] if remasking == "ancestral" else where[best(u, count)]
-                    count = len(where)
-                step += 1
-                if not count:
-                    continue
-                logits = predict(model, x, where, block_of, tokens.device).cpu()        # [N, V]
-                if last:                                # or the mask itself might be predicted
-                    logits[:, mask_id:mask_id + 1] = -torch.inf
-                u = None
-                if temperature > 0:
-                    u = torch.rand(len(where), generator=generator, dtype=torch.float64)
-                chosen = sample_tokens(logits, temperature, u)
-                score = REMASKING[remasking](logits, chosen)
-                if threshold is not None:
-                    count = max(count, int((score >= threshold).sum()))
-                keep = best(score, count)
-                anew, tokens_anew = edits(model, x, inside & ~given, block_of, edit_threshold)
-                x[where[keep]] = chosen[keep]
-                x[anew] = tokens_anew
-            for _ in range(edit_passes):                # the block is full: is all of it good?
-                anew, tokens_anew = edits(model, x, inside & ~given, block_of, edit_threshold)
-                x[anew] = tokens_anew
-                if not len(anew):
-                    break
+            denoise_block(model, x, block_of, block, math.ceil(steps / len(blocks)), how, generator)
     return canvas.to(tokens.device)
 
 
-def edits(model, x, inside, block_of, edit_threshold):
+@dataclass
+class Rules:
+    """What `denoise` was told, and the model's own where it was not."""
+    temperature: float
+    remasking: str
+    threshold: float | None
+    schedule: Callable
+    edit_threshold: float | None
+    edit_passes: int
+    device: torch.device        # where the model is
+
+
+def denoise_block(model, x, block_of, block, steps, how, generator):
+    """Fill the masks of a block of a row x [T], in place. Each step predicts all of them, keeps the
+    predictions that the rule scores highest and leaves the rest for later (LLaDA, algorithm 5).
+
+    block_of int64 [T], the block of each position; how: Rules.
+    """
+    config, mask_id = config_of(model), canvas_mask_id(model)
+    inside = block_of == block                                                          # [T]
+    own = inside & (x == mask_id)                       # what is to be written
+    # The schedule is of the block's masks; of a block of LLaDA2's, though it may begin with the
+    # prompt's end, of all its positions.
+    start = int((inside if config.blocks_from_start else own).sum())
+    one_a_step = how.threshold is not None and config.threshold is None
+    if one_a_step:
+        steps = start
+    step = 0
+    while (own & (x == mask_id)).any():
+        where = (own & (x == mask_id)).nonzero()[:, 0]                                  # [N]
+        last = step >= steps - 1
+        count = len(where)
+        if one_a_step:
+            count = 1
+        elif how.remasking != "ancestral" and not last:
+            count = how.schedule(start, len(where), step, steps)
+        if how.remasking in BLIND and count:
+            where = choose_blindly(where, count, step, steps, how.remasking, generator)
+            count = len(where)
+        step += 1
+        if not count:
+            continue
+        logits = predict(model, x, where, block_of, how.device).cpu()                   # [N, V]
+        if last:                                        # or the mask itself might be predicted
+            logits[:, mask_id:mask_id + 1] = -torch.inf
+        u = None
+        if how.temperature > 0:
+            u = torch.rand(len(where), generator=generator, dtype=torch.float64)
+        chosen = sample_tokens(logits, how.temperature, u)                              # [N]
+        score = REMASKING[how.remasking](logits, chosen)
+        if how.threshold is not None:
+            count = max(count, int((score >= how.threshold).sum()))
+        keep = best(score, count)
+        anew, tokens_anew = edits(model, x, own, block_of, how)
+        x[where[keep]] = chosen[keep]
+        x[anew] = tokens_anew
+    for _ in range(how.edit_passes):                    # the block is full: is all of it good?
+        anew, tokens_anew = edits(model, x, own, block_of, how)
+        x[anew] = tokens_anew
+        if not len(anew):
+            break
+
+
+def choose_blindly(where, count, step, steps, remasking, generator):
+    """The positions that a rule of BLIND chooses of the masks `where` [N]: "random" so many,
+    "ancestral" each with probability (t - s) / t, and all in the last step."""
+    u = torch.rand(len(where), generator=generator, dtype=torch.float64)
+    if remasking == "random":
+        return where[best(u, count)]
+    if step >= steps - 1:
+        return where
+    t, s = step_times(steps)[step:step + 2].double()
+    return where[u < (t - s) / t]
+
+
+def edits(model, x, inside, block_of, how):
     """(positions, tokens) [N] that are written anew in a row x [T], where another token than the
     one that stands there is predicted with more than edit_threshold (LLaDA2.1); None: none.
 
@@ -720,22 +576,9 @@ def edits(model, x, inside, block_of, edit_threshold):
     """
     mask_id = canvas_mask_id(model)
     where = (inside & (x != mask_id)).nonzero()[:, 0]
-    if edit_threshold is None or not len(where):
+    if how.edit_threshold is None or not len(where):
         return where[:0], where[:0]
-    device = next(model.parameters()).device
-    logits = predict(model, x, where, block_of, device).cpu()                           # [N, V]
+    logits = predict(model, x, where, block_of, how.device).cpu()                       # [N, V]
     chosen = logits.index_fill(1, torch.tensor(mask_id), -torch.inf).argmax(dim=-1)
-    other = (chosen != x[where]) & (low_confidence(logits, chosen) > edit_threshold)
+    other = (chosen != x[where]) & (low_confidence(logits, chosen) > how.edit_threshold)
     return where[other], chosen[other]
-
-
-def predict(model, x, where, block_of, device):
-    """Logits [N, V] of the tokens at the positions `where` [N] of a row x [T]."""
-    config = config_of(model)
-    how, row = {}, where
-    if config.block_length and not config.causal:       # a block never sees the blocks behind it
-        how["attention_mask"] = (block_of <= block_of[:, None])[None].to(device)        # [1, T, T]
-    if config.shift or config.causal:
-        row = (where - 1).clamp(min=0)
-    x = x.clamp(max=config.vocab_size - 1)              # an autoregressive model knows no mask
-    return row_logits(model, x[None].to(device), row.to(device), **how)

@@ -23,8 +23,8 @@ come happen at the rate kappa'_t / (1 - kappa_t) each, and
 about 1 for an edit that is certain to come, at all times.
 
 Shapes: B batch, Z columns of an alignment, T positions, V vocabulary, N edits. The model is
-anything that has `edit_states`, `edit_rates` and `edit_logits` as model.Transformer does, and its
-`config`. Randomness comes from generators on the CPU.
+anything that has `hidden`, `config` and the heads of a model.Transformer that edits. Randomness
+comes from generators on the CPU.
 
 The last part is the other way of the field: one head whose words are edits, as LLaDA2.1 and 2.2
 have it. sampling/correcting.py samples with it.
@@ -33,18 +33,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import kernels
 from common import stream
-from diffusion import (
-    Loss,
-    config_of,
-    ratio_error,
-    sample_t,
-    sample_tokens,
-    streams,
-    weighted_nll,
-)
+from diffusion import Loss, sample_t, sample_tokens, streams
+from passes import config_of, ratio_error, weighted_nll
 
 BLANK = -1
 # The kinds of edit, in the order of the model's rates.
@@ -219,6 +213,58 @@ def remaining_edits(z_t, z_1):
 
 
 # --------------------------------------------------------------------------------------------------
+# What the heads say
+
+
+def edit_forward(model, tokens, attention_mask=None, t=None):
+    """(substitution logits [B, T, V], insertion logits [B, T, V], rates [B, T, 3]) of a model that
+    edits; attention_mask bool [B, T], t float [B]."""
+    states = model.hidden(tokens, attention_mask, t=t)                                  # [B, T, D]
+    substitutes = edit_logits(model, states, SUBSTITUTE)
+    if config_of(model).shift:
+        substitutes = one_later(substitutes)
+    return substitutes, edit_logits(model, states, INSERT), edit_rates(model, states)
+
+
+def edit_rates(model, states):
+    """Rates [B, T, 3], float32 at least, of states [B, T, D]: to substitute and delete token i, to
+    insert behind it. With `shift` those of a token are read one position earlier, but what comes
+    behind it at its own."""
+    rates = model.rate_head(states)
+    rates = F.softplus(rates.to(torch.promote_types(rates.dtype, torch.float32)))
+    if not config_of(model).shift:
+        return rates
+    return torch.cat((one_later(rates[..., :2]), rates[..., 2:]), dim=-1)
+
+
+def edit_logits(model, states, kind):
+    """Logits [..., V], float32 at least, of states [..., D]: what is written in the place of a
+    token (SUBSTITUTE) or behind it (INSERT)."""
+    if kind == INSERT:
+        head = model.insert_head
+    elif model.substitute_head is None:
+        head = model.head
+    else:
+        head = model.substitute_head
+    logits = head(states)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def edit_nll(model, states, kind, rows, targets):
+    """-log p in nats [N], with its gradient, of the tokens `targets` [N] that are written at the
+    flat rows int64 [N] of states [B, T, D]."""
+    if config_of(model).shift and kind == SUBSTITUTE:
+        rows = rows - 1
+    logits = edit_logits(model, states.flatten(0, 1)[rows], kind)                       # [N, V]
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def one_later(x):
+    """x [B, T, ...] shifted by one position; zeros at the first."""
+    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+
+
+# --------------------------------------------------------------------------------------------------
 # Loss
 
 
@@ -287,8 +333,8 @@ def edit_loss(model, z_0, z_1, t=None, u=None, schedule=None, max_weight=None, p
 def edit_terms(model, x_t, shown, t, edits):
     """(survival [B], -log(rate * Q(token)) of each edit [N]) of a pass over x_t [B, T], whose
     padding is where `shown` is false; t [B]."""
-    states = model.edit_states(x_t, shown if not shown.all() else None, t)              # [B, T, D]
-    rates = model.edit_rates(states)                                                    # [B, T, 3]
+    states = model.hidden(x_t, shown if not shown.all() else None, t=t)                 # [B, T, D]
+    rates = edit_rates(model, states)                                                   # [B, T, 3]
     survival = (rates.sum(-1) * shown).sum(1)
     rate = rates[edits.row, edits.position, edits.kind]                                 # [N]
     first = (edits.position == 0) & (edits.kind != INSERT)
@@ -299,7 +345,7 @@ def edit_terms(model, x_t, shown, t, edits):
     for kind in (SUBSTITUTE, INSERT):
         where = (edits.kind == kind).nonzero()[:, 0]
         rows = edits.row[where] * x_t.shape[1] + edits.position[where]
-        nll = nll.index_add(0, where, model.edit_nll(states, kind, rows, edits.token[where]))
+        nll = nll.index_add(0, where, edit_nll(model, states, kind, rows, edits.token[where]))
     return survival, nll - rate.log()
 
 
@@ -364,74 +410,6 @@ def edit_nelbo(model, z_0, z_1, num_samples=1, seed=0, batch_size=32, run_passes
     value = nats.sum() / (lengths.sum() * num_samples)
     return value.item(), ratio_error(nats, lengths, value)
 
-
-# --------------------------------------------------------------------------------------------------
-# Texts to begin with. Each is a function of (x_1, rng, how) that returns x_0; rng is a
-# random.Random. The first token stays in front of both: something to insert behind.
-
-
-@dataclass
-class SourceSettings:
-    """What the sources read."""
-    alphabet: list              # the tokens that damage may write
-    mask_token_id: int | None   # of "masks"
-    num_masks: int = 32         # of "masks"
-    max_damage: int = 8         # edits of "damage" at most
-
-
-def nothing(x_1, rng, how):
-    """Only the first token: the model writes everything, and decides how much that is."""
-    return x_1[:1]
-
-
-def masks(x_1, rng, how):
-    """The first token and a fixed number of masks, however long x_1 is: dLLM's."""
-    return x_1[:1] + [how.mask_token_id] * how.num_masks
-
-
-def damage(x_1, rng, how):
-    """x_1 after 1 to max_damage random edits."""
-    return damaged(x_1, rng.randint(1, how.max_damage), rng, how.alphabet)
-
-
-def gap(x_1, rng, how):
-    """x_1 without a piece of up to half of it, and nothing says how long it was."""
-    begin, end = gap_place(x_1, rng)
-    return x_1[:begin] + x_1[end:]
-
-
-def damaged(tokens, count, rng, alphabet):
-    """The tokens after `count` random edits, each an insertion, deletion or substitution with equal
-    chance, anywhere behind the first token."""
-    tokens = list(tokens)
-    for _ in range(count):
-        kind, place = rng.choice((SUBSTITUTE, DELETE, INSERT)), rng.randint(1, len(tokens))
-        if kind == INSERT or place == len(tokens):
-            tokens.insert(place, rng.choice(alphabet))
-        elif kind == DELETE:
-            del tokens[place]
-        else:
-            tokens[place] = rng.choice(alphabet)
-    return tokens
-
-
-def gap_place(x_1, rng):
-    """(begin, end) of a piece of 1 to half the tokens behind the first one."""
-    longest = max(1, (len(x_1) - 1) // 2)
-    size = rng.randint(1, longest)
-    begin = rng.randint(1, max(1, len(x_1) - size))
-    return begin, begin + size
-
-
-SOURCES = {"nothing": nothing, "masks": masks, "damage": damage, "gap": gap}
-
-
-def mixed(x_1, rng, how):
-    """One of nothing, damage and gap, with equal chance."""
-    return SOURCES[rng.choice(("nothing", "damage", "gap"))](x_1, rng, how)
-
-
-SOURCES["mixed"] = mixed
 
 # --------------------------------------------------------------------------------------------------
 # Edit
@@ -544,17 +522,15 @@ def flow(model, tokens, tau, schedule=None, prompt_len=0, frozen=None, closed=No
     device = next(model.parameters()).device
     for step, t in enumerate(flow_times(tau)):
         x, time = torch.tensor([tokens], device=device), torch.tensor([t])
-        states = model.edit_states(x, None, time.to(device))                            # [1, T, D]
+        substitutes, inserts, rates = edit_forward(model, x, None, time.to(device))
         weight = flow_weight(time, schedule or config.edit_schedule)
         u = draw(generator, len(tokens), temperature)                                   # [3 or 5,T]
         if uniform is not None:
             u[:3] = uniform(step, len(tokens))
-        fire = fires(model.edit_rates(states)[0].cpu(), weight, tau, u, frozen, closed)
-        chosen = []
-        for kind, numbers in ((SUBSTITUTE, -2), (INSERT, -1)):
-            logits = model.edit_logits(states, kind)[0].cpu()                           # [T, V]
-            chosen.append(sample_tokens(logits, temperature, u[numbers].double()).tolist())
-        new = apply_edits(tokens, fire, *chosen)
+        fire = fires(rates[0].cpu(), weight, tau, u, frozen, closed)
+        written = sample_tokens(substitutes[0].cpu(), temperature, u[-2].double()).tolist()
+        inserted = sample_tokens(inserts[0].cpu(), temperature, u[-1].double()).tolist()
+        new = apply_edits(tokens, fire, written, inserted)
         if len(new.tokens) > config.max_len:
             raise ValueError(outgrown(len(new.tokens), config.max_len))
         tokens = new.tokens
@@ -664,31 +640,15 @@ def fit(tokens, length, filler):
     return tokens[:length] + [filler] * (length - len(tokens))
 
 
-def spoiled(x_1, source, rng, how, length, end, orders):
-    """(x_t, labels), lists of `length` ids: a block with a text in it as training shows it, and
-    what is to be said of each of its tokens. The text ends with the token `end`, and more of them
-    fill the block.
+def spoiled(x_0, x_1, share, rng, length, end, orders):
+    """(x_t, labels), lists of `length` ids: a block with the text x_0 in it, which shall become
+    x_1, and what is to be said of each of its tokens. Both end with the token `end`, and more of
+    them fill the block.
 
-    source      nothing: a random share of the tokens is masked. damage: random edits, and at most a
-                fifth is masked. gap: a piece gives way to masks, to none or up to twice as many as
-                it had tokens. masks: all of it does, to how.num_masks. mixed: one of the first
-                three.
+    share of its tokens, those behind the first, are masked.
     Without orders.delete the label of a token is the one that stands there in x_1, so that behind
     an insertion every token is wrong (LLaDA2.1's edits keep the length).
     """
-    if source == "mixed":
-        source = rng.choice(("nothing", "damage", "gap"))
-    x_0, share = x_1, 0.0
-    if source == "nothing":
-        share = 1 - rng.random()
-    elif source == "damage":
-        x_0, share = damage(x_1, rng, how), rng.random() / 5
-    elif source == "gap":
-        begin, after = gap_place(x_1, rng)
-        number = rng.randint(0, 2 * (after - begin))
-        x_0 = x_1[:begin] + [orders.mask] * number + x_1[after:]
-    else:
-        x_0 = masks(x_1, rng, how)
     x_t, x_1 = x_0 + [end], x_1 + [end]
     labels = x_1
     if orders.delete is not None:

@@ -28,23 +28,24 @@ import torch
 from data.chat import is_chat, open_dataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from diffusion import denoise, llada2_loss, mask_tokens, nelbo, sample_t, sft_loss
-from model import Transformer
+from diffusion import llada2_loss, mask_tokens, nelbo, sample_t, sft_loss
 from pretrained.config import read_config
-from pretrained.export import save
 from pretrained.hub import model_folder
 from pretrained.load import fill, open_checkpoint
-from pretrained.tensors import gathered, put_rows
-from pretrained.tiny import tiny_config, tiny_model
+from pretrained.tensors import put_rows
+from pretrained.tiny import tiny_config
 from training import nf4
-from training.lora import (add_lora, freeze_in_4_bits, holds_a_run, init_lora, name_of_base,
-                           published_modules, save_adapter)
+from training.finetuning import (base_of_run, check_base, check_folder, check_processes,
+                                 check_settings, only_merges, save_result)
+from training.flops import flops_per_token
+from training.lora import add_lora, freeze_in_4_bits, init_lora, published_modules
 from training.memory import report
 from training.merge import check_target, write_merged
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
 from training.sharding import check_ranks_agree, shard
+from training.show import show_answer
 from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
@@ -107,24 +108,7 @@ sample_tokens = 64          # length of the samples shown on the way; 0: none
 settings = common.override(globals())
 
 # ---- process -------------------------------------------------------------------------------------
-common.check(
-    settings,
-    at_least_1=["seq_len", "batch_size", "replicas", "grad_accum", "eval_sequences",
-                "final_eval_sequences"],
-    positive=["learning_rate", "epochs"],
-    not_negative=["lora_rank", "cap_weight", "weight_decay", "grad_clip", "warmup", "max_steps",
-                  "max_minutes", "eval_interval", "sample_tokens", "ranks", "memory_gb"],
-    block_weights=["mean", "bound"], decay=["linear", "cosine"])
-if base_bits not in (4, 16):
-    raise ValueError(f"base_bits must be 16 (the base as dtype says) or 4 (NF4), got {base_bits}")
-if base_bits == 4 and not lora_rank:
-    raise ValueError("base_bits=4 freezes the base, and lora_rank=0 leaves nothing to learn: set "
-                     "lora_rank")
-if not 0 <= cart <= 1:
-    raise ValueError(f"cart must be between 0 and 1, got {cart}")
-if not 0 <= t_low < t_high <= 1:
-    raise ValueError(f"t_low and t_high must be times with 0 <= t_low < t_high <= 1, got {t_low} "
-                     f"and {t_high}")
+check_settings(settings)
 if plan:
     # For a GPU, whatever this machine is: in bfloat16, if nothing else is asked for.
     print(report(settings | {"dtype": common.given("dtype", "bfloat16")}))
@@ -132,46 +116,19 @@ if plan:
 device, rank, world_size = common.init_process(device, threads)
 compute = common.matrix_dtype(device, dtype)
 sharded = fsdp and world_size > 1
-if world_size % replicas:
-    raise ValueError(f"replicas must divide the {world_size} processes, got {replicas}")
-if base_bits == 4:
-    nf4.library()                       # fail early if the package is missing
-    if sharded:
-        raise ValueError("a 4-bit base is not spread over processes: add --fsdp=False, and each "
-                         "has it whole")
+check_processes(settings, world_size)
 check_target("out_dir", out_dir, init_from)
 folder = make_folder(out_dir)
 settings["resume"] = resume = resumes(resume, folder)
-if merge:
-    check_target("merge", merge, init_from, out_dir)
-    if not resume and holds_a_run(folder):
-        if rank == 0:
-            print(write_merged(out_dir, merge))
-        sys.exit()
-if (folder / ("config.json" if lora_rank else "adapter_model.safetensors")).exists():
-    raise ValueError(f"{out_dir} holds {'a model' if lora_rank else 'an adapter'} of another run, "
-                     "which this one could be mistaken for: choose another out_dir")
+if only_merges(settings, folder):
+    sys.exit()
+check_folder(folder, out_dir, lora_rank)
 if _tiny:                           # all of this before a data set is prepared for nothing
     source = tiny_config(init_from.partition(":")[2] or "llada", Tokenizer.bytes(), seq_len)
 else:
     source, _ = read_config(model_folder(init_from))
-if source.edits:
-    raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
-if source.causal:
-    raise ValueError(f"{init_from} is an autoregressive model ({source.family}): see convert_ar.py")
-if seq_len > source.max_len:
-    raise ValueError(f"{init_from} has a context of {source.max_len} tokens, seq_len is "
-                     f"{seq_len}: take --seq_len={source.max_len}")
+check_base(source, settings)
 in_blocks = source.block_length > 0
-if in_blocks and seq_len % source.block_length:
-    raise ValueError(f"{init_from} writes in blocks of {source.block_length} tokens, which do not "
-                     f"divide seq_len {seq_len}")
-if in_blocks and (cart or padding != "eos"):
-    raise ValueError("cart and padding=hidden are for models that see everything; "
-                     f"{init_from} writes in blocks and sees nothing behind its own")
-for name in ("t_low", "t_high", "complement", "block_weights", "cap_weight"):
-    if not in_blocks and common.given(name, None) is not None:
-        raise ValueError(f"{name} is for models that write in blocks, {init_from} is none")
 
 # ---- data ----------------------------------------------------------------------------------------
 if _tiny:
@@ -197,23 +154,7 @@ if not (max_steps or max_minutes):
     max_steps = settings["max_steps"] = max(1, round(updates))
 
 # ---- model ---------------------------------------------------------------------------------------
-# A tiny base is made here, and one of ours may lack the tokens of a chat: then the base is written
-# beside the run.
-base = folder / "base" if _tiny else model_folder(init_from)
-if _tiny or text.vocab_size > source.vocab_size:
-    base = folder / "base"
-    if rank == 0 and not resume:
-        if _tiny:
-            made = tiny_model(init_from.partition(":")[2] or "llada", text, seq_len, seed)
-            made.export_pretrained(base)
-        else:
-            made = Transformer.from_pretrained(init_from)
-            new = range(made.config.vocab_size, text.vocab_size)
-            made.resize_vocabulary(text.vocab_size, new)
-            made.source = None              # the tokenizer is written here
-            made.save_pretrained(base)
-        text.save_pretrained(base)
-    common.barrier()
+base = base_of_run(init_from, folder, text, seq_len, seed, source.vocab_size, write=not resume)
 model, weights = open_checkpoint(base)      # no memory yet
 config = model.config
 if config.mask_token_id is None:            # Dream's config leaves both to its tokenizer
@@ -251,22 +192,18 @@ must_match = {name: settings[name] for name in (
     "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * slices
+flops = flops_per_token(model, seq_len, head_share=0.5, training=False)
+flops *= 2 if lora_rank else 3              # frozen weights get no gradient
+flops *= (1 + in_blocks) * (1 + (in_blocks and complement))         # [x_t, x_0], twice
 
 
 def save_model():
     """The adapter or the model, for sample.py and the like."""
-    weights = gathered(learning if lora_rank else model.state_dict())
-    if run.main and lora_rank:
-        save_adapter(model, folder, name_of_base(init_from, base, folder), weights)
-    elif run.main:
-        save(model, folder, weights)
+    save_result(model, folder, lora_rank, init_from, base)
 
 
-flops = model.flops_per_token(seq_len, head_share=0.5, training=False)
-flops *= 2 if lora_rank else 3              # frozen weights get no gradient
-flops *= (1 + in_blocks) * (1 + (in_blocks and complement))         # [x_t, x_0], twice
-run = Run(settings, model, optimizers, text, device, must_match, save_model=save_model,
-          flops_per_token=flops, sharded=True)      # resumed by any number of processes
+run = Run(settings, model, optimizers, text, device, must_match, flops, save_model,
+          sharded=True)                     # resumed by any number of processes
 
 
 def evaluate(batch):
@@ -280,22 +217,6 @@ def evaluate(batch):
                          run_passes=map if sharded else common.share)
     model.train()
     return value, error, data.val_bytes_per_token(batch, text)
-
-
-def show_sample():
-    """The answer to a held-out question, or a text out of nothing, as far as the model has come. A
-    sharded model needs all processes for it."""
-    prompt = data.prompt("val", run.step)[0] if chat else []
-    n = min(sample_tokens, seq_len - len(prompt))
-    canvas = torch.tensor([prompt + [config.mask_token_id] * n]).to(device)
-    how = dict(temperature=1.0, remasking="random")
-    if chat:
-        how = dict(temperature=0.0)
-    model.eval()
-    ids = denoise(model, canvas, n, prompt_len=len(prompt), seed=run.step, **how)[0].tolist()
-    model.train()
-    question = f"{text.decode(prompt, skip_special_tokens=True)!r} -> " if chat else ""
-    run.say(f"step {run.step}: {question}{text.decode_answer(ids[len(prompt):])!r}")
 
 
 def share_of(rows, mask, batch):
@@ -321,7 +242,7 @@ while run.goes_on():
         run.save()                              # first: a resumed run repeats what a kill cut short
         run.log(*evaluate(last_val if run.finished else val), factor)
         if sample_tokens and (run.main or sharded):
-            show_sample()
+            show_answer(run, data, chat, temperature=0.0 if chat else 1.0)
         run.bar.begin_window()
     if run.finished:
         break

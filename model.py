@@ -1,10 +1,10 @@
 """The transformer: one hand-written network for every model in this repository.
 
 It maps tokens to logits and knows nothing of diffusion. What differs between LLaDA, Dream, BERT,
-RoBERTa, ModernBERT, GPT-2, Llama, Qwen and the models trained here is a field of `Config`;
-how their files are read and written stands in pretrained/. What is computed otherwise for speed
-(norm, attention, experts, the loss) stands in kernels.py, beside the plain line that it equals.
-Left out: dropout, tensor parallelism.
+RoBERTa, ModernBERT, GPT-2, Llama, Qwen and the models trained here is a field of `Config`
+(config.py); how their files are read and written stands in pretrained/. What is computed otherwise
+for speed (norm, attention, experts, the loss) stands in kernels.py, beside the plain line that it
+equals. Left out: dropout, tensor parallelism.
 
 Shapes: B batch, T positions, S positions of this forward pass (T without a cache), V vocabulary,
 D width, H heads, G key/value heads, C head size, N selected rows, E experts, k of them a token.
@@ -17,10 +17,8 @@ Shazeer et al. 2017 (1701.06538), their sigmoid scores and groups, DeepSeek-V3 (
 
     python model.py CHECKPOINT      prints the architecture as read; a folder, .gguf or hub id
 """
-import dataclasses
 import math
 import sys
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -29,200 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-
-
-def gelu_tanh(x):
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
-
-
-@dataclass
-class Config:
-    """Everything that distinguishes one supported model from another.
-
-    The defaults are our own family, which has the shape of Qwen3. Raises ValueError for a field
-    that cannot be, naming it.
-    """
-    family: str = "unmask"          # a key of FAMILIES in pretrained/families.py
-    vocab_size: int = 2048          # V, the mask token included
-    dim: int = 256                  # D
-    n_layers: int = 6
-    n_heads: int = 4                # H
-    n_kv_heads: int = 0             # G; 0: as many as n_heads
-    head_dim: int = 0               # C; 0: dim / n_heads
-    hidden_dim: int = 0             # of the MLP; 0: 4 dim, or 8/3 dim to a multiple of 32 if gated
-    max_len: int = 1024             # longest context in tokens
-    causal: bool = False            # True: a position sees itself and what stands before it
-    positions: str = "rope"         # or "learned". RoPE knows distances alone: on a canvas of
-    #                                 nothing but masks it predicts the same at every position
-    position_offset: int = 0        # RoBERTa's learned positions start behind its padding index
-    rope_theta: float = 10000.0
-    rope_scaling: dict = None       # None, or {"rope_type": "linear" or "llama3", "factor": ...}
-    rope_share: float = 1.0         # of a head's dimensions, from the first on, that RoPE rotates
-    local_window: int = 0     # a local layer sees local_window // 2 positions to each side; 0: none
-    global_every: int = 1           # with local_window: layers 0, n, 2n... are global
-    local_rope_theta: float = 10000.0
-    norm: str = "rms"               # or "layer"
-    norm_eps: float = 1e-6
-    norm_bias: bool = False
-    post_norm: bool = False    # True: norm behind each residual sum (BERT); False: before each part
-    embed_norm: bool = False        # a norm right behind the embedding
-    first_norm: bool = True         # False: none before the first attention (ModernBERT)
-    qk_norm: bool = True            # RMSNorm of queries and keys, per head
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    activation: str = "silu"        # a key of ACTIVATIONS
-    gated: bool = True              # True: down(act(gate x) * up x); False: down(act(up x))
-    n_experts: int = 0              # E, in the place of each MLP; 0: MLPs are dense
-    experts_per_token: int = 1      # k, that see a token
-    expert_dim: int = 0             # hidden width of an expert; 0: hidden_dim / k
-    shared_dim: int = 0             # hidden width of an expert more, which sees all tokens; 0: none
-    dense_layers: list = None       # layers that have a dense MLP all the same
-    router: str = "softmax"         # what makes scores of the router's logits; or "sigmoid"
-    router_bias: str = "none"       # added to the scores: "choice", for the choice alone; "weight"
-    router_groups: int = 1          # experts stand in groups of equal size,
-    router_top_groups: int = 1      # and a token's are chosen from its so many best groups
-    router_norm: bool = False       # a token's k weights are divided by their sum,
-    router_scale: float = 1.0       # and then multiplied by this
-    token_types: int = 0        # rows of BERT's segment embedding; every token here is of segment 0
-    head_transform: bool = False    # BERT's masked-LM head: dense, activation, norm, vocabulary
-    head_transform_bias: bool = True
-    head_activation: str = "gelu"
-    head_bias: bool = False
-    tie_embeddings: bool = False
-    shift: bool = False             # token i is predicted at position i - 1 (read by diffusion.py)
-    block_length: int = 0           # trained block by block with so many tokens a block; 0: not
-    blocks_from_start: bool = False     # blocks are counted from position 0, not from the prompt's
-    #                                 end, and may have another length than this one (LLaDA2)
-    threshold: float | None = None  # of sampling, where none is given; with it, a step keeps what
-    #                                 the schedule says at least (LLaDA2)
-    edit_threshold: float | None = None     # of sampling, where none is given (LLaDA2.1)
-    step_schedule: str = "even"     # tokens a sampling step reveals: "even", "timesteps" (Dream)
-    confidence_at_temperature: bool = False     # read from softmax(logits / temperature) (Dream)
-    edits: bool = False             # heads that edit: substitute, insert, rates (edits.py)
-    keeps_head: bool = False        # `head` stays beside them, unused, as dLLM has it
-    edits_before_norm: bool = False     # they read what comes before the last norm (dLLM's encoder)
-    edit_schedule: str = "linear"   # kappa_t that they were trained with (edits.py)
-    edit_masks: int = 0             # masks that a text to be written begins with
-    delete_token_id: int | None = None      # of a model that edits by tokens (edits.Orders): what
-    insert_token_id: int | None = None      # stands here goes; a mask comes before it (LLaDA2.2)
-    time_features: int = 0          # sines and cosines of t that the model is told; 0: not told t
-    mask_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_ids: list = None      # all ends of text where there are several (Llama 3); see `ends`
-    published: dict = None          # the published config.json that this was read from, for export
-
-    def __post_init__(self):
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.check_fields()
-        if not self.head_dim and self.dim % self.n_heads:
-            raise ValueError(f"dim {self.dim} does not divide into {self.n_heads} heads")
-        self.head_dim = self.head_dim or self.dim // self.n_heads
-        if not self.hidden_dim:
-            self.hidden_dim = 32 * math.ceil(self.dim / 12) if self.gated else 4 * self.dim
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} key/value heads")
-        if self.positions == "rope" and self.rope_dim % 2:
-            raise ValueError(f"RoPE rotates pairs: the head size must be even, got {self.rope_dim}")
-        if self.time_features % 2:
-            raise ValueError(f"time_features are pairs of a sine and a cosine: their number must "
-                             f"be even, got {self.time_features}")
-        if self.n_experts:
-            self.check_experts()
-        for name in ("mask_token_id", "delete_token_id", "insert_token_id"):
-            token = getattr(self, name)
-            if token is not None and token >= self.vocab_size:
-                raise ValueError(f"{name} {token} is outside the vocabulary of {self.vocab_size}")
-        self.check_ends()
-
-    def check_experts(self):
-        E, k, groups = self.n_experts, self.experts_per_token, self.router_groups
-        self.expert_dim = self.expert_dim or max(1, self.hidden_dim // k)
-        if not self.gated or self.mlp_bias:
-            raise ValueError("experts are gated MLPs without biases: gated must be true, mlp_bias "
-                             "false")
-        if k > E or E % groups:
-            raise ValueError(f"{k} experts a token (experts_per_token) cannot be chosen of {E}, "
-                             f"or {E} do not divide into {groups} groups (router_groups)")
-        if not k <= E // groups * self.router_top_groups <= E:
-            raise ValueError(f"router_top_groups {self.router_top_groups} does not fit: {k} of {E} "
-                             f"experts are to be chosen in the best of {groups} groups")
-        layers = self.dense_layers or []
-        if not set(layers) <= set(range(self.n_layers)):
-            raise ValueError(f"dense_layers must be layers below {self.n_layers}, got {layers}")
-
-    def check_ends(self):
-        ends = [] if self.eos_token_ids is None else self.eos_token_ids
-        is_list = isinstance(ends, list | tuple)
-        if not is_list or any(type(token) is not int or token < 0 for token in ends):
-            raise ValueError(f"eos_token_ids must be a list of token ids, got {ends!r}")
-        if ends and self.eos_token_id not in (None, *ends):
-            raise ValueError(f"eos_token_id {self.eos_token_id} is not one of eos_token_ids {ends}")
-        self.set_ends([self.eos_token_id, *ends])
-
-    @property
-    def ends(self):
-        """The tokens that end a text, a tuple, eos_token_id first. Whoever sets eos_token_id to a
-        token outside the list, or to None, means that alone."""
-        if self.eos_token_id is None:
-            return ()
-        others = self.eos_token_ids or []
-        if self.eos_token_id not in others:
-            return (self.eos_token_id,)
-        return tuple(dict.fromkeys([self.eos_token_id, *others]))
-
-    def set_ends(self, tokens):
-        """Let these tokens end a text, the first of them as eos_token_id; None is no token."""
-        tokens = list(dict.fromkeys(token for token in tokens if token is not None))
-        self.eos_token_id = tokens[0] if tokens else None
-        self.eos_token_ids = tokens if len(tokens) > 1 else None
-
-    def put_end_first(self, token):
-        """Make `token`, the tokenizer's end of text, eos_token_id. Where there are several ends,
-        the others stay."""
-        others = self.ends if token is not None and len(self.ends) > 1 else ()
-        self.set_ends([token, *others])
-
-    def check_fields(self):
-        """Each value must be what its annotation above says, a size at least 1."""
-        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_len",
-                 "global_every", "experts_per_token", "router_groups", "router_top_groups")
-        choices = {"positions": ("rope", "learned"), "norm": ("rms", "layer"),
-                   "activation": tuple(ACTIVATIONS), "head_activation": tuple(ACTIVATIONS),
-                   "router": ("softmax", "sigmoid"), "router_bias": ("none", "choice", "weight")}
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if field.type in (int | None, float | None) and value is None:
-                continue
-            if field.type in (int, int | None):
-                low = int(name in sizes)
-                if type(value) is not int or not low <= value <= 10**9:
-                    raise ValueError(f"{name} must be a whole number from {low} to 10**9, got "
-                                     f"{value!r}")
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e18):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-            is_share = name == "rope_share" or field.type == float | None
-            if is_share and (type(value) not in (int, float) or not 0 <= value <= 1):
-                raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{name} must be true or false, got {value!r}")
-            if name in choices and value not in choices[name]:
-                raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {value!r}")
-
-    def is_local(self, layer):
-        return self.local_window > 0 and layer % self.global_every != 0
-
-    def is_sparse(self, layer):
-        return self.n_experts > 0 and layer not in (self.dense_layers or ())
-
-    @property
-    def rope_dim(self):
-        return int(self.head_dim * self.rope_share)
+from config import ACTIVATIONS, Config
 
 
 class RMSNorm(nn.Module):
@@ -274,34 +79,6 @@ def rotate(x, cos, sin):
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     a, b = precise.chunk(2, dim=-1)                                                 # [B, H, S, C/2]
     return torch.addcmul(precise * cos, torch.cat((b, a), dim=-1), sin).to(x.dtype)
-
-
-class Cache:
-    """Keys and values of all T positions of a canvas, per layer [B, G, T, C].
-
-    A forward pass of S tokens writes their keys and values at their positions and attends to all T.
-    sampling/engine.py says which positions it feeds: one for autoregressive decoding, a block or
-    more for diffusion.
-    """
-
-    def __init__(self, config, batch_size, length, device=None, dtype=None):
-        shape = (config.n_layers, batch_size, config.n_kv_heads, length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = length
-        self.rows = None        # int64 [A]: the next pass is for these rows of the batch; None: all
-
-    def update(self, layer, positions, k, v):
-        """Write k, v [A, G, S, C] at positions [S] or [A, S]. Returns all keys and values of those
-        rows, [A, G, T, C] each."""
-        positions = positions.expand(k.shape[0], -1)                                    # [A, S]
-        rows = torch.arange(len(k), device=k.device) if self.rows is None else self.rows
-        keys, values = self.keys[layer], self.values[layer]                           # [B, G, T, C]
-        keys[rows[:, None], :, positions] = k.transpose(1, 2).to(keys.dtype)          # [A, S, G, C]
-        values[rows[:, None], :, positions] = v.transpose(1, 2).to(values.dtype)
-        if self.rows is None:
-            return keys, values
-        return keys[rows], values[rows]
 
 
 class Attention(nn.Module):
@@ -458,9 +235,14 @@ def take(x, select):
     return x.flatten(0, 1)[select]
 
 
-def one_later(x):
-    """x [B, S, ...] shifted by one position; zeros at the first."""
-    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+def keys_ahead(positions, cache):
+    """By how much a key stands behind a query, int64 [S, T] or [B, 1, S, T]; positions [S] or
+    [B, S] of the queries, and of the keys unless a cache has them."""
+    keys = positions
+    if cache is not None:
+        keys = torch.arange(cache.length, device=positions.device)
+    ahead = keys[..., None, :] - positions[..., :, None]
+    return ahead[:, None] if ahead.dim() == 3 else ahead
 
 
 def time_waves(t, size):
@@ -480,7 +262,7 @@ def zero_embedding(rows, dim):
 class Transformer(nn.Module):
     """Embedding, blocks, vocabulary head. See `Config` for the variants."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         D, V = config.dim, config.vocab_size
@@ -537,32 +319,6 @@ class Transformer(nn.Module):
         self.insert_head = nn.Linear(c.dim, c.vocab_size, bias=c.head_bias)
         self.rate_head = nn.Linear(c.dim, 3)
 
-    @torch.no_grad()
-    def resize_vocabulary(self, vocab_size, new=()):
-        """Make room for at least vocab_size tokens. Rows that are added, and those of the ids
-        `new`, become the mean of all others: a new token is as likely as an average one. Returns
-        self.
-
-        A published vocabulary is often padded, so that a new token's row exists already, untrained.
-        """
-        V, tied = self.config.vocab_size, self.config.tie_embeddings
-        size = max(vocab_size, V)
-        known = torch.ones(V, dtype=torch.bool)
-        known[[token for token in new if token < V]] = False
-
-        def grown(weight):                                          # [V] or [V, D]
-            rows = weight.new_empty(size, *weight.shape[1:]).copy_(weight[known].mean(0))
-            rows[:V][known] = weight[known]
-            return nn.Parameter(rows)
-
-        self.embed.weight, self.embed.num_embeddings = grown(self.embed.weight), size
-        self.head.weight = self.embed.weight if tied else grown(self.head.weight)
-        self.head.out_features = size
-        if self.head.bias is not None:
-            self.head.bias = grown(self.head.bias)
-        self.config.vocab_size = size
-        return self
-
     def compile_blocks(self):
         """torch.compile each block in place. One graph serves all but the last, whose MLP gets
         another number of rows every time."""
@@ -576,8 +332,8 @@ class Transformer(nn.Module):
         attention_mask  bool [B, T], true where a key may be seen; or, in place of the model's own
                         order of attention, bool [1 or B, S, T], who sees whom, or a BlockMask.
         select          bool [B, S], or int64 [N], indices into the flattened B * S rows.
-        cache           a `Cache` of T positions to write to and to attend to; None: attend to
-                        `tokens`.
+        cache           keys and values of T positions to write to and to attend to
+                        (sampling/cache.py); None: attend to `tokens`.
         positions       int64 [S] or [B, S]; None: 0, 1, 2...
         Raises ValueError for more positions than a model with learned ones has.
         """
@@ -604,7 +360,8 @@ class Transformer(nn.Module):
             select, targets = F.pad(select, fill), F.pad(targets, fill)
             weights = F.pad(weights, fill)
         hidden = self.hidden(tokens, attention_mask, select, None, positions).flatten(0, -2)
-        head, entropy_weights = (self.head.weight, self.head.bias), None
+        head = self.head.weight, self.head.bias
+        entropy_weights = None
         if cap_weight:
             right = kernels.linear_argmax(hidden, *head, self.chunk) == targets
             right[N:] = False
@@ -622,15 +379,7 @@ class Transformer(nn.Module):
             if config.positions == "learned" and tokens.shape[1] > config.max_len:
                 raise ValueError(f"{tokens.shape[1]} tokens are too long for this model's "
                                  f"{config.max_len} learned positions")
-        x = self.embed(tokens)                                                          # [B, S, D]
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(positions + config.position_offset)
-        if self.embed_types is not None:
-            x = x + self.embed_types.weight[0]
-        if self.embed_time is not None and t is not None:
-            x = x + self.embed_time(time_waves(t, config.time_features))[:, None]
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
+        x = self.embedded(tokens, positions, t)                                         # [B, S, D]
         visible, causal = self.who_sees_whom(positions, attention_mask, cache)
         ropes = self.ropes(positions)
         for block in self.blocks:
@@ -645,49 +394,19 @@ class Transformer(nn.Module):
         if self.norm is not None and not config.edits_before_norm:
             x = self.norm(x)
         if self.head_dense is not None:
-            x = self.head_norm(ACTIVATIONS[self.config.head_activation](self.head_dense(x)))
+            x = self.head_norm(ACTIVATIONS[config.head_activation](self.head_dense(x)))
         return x
 
-    def edit_forward(self, tokens, attention_mask=None, t=None):
-        """(substitution logits [B, S, V], insertion logits [B, S, V], rates [B, S, 3]: to
-        substitute and delete token i, to insert behind it) of a model that edits."""
-        states = self.edit_states(tokens, attention_mask, t)
-        return self.edit_logits(states, 0), self.edit_logits(states, 2), self.edit_rates(states)
-
-    def edit_states(self, tokens, attention_mask=None, t=None):
-        """What the edit heads read, [B, S, D]. attention_mask bool [B, S]; t float [B]."""
-        return self.hidden(tokens, attention_mask, t=t)
-
-    def edit_rates(self, states):
-        """Rates [B, S, 3], float32 at least, in the order substitute, delete, insert. With `shift`
-        those of a token are read one position earlier, but what comes behind it at its own."""
-        rates = self.rate_head(states)
-        rates = F.softplus(rates.to(torch.promote_types(rates.dtype, torch.float32)))
-        if not self.config.shift:
-            return rates
-        return torch.cat((one_later(rates[..., :2]), rates[..., 2:]), dim=-1)
-
-    def edit_logits(self, states, kind):
-        """Logits [B, S, V], float32 at least, of what is written in the place of each token (kind
-        0) or behind it (kind 2)."""
-        logits = self.edit_head(kind)(states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return one_later(logits) if self.config.shift and kind == 0 else logits
-
-    def edit_nll(self, states, kind, rows, targets):
-        """-log p in nats [N], with its gradient, of the tokens `targets` [N] that are written at
-        the flat rows int64 [N] of states [B, S, D]; kind as in `edit_logits`."""
-        if self.config.shift and kind == 0:
-            rows = rows - 1
-        states = states.flatten(0, 1)[rows]
-        logits = self.edit_head(kind)(states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, reduction="none")
-
-    def edit_head(self, kind):
-        if kind == 2:
-            return self.insert_head
-        return self.head if self.substitute_head is None else self.substitute_head
+    def embedded(self, tokens, positions, t=None):
+        """What the first block reads, [B, S, D]; arguments as in `hidden`."""
+        x = self.embed(tokens)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions + self.config.position_offset)
+        if self.embed_types is not None:
+            x = x + self.embed_types.weight[0]
+        if self.embed_time is not None and t is not None:
+            x = x + self.embed_time(time_waves(t, self.config.time_features))[:, None]
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def who_sees_whom(self, positions, attention_mask, cache):
         """((mask of the global layers, mask of the local layers), causal), as `kernels.attend`
@@ -709,12 +428,9 @@ class Transformer(nn.Module):
         if given is not None:
             keys_only = given.dim() == 2
             mask = given[:, None, None, :] if keys_only else given[:, None]     # [B, 1, 1 or S, T]
-        keys = positions
-        if cache is not None:
-            keys = torch.arange(cache.length, device=positions.device)
-        ahead = keys[..., None, :] - positions[..., :, None]  # key minus query: [S, T] or [B, S, T]
-        if ahead.dim() == 3:
-            ahead = ahead[:, None]                                                    # [B, 1, S, T]
+        if not (causal or config.local_window):
+            return (mask, None), False
+        ahead = keys_ahead(positions, cache)
         if causal and mask is None:
             mask = ahead <= 0
         elif causal:
@@ -736,24 +452,6 @@ class Transformer(nn.Module):
         if not config.local_window:
             return angles, None
         return angles, rope_table(positions, config.rope_dim, config.local_rope_theta)
-
-    def expert_parameters(self):
-        """How many parameters all experts have together; a token uses k / E of them."""
-        return sum(m.weight.numel() for m in self.modules() if isinstance(m, ExpertLinear))
-
-    def flops_per_token(self, seq_len, head_share=1.0, training=True):
-        """Floating-point operations per token: 2 per weight of each matrix product and 4 H C T for
-        attention, three times that with the backward pass (PaLM, arXiv 2204.02311, appendix B).
-        head_share: the share of rows that reach the head."""
-        c = self.config
-        matrices = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
-        matrices += self.expert_parameters() * c.experts_per_token // max(1, c.n_experts)
-        head = self.head.weight.numel()
-        if self.head_dense is not None:
-            head += self.head_dense.weight.numel()
-        attention = 4 * c.n_layers * c.n_heads * c.head_dim * seq_len
-        forward = 2 * (matrices + head_share * head) + attention
-        return 3 * forward if training else forward
 
     # Files are the business of pretrained/, which builds on this module: hence the imports inside.
 

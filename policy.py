@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from diffusion import config_of, in_blocks, mask_token_id, prediction_rows, row_logits
+from passes import config_of, in_blocks, mask_token_id, prediction_rows, row_logits
 
 # --------------------------------------------------------------------------------------------------
 # Advantages: how much better is an answer than the others of its prompt?

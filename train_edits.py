@@ -27,13 +27,14 @@ import warnings
 import torch
 
 from data.chat import is_chat
+from data.damage import SOURCES, SourceSettings, block_source
 from data.documents import Documents
 from data.loader import TokenDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import nelbo, sample_t
-from edits import (FLOW_SCHEDULES, SOURCES, SourceSettings, align_answer, edit_loss, edit_nelbo,
-                   fit, label_loss, orders_of, spoiled, stack)
+from edits import (FLOW_SCHEDULES, align_answer, edit_loss, edit_nelbo, fit, label_loss, orders_of,
+                   spoiled, stack)
 from model import Config, Transformer
 from pretrained.editing import become_corrector, become_editor
 from pretrained.export import save
@@ -41,6 +42,7 @@ from pretrained.hub import model_folder
 from sampling.correcting import correct
 from sampling.rewriting import rewrite
 from training.ahead import Ahead
+from training.flops import flops_per_token
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
@@ -159,7 +161,8 @@ def pair(x_1, name, *numbers):
     rng = random.Random(common.seed_for("source", seed, *numbers))
     if editing == "flows":
         return align_answer(SOURCES[name](x_1, rng, how), x_1, prompt_len=1)
-    return spoiled(x_1, name, rng, how, seq_len, text.eos_token_id, orders)
+    x_0, share = block_source(x_1, name, rng, how)
+    return spoiled(x_0, x_1, share, rng, seq_len, text.eos_token_id, orders)
 
 
 def pairs_of_step(step):
@@ -222,7 +225,7 @@ def save_model():
 
 
 run = Run(settings, model, optimizers, text, device, must_match,
-          model.flops_per_token(seq_len, head_share=0.5), save_model)
+          flops_per_token(model, seq_len, head_share=0.5), save_model)
 
 
 def evaluate(tokens):

@@ -16,7 +16,6 @@ estimated, --objective what is made of it; policy.py has them all, with their pa
 What d1 does with LLaDA-8B stands in docs/rl.md. Then: python sample.py --checkpoint=out/grpo
 """
 import common  # noqa: I001 (before torch: it sets how threads wait)
-import copy
 import sys
 import time
 
@@ -27,22 +26,18 @@ from data.tasks import find_task
 from data.tokenizer import Tokenizer
 from diffusion import Loss
 from evaluation.likelihood import sharp_sets
-from policy import (ESTIMATORS, MEANS, group_advantages, logps_of, policy_terms, spg_terms,
+from policy import (ESTIMATORS, group_advantages, logps_of, policy_terms, spg_terms,
                     token_weights, view_logps, wd1_weights)
-from pretrained.export import save
-from pretrained.hub import model_folder
 from pretrained.load import fill, open_checkpoint
-from pretrained.tensors import gathered
-from pretrained.tiny import tiny_model
 from sampling.rollouts import Asker, collate, mean_and_error
 from sampling.sampler import Sampler
-from training.lora import (add_lora, init_lora, name_of_base, published_modules, save_adapter,
-                           without_adapters)
+from training.finetuning import base_of_run, check_folder, save_result
+from training.lora import add_lora, init_lora, published_modules, without_adapters
 from training.memory import report_of_rewards
 from training.merge import check_target
 from training.optimizers import (average_gradients, clip_gradients, make_optimizers,
                                  set_learning_rate)
-from training.reward_run import RewardRun
+from training.reward_run import RewardRun, check_settings, frozen_reference
 from training.sharding import check_ranks_agree
 from training.state import make_folder, resumes
 
@@ -113,24 +108,7 @@ sample_tokens = 1           # 0: show no answer on the way
 settings = common.override(globals())
 
 # ---- process -------------------------------------------------------------------------------------
-common.check(
-    settings,
-    at_least_1=["prompts", "rollout_size", "seq_len", "max_new_tokens", "bound_samples",
-                "trace_together", "inner_updates", "batch_size", "eval_prompts"],
-    positive=["learning_rate", "reward_seconds"],
-    not_negative=["steps", "block_length", "temperature", "cfg_scale", "clip", "clip_high", "beta",
-                  "lora_rank", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes",
-                  "eval_interval", "eval_temperature", "sample_tokens", "memory_gb"],
-    estimator=list(ESTIMATORS), objective=["grpo", "wd1", "spg"], mean=MEANS,
-    bound_sets=["even", "dealt"], cache=["none", "prefix", "dual", "block"])
-if group_size < 2:
-    raise ValueError(f"group_size must be at least 2, got {group_size}: an answer is compared with "
-                     "the others of its question")
-if not (max_steps or max_minutes):
-    raise ValueError("max_steps and max_minutes are both 0: say when to stop")
-if objective == "spg" and (estimator, bound_sets) != ("bound", "even"):
-    raise ValueError("objective spg is made of two bounds: it needs --estimator=bound and "
-                     "--bound_sets=even")
+check_settings(settings)
 if plan:
     print(report_of_rewards(settings | {"dtype": common.given("dtype", "bfloat16")}))
     sys.exit()
@@ -141,23 +119,14 @@ if prompts * group_size % world_size:
 check_target("out_dir", out_dir, init_from)
 folder = make_folder(out_dir)
 settings["resume"] = resume = resumes(resume, folder)
-if (folder / ("config.json" if lora_rank else "adapter_model.safetensors")).exists():
-    raise ValueError(f"{out_dir} holds {'a model' if lora_rank else 'an adapter'} of another run, "
-                     "which this one could be mistaken for: choose another out_dir")
+check_folder(folder, out_dir, lora_rank)
 
 # ---- task ----------------------------------------------------------------------------------------
 asked = find_task(task)
 judge = Judge(reward, asked.own, reward_seconds)
 
 # ---- model ---------------------------------------------------------------------------------------
-base = folder / "base"
-if not _tiny:
-    base = model_folder(init_from)
-elif rank == 0 and not resume:
-    made = tiny_model(init_from.partition(":")[2] or "llada", Tokenizer.bytes(), seq_len, seed)
-    made.export_pretrained(base)
-    Tokenizer.bytes().save_pretrained(base)
-common.barrier()
+base = base_of_run(init_from, folder, Tokenizer.bytes(), seq_len, seed, write=not resume)
 text = Tokenizer.from_pretrained(base)
 model, weights = open_checkpoint(base)      # no memory yet
 config = model.config
@@ -180,23 +149,9 @@ asker = Asker(sampler, asked, settings)
 asker.question("train", 0)                  # fail early: an answer longer than the context
 asker.question("val", 0)
 
-# The reference is the policy as it began: its base, or a copy of it.
-frozen = None
-if beta and lora_rank and reference and model_folder(reference) != base:
-    raise ValueError(f"reference={reference} is not the policy's base: adapters belong to "
-                     f"{init_from}; leave it away, or train everything with --lora_rank=0")
-if beta and not lora_rank:
-    frozen = copy.deepcopy(model)           # a resumed run reads it anew: it never changed
-    if reference:
-        other, weights = open_checkpoint(model_folder(reference))
-        same = (other.config.family, other.config.vocab_size, other.config.shift)
-        if same != (config.family, config.vocab_size, config.shift):
-            raise ValueError(f"reference={reference} is not the policy's base: a {same[0]} of "
-                             f"{same[1]} tokens, and {init_from} is a {config.family} of "
-                             f"{config.vocab_size}")
-        frozen = other
-        fill(frozen, weights, device, torch.float32)
-    frozen.requires_grad_(False).eval()
+frozen = None                               # the reference that the KL is measured from
+if beta:                                    # a resumed run makes it anew: it never changed
+    frozen = frozen_reference(model, reference, init_from, base, lora_rank, device)
 model.eval()                                # there is no dropout, and rollouts are half of the work
 
 # ---- optimizer -----------------------------------------------------------------------------------
@@ -211,11 +166,7 @@ check_ranks_agree(device, **must_match)
 
 def save_model():
     """The adapter or the model, for sample.py and the like."""
-    tensors = gathered(learning if lora_rank else model.state_dict())
-    if run.main and lora_rank:
-        save_adapter(model, folder, name_of_base(init_from, base, folder), tensors)
-    elif run.main:
-        save(model, folder, tensors)
+    save_result(model, folder, lora_rank, init_from, base)
 
 
 run = RewardRun(settings, model, optimizers, text, device, must_match, save_model=save_model,

@@ -28,6 +28,7 @@ from diffusion import (SCHEDULES, ar_loss, block_loss, canvas_mask_id, denoise, 
                        mdlm_loss, nelbo, restored, sample_t)
 from model import Config, Transformer
 from training import balance
+from training.flops import flops_per_token
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
@@ -141,7 +142,7 @@ must_match = {name: settings[name] for name in (
     "tokenizer", "optimizer", "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
-flops = model.flops_per_token(T, head_share=1.0 if objective == "ar" else 0.5)
+flops = flops_per_token(model, T, head_share=1.0 if objective == "ar" else 0.5)
 run = Run(settings, model, optimizers, text, device, must_match, flops)
 
 

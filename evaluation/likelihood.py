@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from common import stream
-from diffusion import config_of, mask_token_id, masked_nll, row_logits
+from passes import config_of, mask_token_id, masked_nll, row_logits
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-import model as model_module  # noqa: E402
+from config import ACTIVATIONS  # noqa: E402
 from data.loader import TokenDataset  # noqa: E402
 from data.prepare import prepare  # noqa: E402
 from data.tales_copying import hidden_things  # noqa: E402
@@ -151,7 +151,7 @@ def relu2(x):
     return F.relu(x).square()
 
 
-model_module.ACTIVATIONS["relu2"] = relu2
+ACTIVATIONS["relu2"] = relu2
 
 # --------------------------------------------------------------------------------------------------
 # Model and optimizer

@@ -14,7 +14,8 @@ import torch
 
 from data.tokenizer import Tokenizer
 from experiments.timing import ROOT, in_own_process, interleaved, memory
-from model import Cache, Config, Transformer
+from model import Config, Transformer
+from sampling.cache import Cache
 from sampling.engine import generate
 from sampling.int8 import load_int8
 

@@ -13,6 +13,7 @@ from experiments.bench_model import open_attention
 from experiments.timing import fast_bfloat16, in_own_process, interleaved, memory
 from kernels import linear_cross_entropy
 from model import Config, Transformer
+from training.flops import flops_per_token
 
 # --------------------------------------------------------------------------------------------------
 # A step
@@ -156,7 +157,7 @@ def print_efficiency(vocab_size, times):
     """FLOP/s of the model's products over what a product alone reaches (half of the rows reach the
     head)."""
     model = build(vocab_size, compiled=False)
-    flops = model.flops_per_token(T, head_share=0.5) * B * T
+    flops = flops_per_token(model, T, head_share=0.5) * B * T
     for precision in precisions():
         best = 2 * 2048**3 / times[f"mm {precision}"].wall
         for name in (f"ours {precision} compiled", f"ours {precision}"):

@@ -44,13 +44,11 @@ import torch  # noqa: E402
 
 from data.tales import check, tell  # noqa: E402
 from diffusion import mdlm_loss  # noqa: E402
+from data.damage import SOURCES, SourceSettings, block_source, damaged  # noqa: E402
 from edits import (  # noqa: E402
-    SOURCES,
     Orders,
-    SourceSettings,
     align,
     common_tokens,
-    damaged,
     edit_loss,
     label_loss,
     spoiled,
@@ -373,8 +371,11 @@ def steps_of_training(B, T, V, D, layers):
     # A block is as long as the texts; the two orders are the last tokens.
     corrector = Transformer(Config(**shape, delete_token_id=V - 3, insert_token_id=V - 2,
                                    eos_token_id=V - 4)).init_weights()
-    blocks = stack([spoiled(x_1, "mixed", rng, how, T, V - 4, Orders(V - 1, V - 3, V - 2))
-                    for x_1 in texts])
+    orders, pairs = Orders(V - 1, V - 3, V - 2), []
+    for x_1 in texts:
+        x_0, share = block_source(x_1, "mixed", rng, how)
+        pairs.append(spoiled(x_0, x_1, share, rng, T, V - 4, orders))
+    blocks = stack(pairs)
 
     def correction():
         label_loss(corrector, *blocks).loss.backward()

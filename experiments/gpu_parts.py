@@ -16,13 +16,15 @@ import torch
 import torch.nn as nn
 from torch._dynamo.utils import counters
 
-import diffusion
 import kernels
-from diffusion import ar_loss, block_attention, block_loss, mdlm_loss, sft_loss
+import passes
+from diffusion import ar_loss, block_loss, mdlm_loss, sft_loss
 from experiments.gpu_checks import CHECKS, wrong
 from experiments.gpu_yardsticks import PlainGPT, fast_dllm_loop, llada_loop, now
-from model import Cache, Config, ExpertLinear, Transformer
+from model import Config, ExpertLinear, Transformer
+from sampling.cache import Cache
 from sampling.engine import generate
+from training.flops import flops_per_token
 from training.log import peak_flops
 from training.lora import add_lora
 from training.memory import LLADA, LLADA2_MINI, plan_memory
@@ -185,7 +187,7 @@ def train_ours(bench):
                 return ar_loss(model, tokens).loss
             return mdlm_loss(model, tokens, generator=noise, max_weight=10.0).loss
 
-        flops = model.flops_per_token(size["max_len"], head_share=1.0 if causal else 0.5)
+        flops = flops_per_token(model, size["max_len"], head_share=1.0 if causal else 0.5)
         time_training(bench, name, model, objective, flops)
 
 
@@ -203,7 +205,7 @@ def train_plain(bench):
                   model.flops_per_token(size["max_len"]), extra=1)
 
 
-def time_training(bench, name, model, objective, flops_per_token, extra=0):
+def time_training(bench, name, model, objective, flops, extra=0):
     """Forward, backward and AdamW's update. extra: tokens a row has more than are learned."""
     size, B = bench.choose(GPT2, TOY), bench.choose(32, 2)
     T, count = size["max_len"], bench.choose(20, 1)
@@ -227,7 +229,7 @@ def time_training(bench, name, model, objective, flops_per_token, extra=0):
     compiled_s, first = now(bench.device) - begin, graphs() - before
     seconds = bench.seconds(step, count, warmup=bench.choose(3, 1))
     bench.say(name, tokens_per_s=B * T / seconds, ms=1e3 * seconds, batch=B,
-              mfu=bench.mfu(flops_per_token * B * T / seconds), peak_gb=bench.peak_gb(),
+              mfu=bench.mfu(flops * B * T / seconds), peak_gb=bench.peak_gb(),
               compiled_s=compiled_s, graphs=first, recompiled=graphs() - before - first,
               loss=step().item())
 
@@ -254,7 +256,7 @@ def replaced(module, name, function):
 
 def dense_attention(T, block_length, device):
     """`block_attention` as a bool mask on every device, bool [1, 2T, 2T]."""
-    return block_attention(T, block_length, torch.device("cpu")).clone().to(device)
+    return passes.block_attention(T, block_length, torch.device("cpu")).clone().to(device)
 
 
 def blocks(bench):
@@ -277,7 +279,7 @@ def blocks(bench):
         return block_loss(model, tokens, block, t, mask).loss
 
     def by_dense_mask(model):
-        with replaced(diffusion, "block_attention", lambda *_: dense):
+        with replaced(passes, "block_attention", lambda *_: dense):
             return block_loss(model, tokens, block, t, mask).loss
 
     exact = gradients_in_float32(bench, config, by_dense_mask)
@@ -363,7 +365,7 @@ def lora(bench):
         peak = bench.peak_gb()
         seconds = bench.seconds(lambda: step(0.5), bench.choose(10, 1), warmup=1)
         # Frozen weights get no gradient, and what checkpointing computes again does not count.
-        flops = 2 * model.flops_per_token(T, head_share=0.5, training=False)
+        flops = 2 * flops_per_token(model, T, head_share=0.5, training=False)
         planned = plan_memory(config, T, 1, rank, dtype=bench.dtype).peak / 1e9
         bench.say(f"LoRA {rank}, T {T}", tokens_per_s=T / seconds, ms=1e3 * seconds,
                   mfu=bench.mfu(flops * T / seconds), peak_gb=peak, planned_gb=planned,

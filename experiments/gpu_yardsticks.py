@@ -53,7 +53,7 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), following.flatten())
 
     def flops_per_token(self, seq_len):
-        """Of a training step, as `Transformer.flops_per_token` counts them."""
+        """Of a training step, as training/flops.py counts them."""
         D = self.embed.weight.shape[1]
         products = self.embed.weight.numel()            # as the head
         for module in self.modules():
@@ -93,7 +93,7 @@ def llada_loop(model, prompts, new_tokens, block, passes):
 def fast_dllm_loop(model, prompts, new_tokens, block, kind, cache):
     """Fast-dLLM's loop: a pass over everything when a block begins, then over the block (kind
     "dual") or all from it on ("prefix"), all logits. Returns what `llada_loop` does. cache: an
-    empty `model.Cache` for these rows."""
+    empty `Cache` for these rows."""
     mask_id, P = model.config.mask_token_id, prompts.shape[1]
     x = F.pad(prompts, (0, new_tokens), value=mask_id)
     T, clock = x.shape[1], now(x.device)

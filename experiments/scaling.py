@@ -25,6 +25,7 @@ import common  # noqa: E402, I001 (before torch: it sets how threads wait)
 import torch  # noqa: E402
 
 from model import Config, Transformer  # noqa: E402
+from training.flops import flops_per_token  # noqa: E402
 from training.log import PEAK_FLOPS  # noqa: E402
 from training.memory import LLADA, plan_memory  # noqa: E402
 
@@ -83,7 +84,7 @@ def step_of(config, cards, copies):
         model = Transformer(config)
     parameters = sum(p.numel() for p in model.parameters())
     plan = plan_memory(config, seq_len, batch_size, 0, ranks=ranks)
-    flops = model.flops_per_token(seq_len, head_share=0.5) * 4 / 3      # checkpointing: once more
+    flops = flops_per_token(model, seq_len, head_share=0.5) * 4 / 3      # checkpointing: once more
     products = flops * batch_size * seq_len / (mfu * PEAK_FLOPS[card])
     near, far = traffic(parameters, cards, copies, node)
     return Step(cards, copies, plan.peak / 1e9, near / 1e9, far / 1e9, products,

@@ -43,9 +43,10 @@ from data.sudoku import (  # noqa: E402
     shape_of,
 )
 from data.tokenizer import Tokenizer  # noqa: E402
-from diffusion import SCHEDULES, mask_tokens, sample_t, weighted_nll  # noqa: E402
+from diffusion import SCHEDULES, mask_tokens, sample_t  # noqa: E402
 from experiments.results import Curve, draw, train as train_scratch  # noqa: E402
 from model import Config, Transformer  # noqa: E402
+from passes import weighted_nll  # noqa: E402
 from sampling.engine import generate, infill  # noqa: E402
 from training.optimizers import (  # noqa: E402
     clip_gradients,

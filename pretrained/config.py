@@ -3,7 +3,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from model import Config
+from config import Config
 from pretrained import gguf
 from pretrained.families import FAMILIES
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from common import write_atomically
-from model import Config
+from config import Config
 from pretrained import gguf
 from pretrained.config import config_of_header
 from pretrained.gguf_tokenizer import describe_tokenizer

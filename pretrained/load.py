@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from common import stream
-from model import Transformer
+from model import ExpertLinear, Transformer
 from pretrained import gguf
 from pretrained.config import read_config
 from pretrained.families import FAMILIES
@@ -381,8 +381,9 @@ def describe(path_or_hub_id):
     lines = [f"{folder}: family {config.family}, {n:,} parameters, {embedding:,} of them in the "
              f"embedding{head}"]
     if config.n_experts:
-        active = n - model.expert_parameters() * (config.n_experts - config.experts_per_token) \
-            // config.n_experts
+        experts = sum(m.weight.numel() for m in model.modules() if isinstance(m, ExpertLinear))
+        idle = config.n_experts - config.experts_per_token
+        active = n - experts * idle // config.n_experts
         lines.append(f"a token uses {active:,} of them: {config.experts_per_token} of "
                      f"{config.n_experts} experts of width {config.expert_dim} a layer")
     lines.append(f"{config.n_layers} layers of width {config.dim}, {heads}, MLP "

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffusion import config_of, prediction_rows, row_logits
 from edits import (
     Written,
     apply_labels,
@@ -28,6 +27,7 @@ from edits import (
     outgrown,
 )
 from kernels import sample_tokens
+from passes import config_of, prediction_rows, row_logits
 from sampling.engine import row_streams
 from sampling.rewriting import EditStep
 

@@ -19,16 +19,13 @@ from diffusion import (
     BLIND,
     REMASKING,
     STEP_SCHEDULES,
-    canvas_mask_id,
-    config_of,
     entropy,
     low_confidence,
-    mask_token_id,
-    own_block_length,
-    row_logits,
     streams,
 )
-from model import Cache, Transformer
+from model import Transformer
+from passes import canvas_mask_id, config_of, mask_token_id, own_block_length, row_logits
+from sampling.cache import Cache
 from sampling.rules import (
     REMASK_SCHEDULES,
     filter_logits,

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 import kernels
-from diffusion import config_of
 from edits import (
     INSERT,
     SUBSTITUTE,
@@ -22,11 +21,14 @@ from edits import (
     carried,
     check_editor,
     draw,
+    edit_logits,
+    edit_rates,
     fires,
     flow_times,
     flow_weight,
     outgrown,
 )
+from passes import config_of
 from sampling.engine import row_streams
 
 
@@ -155,8 +157,8 @@ class Editor:
             row[:len(text.tokens)] = torch.tensor(text.tokens)
         mask = None if shown.all() else shown.to(self.device)
         times = torch.full((len(asked),), t, device=self.device)
-        states = self.model.edit_states(tokens.to(self.device), mask, times)            # [A, T, D]
-        rates = self.model.edit_rates(states).cpu()                                     # [A, T, 3]
+        states = self.model.hidden(tokens.to(self.device), mask, t=times)               # [A, T, D]
+        rates = edit_rates(self.model, states).cpu()                                    # [A, T, 3]
         for a, text in enumerate(asked):
             text.states = states[a, :len(text.tokens)]
             text.rates = rates[a, :len(text.tokens)]
@@ -174,7 +176,7 @@ class Editor:
             numbers.append(draws[b][-2 if kind == SUBSTITUTE else -1, where])
         if not sum(map(len, states)):
             return chosen
-        logits = self.model.edit_head(kind)(torch.cat(states)).float().cpu()            # [N, V]
+        logits = edit_logits(self.model, torch.cat(states), kind).float().cpu()         # [N, V]
         tokens = kernels.sample_tokens(logits, self.temperature, torch.cat(numbers).double())
         tokens = iter(tokens.tolist())
         for b, fire in fired.items():

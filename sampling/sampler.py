@@ -10,8 +10,8 @@ from pathlib import Path
 
 from data import sudoku
 from data.tokenizer import Tokenizer
-from diffusion import canvas_mask_id, own_block_length
 from model import Transformer
+from passes import canvas_mask_id, own_block_length
 from pretrained.hub import find_checkpoint, tokenizer_folder
 from sampling.engine import generate, infill
 from sampling.int8 import load_int8

@@ -13,8 +13,9 @@ import kernels
 from data.chat import ChatDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from diffusion import block_loss, llada2_loss, right_entropy, weighted_nll
+from diffusion import block_loss, llada2_loss
 from model import Config, Transformer
+from passes import right_entropy, weighted_nll
 from training.blocks import block_length_at, parse_schedule
 from training.memory import plan_memory
 

@@ -15,6 +15,7 @@ from scripts import ROOT, run_here
 
 import edits
 import kernels
+from data import damage
 from data.documents import Documents, find_documents
 from data.tokenizer import Tokenizer
 from diffusion import denoise, mdlm_loss
@@ -24,13 +25,13 @@ from edits import (
     INSERT,
     SUBSTITUTE,
     Orders,
-    SourceSettings,
     align,
     align_answer,
     apply_edits,
     apply_labels,
     blend,
     common_tokens,
+    edit_forward,
     edit_labels,
     edit_loss,
     edit_nelbo,
@@ -215,18 +216,21 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.config = Config(vocab_size=3, dim=2, n_layers=1, n_heads=1, edits=True)
         self.anchor = torch.nn.Parameter(torch.zeros(()))
-        self.rate, self.q = rate, q
+        self.rate, self.q, self.substitute_head, self.head = rate, q, None, self.insert_head
 
-    def edit_states(self, tokens, attention_mask=None, t=None):
+    def hidden(self, tokens, attention_mask=None, t=None):
         return tokens[..., None].float()
 
-    def edit_rates(self, states):
+    def rate_head(self, states):
         inserts = torch.where(states[..., 0] == 0, self.rate, 1e-9)
         nothing = torch.full_like(inserts, 1e-9)
-        return torch.stack((nothing, nothing, inserts), dim=-1) + self.anchor
+        rates = torch.stack((nothing, nothing, inserts), dim=-1) + self.anchor
+        return rates.expm1().log()                      # what softplus turns into the rates
 
-    def edit_nll(self, states, kind, rows, targets):
-        return torch.full(targets.shape, -math.log(self.q))
+    def insert_head(self, states):
+        others = (1 - self.q) / 2
+        p = torch.tensor([others, self.q, others]).expand(*states.shape[:-1], 3)
+        return p.log()
 
 
 def test_the_bound_is_exact_where_a_text_has_one_history():
@@ -446,7 +450,7 @@ def test_heads_of_the_reference(name, editor, fixture_path):
     model, known = editor(name), load_file(fixture_path(f"editflow_{name}") / "io.safetensors")
     shown = known["attention_mask"].bool()
     with torch.no_grad():
-        substitutes, inserts, rates = model.edit_forward(known["input_ids"], shown)
+        substitutes, inserts, rates = edit_forward(model, known["input_ids"], shown)
     found = {"sub_logits": substitutes, "ins_logits": inserts, "sub_rate_hat": rates[..., 0],
              "del_rate_hat": rates[..., 1], "ins_rate_hat": rates[..., 2]}
     for key, tensor in found.items():
@@ -467,7 +471,7 @@ def test_a_checkpoint_is_written_back_as_it_was(name, editor, fixture_path, tmp_
     again = Transformer.from_pretrained(tmp_path / "ours")
     assert again.config == model.config
     tokens = torch.tensor([[83, 1, 2, 3]])
-    for ours, theirs in zip(again.edit_forward(tokens), model.edit_forward(tokens)):
+    for ours, theirs in zip(edit_forward(again, tokens), edit_forward(model, tokens)):
         assert torch.equal(ours, theirs)
 
 
@@ -482,7 +486,7 @@ def test_a_model_of_masks_becomes_an_editor(name, fixture_path, tmp_path):
     assert raw["model_type"] == f"editflow-{name}"
     assert raw["architectures"][0].startswith("EditFlow")
     again = Transformer.from_pretrained(tmp_path)
-    _, inserts, rates = again.edit_forward(tokens)
+    _, inserts, rates = edit_forward(again, tokens)
     if name != "modernbert":            # whose edit heads read what comes before the last norm
         torch.testing.assert_close(inserts, before(tokens))
     assert (rates[..., 2] - 0.1).abs().max() < 0.2
@@ -528,18 +532,18 @@ def test_an_epoch_visits_each_document_once_however_it_is_shared():
 
 
 def test_sources_leave_the_first_token():
-    rng, how = random.Random(0), edits.SourceSettings([1, 2, 3], 7, num_masks=4, max_damage=3)
-    for name, source in edits.SOURCES.items():
+    rng, how = random.Random(0), damage.SourceSettings([1, 2, 3], 7, num_masks=4, max_damage=3)
+    for name, source in damage.SOURCES.items():
         for length in (1, 2, 9):
             x_0 = source([8, *range(10, 9 + length)], rng, how)
             assert x_0[0] == 8, name
-    assert edits.masks([8, 1, 2], rng, how) == [8, 7, 7, 7, 7]
+    assert damage.masks([8, 1, 2], rng, how) == [8, 7, 7, 7, 7]
     for _ in range(50):
         x_1 = list(range(20, 30))
-        x_0 = edits.gap(x_1, rng, how)
+        x_0 = damage.gap(x_1, rng, how)
         assert 5 <= len(x_0) < 10 and cost(*align(x_0, x_1)) == 10 - len(x_0)
-        assert 1 <= cost(*align(edits.damage(x_1, rng, how), x_1)) <= 3 or \
-            edits.damage(x_1, rng, how)
+        assert 1 <= cost(*align(damage.damage(x_1, rng, how), x_1)) <= 3 or \
+            damage.damage(x_1, rng, how)
 
 
 def test_work_ahead_is_the_same_work():
@@ -705,17 +709,18 @@ def test_a_block_keeps_its_length(labels, after, origin):
 
 @pytest.mark.parametrize("source", ["nothing", "damage", "gap", "masks", "mixed"])
 def test_whoever_follows_the_labels_ends_at_the_text(source):
-    rng, how = random.Random(source), SourceSettings([A, B, C, D, E], MASK, 4, 8)
+    rng, how = random.Random(source), damage.SourceSettings([A, B, C, D, E], MASK, 4, 8)
     for _ in range(60):
         x_1 = [END] + [rng.randrange(5) for _ in range(rng.randrange(14))]
         block = fit(x_1 + [END], 24, END)
-        x, labels = spoiled(x_1, source, rng, how, 24, END, ORDERS)
+        x_0, share = damage.block_source(x_1, source, rng, how)
+        x, labels = spoiled(x_0, x_1, share, rng, 24, END, ORDERS)
         assert len(x) == len(labels) == 24 and x[0] == END
         assert MASK not in labels
         for _ in range(24):
             x = apply_labels(x, edit_labels(x, block, ORDERS), ORDERS).tokens
         assert x == block
-        x, labels = spoiled(x_1, source, rng, how, 24, END, Orders(MASK))
+        x, labels = spoiled(x_0, x_1, share, rng, 24, END, Orders(MASK))
         assert labels == block                          # without orders, token for token
 
 
@@ -858,14 +863,15 @@ def test_training_learns_to_correct():
     config = Config(vocab_size=14, dim=32, n_layers=2, n_heads=2, max_len=12, mask_token_id=13,
                     eos_token_id=12)
     model = become_corrector(Transformer(config).init_weights(0), 12, edit_threshold=0.5)
-    rng, how = random.Random(0), SourceSettings(list(range(12)), 13, 4, 2)
+    rng, how = random.Random(0), damage.SourceSettings(list(range(12)), 13, 4, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(150):
         pairs = []
         for _ in range(32):
             begin, length = rng.randrange(4), rng.randrange(4, 8)
             x_1 = [12, *range(begin, begin + length)]
-            pairs.append(spoiled(x_1, "damage", rng, how, 12, 12, orders_of(config)))
+            x_0, share = damage.block_source(x_1, "damage", rng, how)
+            pairs.append(spoiled(x_0, x_1, share, rng, 12, 12, orders_of(config)))
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - step / 150)
         label_loss(model, *stack(pairs)).loss.backward()

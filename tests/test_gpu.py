@@ -115,7 +115,7 @@ def test_mistakes(arguments, words):
 
 
 def test_flops_of_the_yardstick():
-    """As `Transformer.flops_per_token` counts them: 6 a weight of a product, and attention."""
+    """As training/flops.py counts them: 6 a weight of a product, and attention."""
     model = PlainGPT(vocab_size=100, dim=16, n_layers=2, n_heads=2, max_len=8)
     products = 100 * 16 + 2 * (16 * 48 + 16 * 16 + 2 * 16 * 64)
     assert model.flops_per_token(8) == 6 * products + 12 * 2 * 16 * 8

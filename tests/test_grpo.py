@@ -16,8 +16,8 @@ from data.rewards import find_reward
 from data.sudoku import is_solved
 from data.tasks import find_task
 from data.tokenizer import Tokenizer
-from diffusion import masked_nll
 from evaluation.likelihood import sharp_sets
+from passes import masked_nll
 from policy import bound, logps_of, trace
 from sampling.rollouts import Asker, collate
 from sampling.sampler import Sampler

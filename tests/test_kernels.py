@@ -7,6 +7,7 @@ import diffusion
 import kernels
 from kernels import packed
 from model import Config, Transformer
+from passes import block_attention
 
 SHAPE = dict(vocab_size=700, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_len=512,
              mask_token_id=699)
@@ -64,7 +65,7 @@ def test_a_whole_model_is_the_same_by_the_plain_lines(kind, dtype, monkeypatch):
 
 def test_tiles_of_a_block_mask_equal_the_mask(monkeypatch):
     """350 tokens do not divide into tiles of 128; many of the pairs are never computed."""
-    visible = diffusion.block_attention(350, 7, torch.device("cpu"))
+    visible = block_attention(350, 7, torch.device("cpu"))
     tiles = kernels.tiled(visible)
     assert isinstance(tiles, list)
     assert sum(shown.numel() for _, _, shown in tiles) < 0.6 * visible.numel()

@@ -28,6 +28,7 @@ from pretrained.tiny import tiny_model
 from sampling.engine import generate, infill
 from sampling.sampler import Sampler
 from training.balance import balance_loss, expert_loads, move_biases
+from training.flops import flops_per_token
 from training.lora import add_lora, init_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from training.memory import plan_memory
 from training.optimizers import Muon, make_optimizers
@@ -308,7 +309,7 @@ def test_describe_tells_active_parameters(tmp_path):
     total = sum(p.numel() for p in model.parameters())
     idle = 6 / 8 * 3 * 8 * 96 * 32                       # of one sparse layer
     assert f"a token uses {total - int(idle):,} of them: 2 of 8 experts" in describe(tmp_path)
-    assert model.flops_per_token(0, training=False) == 2 * (
+    assert flops_per_token(model, 0, training=False) == 2 * (
         total - idle - 260 * 32 - sum(p.numel() for p in model.parameters() if p.ndim == 1))
 
 

@@ -13,6 +13,7 @@ from data.chat_sets import is_chat
 from data.prepare import prepare
 from data.selfmade import Request, answers_file, ask, parse_request, prompts, read_answers
 from data.tokenizer import Tokenizer
+from pretrained.vocabulary import resize_vocabulary
 
 FEW = """\
 # a comment
@@ -42,7 +43,7 @@ def teacher(tmp_path):
     model = tiny_model(max_len=256)
     text = Tokenizer.bytes()
     text.add_chat_tokens()
-    model.resize_vocabulary(text.vocab_size)
+    resize_vocabulary(model, text.vocab_size)
     with torch.no_grad():
         hidden = model.hidden(torch.tensor([[257]]))[0, 0]          # the same of every mask
         unit = hidden / hidden.square().sum()

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels import HandRMSNorm, LinearCrossEntropy
-from model import Cache, Config, RMSNorm, Transformer
+from model import Config, RMSNorm, Transformer
+from sampling.cache import Cache
 
 KINDS = {
     "ours": {},

@@ -1,5 +1,13 @@
-"""The Run of reinforcement learning: its log has rewards where others have bounds."""
+"""What surrounds reinforcement learning and is no lesson: the Run, whose log has rewards where
+others have bounds; mistakes found before hours of work; the reference."""
+import copy
+
+import torch
+
 import common
+from policy import ESTIMATORS, MEANS
+from pretrained.hub import model_folder
+from pretrained.load import fill, open_checkpoint
 from training.run import Run
 
 
@@ -80,3 +88,50 @@ def draw_rewards(rows, path):
     axes.legend()
     axes.grid(alpha=0.3)
     common.write_atomically(path, lambda name: figure.savefig(name, dpi=120, format="png"))
+
+
+def check_settings(settings):
+    """ValueError for a constant of train_grpo.py that cannot be."""
+    common.check(
+        settings,
+        at_least_1=["prompts", "rollout_size", "seq_len", "max_new_tokens", "bound_samples",
+                    "trace_together", "inner_updates", "batch_size", "eval_prompts"],
+        positive=["learning_rate", "reward_seconds"],
+        not_negative=["steps", "block_length", "temperature", "cfg_scale", "clip", "clip_high",
+                      "beta", "lora_rank", "weight_decay", "grad_clip", "warmup", "max_steps",
+                      "max_minutes", "eval_interval", "eval_temperature", "sample_tokens",
+                      "memory_gb"],
+        estimator=list(ESTIMATORS), objective=["grpo", "wd1", "spg"], mean=MEANS,
+        bound_sets=["even", "dealt"], cache=["none", "prefix", "dual", "block"])
+    if settings["group_size"] < 2:
+        raise ValueError(f"group_size must be at least 2, got {settings['group_size']}: an answer "
+                         "is compared with the others of its question")
+    if not (settings["max_steps"] or settings["max_minutes"]):
+        raise ValueError("max_steps and max_minutes are both 0: say when to stop")
+    needs_even_bounds = settings["objective"] == "spg"
+    if needs_even_bounds and (settings["estimator"], settings["bound_sets"]) != ("bound", "even"):
+        raise ValueError("objective spg is made of two bounds: it needs --estimator=bound and "
+                         "--bound_sets=even")
+
+
+def frozen_reference(model, reference, init_from, base, lora_rank, device):
+    """The policy as it began, or its checkpoint `reference`, as a model of its own; None with
+    adapters, for the policy without them is its base. ValueError for a checkpoint that is none of
+    the policy's."""
+    if lora_rank and reference and model_folder(reference) != base:
+        raise ValueError(f"reference={reference} is not the policy's base: adapters belong to "
+                         f"{init_from}; leave it away, or train everything with --lora_rank=0")
+    if lora_rank:
+        return None
+    if not reference:
+        return copy.deepcopy(model).requires_grad_(False).eval()
+    frozen, weights = open_checkpoint(model_folder(reference))
+    theirs, ours = frozen.config, model.config
+    same = (theirs.family, theirs.vocab_size, theirs.shift) == (
+        ours.family, ours.vocab_size, ours.shift)
+    if not same:
+        raise ValueError(f"reference={reference} is not the policy's base: a {theirs.family} of "
+                         f"{theirs.vocab_size} tokens, and {init_from} is a {ours.family} of "
+                         f"{ours.vocab_size}")
+    fill(frozen, weights, device, torch.float32)
+    return frozen.requires_grad_(False).eval()
