@@ -285,17 +285,18 @@ class Cache:
         shape = (config.n_layers, batch_size, config.n_kv_heads, length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = length
+        self.length = length    # positions that are in use, from the first on
         self.rows = None        # int64 [A]: the next pass is for these rows of the batch; None: all
 
     def update(self, layer, positions, k, v):
         """Write k, v [A, G, S, C] at positions [S] or [A, S]. Returns all keys and values of those
-        rows, [A, G, T, C] each."""
+        rows, [A, G, length, C] each."""
         positions = positions.expand(k.shape[0], -1)                                    # [A, S]
         rows = torch.arange(len(k), device=k.device) if self.rows is None else self.rows
         keys, values = self.keys[layer], self.values[layer]                           # [B, G, T, C]
         keys[rows[:, None], :, positions] = k.transpose(1, 2).to(keys.dtype)          # [A, S, G, C]
         values[rows[:, None], :, positions] = v.transpose(1, 2).to(values.dtype)
+        keys, values = keys[:, :, :self.length], values[:, :, :self.length]
         if self.rows is None:
             return keys, values
         return keys[rows], values[rows]
@@ -716,6 +717,8 @@ class Transformer(nn.Module):
             mask = ahead <= 0
         elif causal:
             mask = mask & (ahead <= 0) | (ahead == 0)         # a row that sees nothing would be NaN
+        if cache is not None and mask is not None:
+            mask = kernels.unless_all(mask)
         if not config.local_window:
             return (mask, None), False
         near = ahead.abs() <= config.local_window // 2
