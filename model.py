@@ -288,18 +288,25 @@ class Cache:
         self.length = length    # positions that are in use, from the first on
         self.rows = None        # int64 [A]: the next pass is for these rows of the batch; None: all
 
-    def update(self, layer, positions, k, v):
-        """Write k, v [A, G, S, C] at positions [S] or [A, S]. Returns all keys and values of those
+    def place(self, positions, A):
+        """The next pass writes its keys and values at positions [S] or [A, S] of A rows."""
+        G, T = self.keys.shape[2:4]
+        device = positions.device
+        rows = torch.arange(A, device=device) if self.rows is None else self.rows
+        heads = rows[:, None] * G + torch.arange(G, device=device)                      # [A, G]
+        places = heads[..., None] * T + positions.expand(A, -1)[:, None]              # [A, G, S]
+        self.places = places.flatten()                  # of B * G * T
+
+    def update(self, layer, k, v):
+        """Write k, v [A, G, S, C] where `place` said. Returns all keys and values in use of those
         rows, [A, G, length, C] each."""
-        positions = positions.expand(k.shape[0], -1)                                    # [A, S]
-        rows = torch.arange(len(k), device=k.device) if self.rows is None else self.rows
-        keys, values = self.keys[layer], self.values[layer]                           # [B, G, T, C]
-        keys[rows[:, None], :, positions] = k.transpose(1, 2).to(keys.dtype)          # [A, S, G, C]
-        values[rows[:, None], :, positions] = v.transpose(1, 2).to(values.dtype)
-        keys, values = keys[:, :, :self.length], values[:, :, :self.length]
-        if self.rows is None:
-            return keys, values
-        return keys[rows], values[rows]
+        found = []
+        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):      # [B, G, T, C] each
+            C = kept.shape[-1]
+            kept.view(-1, C).index_copy_(0, self.places, new.reshape(-1, C).to(kept.dtype))
+            in_use = kept[:, :, :self.length]
+            found.append(in_use if self.rows is None else in_use[self.rows])
+        return found
 
 
 class Attention(nn.Module):
@@ -314,7 +321,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, rope, visible, causal, cache=None, positions=None):
+    def forward(self, x, rope, visible, causal, cache=None):
         B, S, _ = x.shape
         H, G, C = self.shape
         q = self.q(x).view(B, S, H, C)
@@ -326,7 +333,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v)                          # [B, G, T, C]
+            k, v = cache.update(self.layer, k, v)                          # [B, G, length, C]
         y = kernels.attend(q, k, v, visible, causal)                                  # [B, H, S, C]
         return self.o(y.transpose(1, 2).reshape(B, S, H * C))
 
@@ -436,9 +443,9 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = Experts(config) if config.is_sparse(layer) else MLP(config, config.hidden_dim)
 
-    def forward(self, x, rope, visible, causal, cache=None, positions=None, select=None):
+    def forward(self, x, rope, visible, causal, cache=None, select=None):
         """x [B, S, D] -> [B, S, D]; with `select` only those rows go through the MLP, [N, D]."""
-        how = rope, visible, causal, cache, positions
+        how = rope, visible, causal, cache
         if self.post_norm:
             x = take(self.attn_norm(x + self.attn(x, *how)), select)
             return self.mlp_norm(x + self.mlp(x))
@@ -629,13 +636,15 @@ class Transformer(nn.Module):
             x = x + self.embed_time(time_waves(t, config.time_features))[:, None]
         if self.embed_norm is not None:
             x = self.embed_norm(x)
+        if cache is not None:
+            cache.place(positions, len(tokens))
         visible, causal = self.who_sees_whom(positions, attention_mask, cache)
         ropes = self.ropes(positions)
         for block in self.blocks:
             # The last MLP runs, like the head, on the rows that are asked for only.
             rows = select if block is self.blocks[-1] else None
             local = block.attn.is_local
-            arguments = x, ropes[local], visible[local], causal, cache, positions, rows
+            arguments = x, ropes[local], visible[local], causal, cache, rows
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -781,8 +790,8 @@ class Transformer(nn.Module):
         """Write the published layout of the model's family, which the family's own code loads; a
         model of our own family becomes a Qwen3.
 
-        gguf  True or "f16", "bf16", "q8_0": the file model-KIND.gguf for llama.cpp instead; its
-              path is returned.
+        gguf  True or "f16", "bf16", "q8_0", "f32": the file model-KIND.gguf for llama.cpp
+              instead; its path is returned.
         """
         from pretrained.export import export
         return export(self, folder, gguf)
