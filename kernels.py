@@ -436,10 +436,10 @@ def pack(model, limit=2**31):
     up to `limit` bytes of them. Returns the layers that were changed, for `unpack`.
 
     MKL puts a matrix in its own order for every product, which for few rows takes longer than the
-    product (V 126464, D 256, 16 rows, two threads: 26 ms in place of 7). Of one row in float32 it
-    does not, and the matrix as it is takes a fifth less time. A copy takes as long to make as three
-    products. While a layer is packed its weights must not be trained, moved or
-    copied. Compiled models keep their own products.
+    product (V 126464, D 256, 16 rows, two threads: 26 ms in place of 7). A copy takes as long to
+    make as three products. A call of oneDNN takes 25 to 45 us besides the product, so layers that
+    read the same vectors become one product, see `products`. While a layer is packed its weights
+    must not be trained, moved or copied. Compiled models keep their own products.
     """
     if PLAIN or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return []
@@ -451,21 +451,31 @@ def pack(model, limit=2**31):
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         dtypes.add(torch.bfloat16)
     changed = []
-    for linear in linear_layers(model):
-        weight = linear.weight.detach()
-        plain = type(linear.weight.data) is torch.Tensor and "forward" not in vars(linear)
-        fits = weight.device.type == "cpu" and weight.dtype in dtypes and weight.nbytes <= limit
-        if plain and fits:
-            limit -= weight.nbytes
-            linear.forward = PackedProduct(weight, linear.bias)
-            changed.append(linear)
+    for linears in linears_by_input(model):
+        size = sum(linear.weight.nbytes for linear in linears)
+        if size > limit or not all(can_pack(linear, dtypes) for linear in linears):
+            continue
+        limit -= size
+        if len(linears) == 1:
+            linears[0].forward = PackedProduct(linears[0].weight.detach(), linears[0].bias)
+        else:
+            linears[0].together = pack_together(linears)
+        changed.extend(linears)
     return changed
+
+
+def can_pack(linear, dtypes):
+    weight = linear.weight.data
+    is_packed = "forward" in vars(linear) or "together" in vars(linear)
+    on_cpu = type(weight) is torch.Tensor and weight.device.type == "cpu"
+    return on_cpu and weight.dtype in dtypes and not is_packed
 
 
 def unpack(linears):
     """Undo `pack`."""
     for linear in linears:
         vars(linear).pop("forward", None)
+        vars(linear).pop("together", None)
 
 
 @contextlib.contextmanager
@@ -478,21 +488,52 @@ def packed(model, limit=2**31):
         unpack(changed)
 
 
-def linear_layers(model):
-    """The nn.Linear layers of a model, the last one, its head, first: it is the largest."""
-    return [module for module in model.modules() if type(module) is nn.Linear][::-1]
+def linears_by_input(model):
+    """The nn.Linear layers of a model in lists of those that read the same vectors, as model.py
+    names them; the last layer alone, its head, first: it is the largest."""
+    groups = []
+    for module in model.modules():
+        for names in (("q", "k", "v"), ("gate", "up")):
+            group = [getattr(module, name, None) for name in names]
+            if all(type(linear) is nn.Linear for linear in group):
+                groups.append(group)
+    grouped = {id(linear) for group in groups for linear in group}
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    return [[linear] for linear in layers[::-1] if id(linear) not in grouped] + groups
+
+
+def products(x, *linears):
+    """[linear(x) for linear in linears], by one product if `pack` made one matrix of theirs."""
+    together = getattr(linears[0], "together", None)
+    if together is None or is_one_row(x):
+        return [linear(x) for linear in linears]
+    return together(x).split([linear.out_features for linear in linears], dim=-1)
+
+
+def pack_together(linears):
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias.detach() for linear in linears])
+    return PackedProduct(torch.cat([linear.weight.detach() for linear in linears]), bias, False)
+
+
+def is_one_row(x):
+    """Whether MKL multiplies x [..., in] by a matrix as it is in less time than oneDNN. Its product
+    of one row runs on one thread, whatever their number."""
+    one_row = x.dtype == torch.float32 and x.numel() == x.shape[-1]
+    return one_row and torch.get_num_threads() == 1
 
 
 class PackedProduct:
-    """x @ weight.T + bias, with the matrix in oneDNN's order but for one row in float32."""
+    """x @ weight.T + bias, with the matrix in oneDNN's order; keep_plain: but for a single row."""
 
-    def __init__(self, weight, bias):
-        self.plain = weight
+    def __init__(self, weight, bias, keep_plain=True):
+        self.plain = weight if keep_plain else None
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.bias = bias
 
     def __call__(self, x):
-        if x.dtype == torch.float32 and x.numel() == x.shape[-1]:
+        if self.plain is not None and is_one_row(x):
             y = torch.mv(self.plain, x.flatten())
             if self.bias is not None:
                 y = y + self.bias

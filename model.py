@@ -324,9 +324,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, visible, causal, cache=None):
         B, S, _ = x.shape
         H, G, C = self.shape
-        q = self.q(x).view(B, S, H, C)
-        k = self.k(x).view(B, S, G, C)
-        v = self.v(x).view(B, S, G, C)
+        q, k, v = kernels.products(x, self.q, self.k, self.v)
+        q, k, v = q.view(B, S, H, C), k.view(B, S, G, C), v.view(B, S, G, C)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # [B, H or G, S, C]
@@ -350,7 +349,8 @@ class MLP(nn.Module):
     def forward(self, x):
         if self.gate is None:
             return self.down(self.act(self.up(x)))
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        gate, up = kernels.products(x, self.gate, self.up)
+        return self.down(self.act(gate) * up)
 
 
 class ExpertLinear(nn.Module):

@@ -12,7 +12,7 @@ from diffusion import corrupt, mdlm_loss, weight
 from experiments.bench_model import open_attention
 from experiments.timing import ROOT, interleaved
 from kernels import packed
-from model import Transformer
+from model import Config, Transformer
 from pretrained.hub import find_checkpoint
 from sampling.engine import generate
 
@@ -21,19 +21,32 @@ PROMPT = 64         # tokens
 T = 256             # of a training step
 MASK = 0            # a token that no text holds, "<|endoftext|>", stands for the mask
 
+# SmolLM2's layers and heads around small matrices: what a token costs besides its products, which
+# other work on the machine disturbs less.
+THIN = Config(family="llama", vocab_size=49152, dim=64, n_layers=30, n_heads=9, n_kv_heads=3,
+              head_dim=64, hidden_dim=64, causal=True, qk_norm=False, tie_embeddings=True)
+
 
 def real(part="all", tokens="128", rounds="3", batch_sizes="1,8", dtype="float32", llama_bench=""):
-    """SmolLM2-135M, 64 + 128 tokens greedily, batch 1 and 8, against transformers' generate; a
-    training step, T 256, against dLLM's loss there; `real sample|step`, --tokens=N, --rounds=N,
-    --batch_sizes=1,8, --dtype=bfloat16, --llama_bench=FILE for llama.cpp's own figures beside."""
+    """SmolLM2-135M, 64 + 128 tokens greedily, batch 1 and 8, against transformers' generate; the
+    same of a thin model; a training step, T 256, against dLLM's loss there; `real
+    sample|thin|step`, --tokens=N, --rounds=N, --batch_sizes=1,8, --dtype=bfloat16,
+    --llama_bench=FILE for llama.cpp's own figures beside."""
     tokens, rounds, dtype = int(tokens), int(rounds), getattr(torch, dtype)
     sizes = [int(size) for size in batch_sizes.split(",")]
+    if part in ("all", "thin"):
+        model = Transformer(THIN).init_weights(0).to(dtype).eval()
+        theirs = in_transformers(model, dtype)
+        for size in sizes:
+            sample_real("thin model", model, theirs, size, tokens, rounds)
+    if part == "thin":
+        return
     model = Transformer.from_pretrained(CHECKPOINT, dtype=dtype).eval()
     model.config.set_ends([])                           # all write as many tokens
     theirs = in_transformers(model, dtype)
     if part in ("all", "sample"):
         for size in sizes:
-            sample_real(model, theirs, size, tokens, rounds)
+            sample_real("SmolLM2", model, theirs, size, tokens, rounds)
         if llama_bench:
             print_llama(llama_bench, tokens, dtype)
     if part in ("all", "step"):
@@ -59,7 +72,7 @@ def real_tokens(count, length):
 
 
 @torch.inference_mode()
-def sample_real(model, theirs, batch_size, tokens, rounds):
+def sample_real(name, model, theirs, batch_size, tokens, rounds):
     """Decoding; in float32 the tokens are compared."""
     prompts = real_tokens(batch_size, PROMPT)
     visible = torch.ones_like(prompts)
@@ -79,7 +92,7 @@ def sample_real(model, theirs, batch_size, tokens, rounds):
     if model.embed.weight.dtype == torch.float32:
         assert same == batch_size, f"the tokens of {batch_size - same} rows differ"
     mine, yardstick, total = times["ours"], times["theirs"], batch_size * tokens
-    print(f"batch {batch_size}, {PROMPT} + {tokens} tokens: transformers "
+    print(f"{name}, batch {batch_size}, {PROMPT} + {tokens} tokens: transformers "
           f"{total / yardstick.wall:7.2f} tokens/s, ours {total / mine.wall:7.2f}, "
           f"{yardstick.wall / mine.wall:5.2f} x ({yardstick.cpu / mine.cpu:.2f} in CPU time; goal "
           f"2), {same} of {batch_size} rows equal", flush=True)
