@@ -130,7 +130,7 @@ QUIET = (
         "{A} went {P:to} to {T:use} {T}.",
         "One morning {A} carried {T} {P:to}.",
         "{A} put {T} into a bag and walked {P:to}.",
-        "{A} wanted to {T:use} {T}, so {A} went {P:to}."), weight=3),
+        "In the morning {A} ran {P:to} with {T}."), weight=3),
 )
 
 WISHES = (
@@ -277,7 +277,7 @@ WRONGS = (
         "But {B} was not careful and broke {T}.",
         "{B} dropped {T}, and it broke in two.",
         "Then {B} sat down on {T} and broke it.",
-        "{B} wanted to {T:use} {T}, but it broke in {B:his} hands."),
+        "{B} did not take care, and {T} broke in {B:his} hands."),
         moods=("A sad: {B} had broken {T}",
                "B sorry: {B} had broken {T}"), weight=5),
     Event("vow", "plot", "B wronged A T, T broken, A with B, not B vowed A T", "B vowed A T", (
@@ -304,7 +304,7 @@ MISHAPS = (
         "But {A} was not careful and broke {T}.",
         "Then {A} dropped {T}, and it broke in two.",
         "But {T} fell out of {A:his} hands and broke.",
-        "{A} wanted to {T:use} {T}, but it broke."),
+        "By mistake {A} sat down on {T} and broke it."),
         moods=("A sad: {T:the} was broken",), weight=0.45),
     Event("mend_own", "plot", "T broken, A has T, A owns T", "no T broken", (
         "{A} took some glue and mended {T}.",
@@ -354,7 +354,7 @@ LOSSES = (
         moods=("A sad: the wind had taken {T} away",), weight=8),
     Event("miss", "plot", "A lost T, not A missed T", "A missed T", (
         "Soon {A} saw that {T} was gone.",
-        "{A} wanted to {T:use} {T}, but it was gone.",
+        "{A} opened {A:his} bag, but {T} was not there.",
         "\"Where is my {T:noun}?\" asked {A:name}.",
         "Then {A} noticed that {A} no longer had {T}.",
         "\"{T:The} is gone!\" shouted {A:name}."),

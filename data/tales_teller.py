@@ -12,7 +12,18 @@ from data.files import hash_fraction
 from data.tales_machine import START, after, options
 from data.tales_scene import Scene, make_tale
 from data.tales_sentences import capitalised, pattern, roles_of, spell
-from data.tales_world import ADJECTIVES, ANIMALS, BOYS, COLOURS, GENDER, GIRLS, PLACES, THINGS
+from data.tales_world import (
+    ADJECTIVES,
+    ANIMALS,
+    BOYS,
+    COLOURS,
+    GENDER,
+    GIRLS,
+    LOUD,
+    PLACES,
+    THINGS,
+    TOYS,
+)
 
 SENTENCES = (4, 10)         # fewest and most sentences of a tale
 MAX_PIECES = 118            # words and punctuation marks of a tale at most
@@ -191,7 +202,7 @@ class Teller:
         pronouns = []
         for role, gender in zip(persons, genders):
             letter = letters[role]
-            if self.counts[letter] > 1 and chance() < 0.6 and scene.referent(gender) == letter:
+            if self.counts[letter] > 1 and chance() < 0.3 and scene.referent(gender) == letter:
                 pronouns.append(role)
         they = "{AB}" in way and chance() < 0.7 and scene.may_say_they(letters)
         forms = tuple(self.choose_form(letters[role]) for role in things)
@@ -243,10 +254,12 @@ class Teller:
 
 def choose_words(rng):
     """{letter: word} for all letters that may come up, and "C", a new colour for the thing t. The
-    two persons are a girl and a boy: of two girls a small model does not learn who is who."""
+    two persons are a girl and a boy, and of two things one is loud: two of a kind are hard to tell
+    apart for a small model (docs/training.md)."""
     both = [*pick(GIRLS, 1, rng), *pick(BOYS, 1, rng)]
     words = dict(zip("ab", pick(both, 2, rng)))
-    for letter, noun in zip("tu", pick(NOUNS, 2, rng)):
+    things = [*pick(tuple(TOYS), 1, rng), *pick(tuple(LOUD), 1, rng)]
+    for letter, noun in zip("tu", pick(things, 2, rng)):
         words[letter] = (noun, *pick(ADJECTIVES, 1, rng))
     words |= zip("pqr", pick(PLACE_NAMES, 3, rng))
     words["x"], = pick(ANIMALS, 1, rng)

@@ -1,7 +1,7 @@
 """How good are the tales of a model? Numbers that need no judge: data/tales.py reads them.
 
     python experiments/tales.py rules CHECKPOINT [N=64]
-        sentences in the grammar, consistent tales, variety: by rule and temperature
+        sentences in the grammar, consistent tales, variety: by rule, blocks and temperature
     python experiments/tales.py steps CHECKPOINT [N=64]
         the same by number of steps  -> docs/tales_steps.png
     python experiments/tales.py minutes OUT MINUTES,... [SEED,...]
@@ -17,6 +17,7 @@ N texts each, written together behind an end of text; seeds are 0 if not given. 
 by its standard error. Variety is the entropy of names, things and events over that of as many tales
 of the data: far below 1 the rule repeats itself. Steps are one a token unless they vary.
 """
+import itertools
 import math
 import random
 import sys
@@ -38,6 +39,7 @@ from sampling.sampler import Sampler  # noqa: E402
 
 RULES = ("random", "low_confidence", "margin", "entropy")
 TEMPERATURES = (0.5, 0.7, 1.0)
+BLOCK_LENGTHS = (0, 8)      # tokens written together from left to right; 0: all
 STEPS = (127, 64, 32, 16, 8, 4)
 FAR = 24            # tokens to the nearest other mention: near below, far from here on
 
@@ -92,10 +94,12 @@ def standard_error(share, count):
 
 def rules(checkpoint, count="64"):
     sampler = Sampler.load(checkpoint)
-    for remasking in RULES:
+    for remasking, block_length in itertools.product(RULES, BLOCK_LENGTHS):
         for temperature in TEMPERATURES:
-            found = score(write(sampler, int(count), remasking=remasking, temperature=temperature))
-            print(f"{remasking:15} T {temperature:.1f}   {found}", flush=True)
+            found = score(write(sampler, int(count), remasking=remasking, temperature=temperature,
+                                block_length=block_length))
+            blocks = f"in blocks of {block_length}" if block_length else "all at once"
+            print(f"{remasking:15} {blocks:15} T {temperature:.1f}   {found}", flush=True)
 
 
 def steps(checkpoint, count="64"):

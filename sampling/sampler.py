@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data import sudoku
 from data.tokenizer import Tokenizer
-from diffusion import canvas_mask_id
+from diffusion import canvas_mask_id, own_block_length
 from model import Transformer
 from pretrained.hub import find_checkpoint, tokenizer_folder
 from sampling.engine import generate, infill
@@ -281,8 +281,10 @@ class Sampler:
                              "or task that fills masks")
         s = {**NOT_USED, **settings}
         arguments = {} if gaps else {"max_new_tokens": count}
-        arguments["steps"] = s["steps"] or count                # one token a step
-        arguments["block_length"] = s["block_length"] or (None if gaps else count)  # all at once
+        block_length = self.choose_block_length(s, count, gaps, chat)
+        arguments["block_length"] = block_length
+        size = own_block_length(self.config, block_length) or 1
+        arguments["steps"] = s["steps"] or count + -count % size    # the last block counts whole
         if self.config.blocks_from_start:       # its own; the first and the last block count whole
             arguments["block_length"] = s["block_length"] or self.config.block_length
             if not s["steps"]:
@@ -302,11 +304,26 @@ class Sampler:
         return arguments
 
     def samples_freely(self, gaps, chat):
-        """Whether "auto" means sampling in random order, outside of chats: small models, as
-        train_scratch.py makes them, repeat themselves when greedy. But of a puzzle the most
-        probable solution is wanted."""
+        """Whether "auto" means drawing tokens, outside of chats: small models, as train_scratch.py
+        makes them, repeat themselves when greedy. But of a puzzle the most probable solution is
+        wanted."""
         is_puzzle = self.grid is not None and gaps
         return self.config.family == "unmask" and not chat and not is_puzzle
+
+    def tells(self, s, gaps, chat):
+        """Whether a small model of texts writes as it does best: the surest words first. Some
+        settings need the probability of a token; a grid, too, where one wrong digit spoils all."""
+        asking = ("threshold", "factor", "entropy_bound", "alg_temp", "defer")
+        asks = self.grid is not None or any(s[name] for name in asking)
+        return self.samples_freely(gaps, chat) and s["remasking"] == "auto" and not asks
+
+    def choose_block_length(self, s, count, gaps, chat):
+        """A number of tokens; None: all gaps at once."""
+        if s["block_length"] or gaps:
+            return s["block_length"] or None
+        if self.tells(s, gaps, chat) and not s["steps"]:
+            return min(8, count)
+        return count
 
     def choose_temperature(self, s, gaps, chat):
         if s["temperature"] == "auto":
@@ -322,12 +339,7 @@ class Sampler:
             return s["remasking"]
         if s["remask"]:
             return "ancestral"
-        # These need a rule that asks the model; so does a grid, where one wrong digit spoils all.
-        asking = ("threshold", "factor", "entropy_bound", "alg_temp", "defer")
-        asks = self.grid is not None or any(s[name] for name in asking)
-        if self.samples_freely(gaps, chat) and not asks:
-            return "random"
-        return "low_confidence"
+        return "entropy" if self.tells(s, gaps, chat) else "low_confidence"
 
     def choose_cache(self, s):
         if s["cache"] in ("none", ""):

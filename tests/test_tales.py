@@ -437,7 +437,7 @@ def test_variety_counts_what_tales_are_about(told):
     texts = [tale.text for tale in told[:300]]
     whole = variety(texts)
     assert whole["names"] == pytest.approx(2.99, abs=0.05)      # 20 names, ln 20 = 2.996
-    assert whole["things"] == pytest.approx(3.02, abs=0.06)     # 20 things
+    assert whole["things"] == pytest.approx(3.0, abs=0.1)       # 20 things
     assert whole["events"] > 3.5
     one = variety(texts[:1] * 50)
     assert all(one[kind] < whole[kind] for kind in whole)
