@@ -244,11 +244,24 @@ def init_process(device="auto", threads=0):
         # When a process dies the others see a closed connection at once; when one hangs they wait
         # this long for it. torch sets an exception hook that would take away what ours writes.
         hook, backend = sys.excepthook, "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT_S))
+        dist.init_process_group(backend, store=store_of_this_start(), rank=rank,
+                                world_size=world_size,
+                                timeout=datetime.timedelta(seconds=TIMEOUT_S))
         sys.excepthook = hook
         global patient
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=4))
     return torch.device(device), rank, world_size
+
+
+def store_of_this_start():
+    """Where the processes of a run leave their addresses for each other.
+
+    torchrun keeps one store for all starts of a job (--max_restarts). So that no process looks up
+    the address of one that has died, each start has keys of its own in it.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"start {start}", store)
 
 
 def choose_device(device):

@@ -38,7 +38,7 @@ from training.blocks import block_length_at, parse_schedule
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
-from training.state import make_folder
+from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
 # run
@@ -119,7 +119,8 @@ if objective == "bd3lm" and (anneal_steps or padding != "eos"):
                      "to the right of itself anyway")
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
-make_folder(out_dir)                # fail early if it cannot be written to
+folder = make_folder(out_dir)       # fail early if it cannot be written to
+settings["resume"] = resume = resumes(resume, folder)
 sharded = fsdp and world_size > 1
 if sharded and optimizer == "muon":
     raise ValueError("muon needs whole matrices: take --fsdp=False or --optimizer=adamw")

@@ -107,6 +107,8 @@ class Config:
     edits_before_norm: bool = False     # they read what comes before the last norm (dLLM's encoder)
     edit_schedule: str = "linear"   # kappa_t that they were trained with (edits.py)
     edit_masks: int = 0             # masks that a text to be written begins with
+    delete_token_id: int | None = None      # of a model that edits by tokens (edits.Orders): what
+    insert_token_id: int | None = None      # stands here goes; a mask comes before it (LLaDA2.2)
     time_features: int = 0          # sines and cosines of t that the model is told; 0: not told t
     mask_token_id: int | None = None
     eos_token_id: int | None = None
@@ -132,9 +134,10 @@ class Config:
                              f"be even, got {self.time_features}")
         if self.n_experts:
             self.check_experts()
-        if self.mask_token_id is not None and self.mask_token_id >= self.vocab_size:
-            raise ValueError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of "
-                             f"{self.vocab_size}")
+        for name in ("mask_token_id", "delete_token_id", "insert_token_id"):
+            token = getattr(self, name)
+            if token is not None and token >= self.vocab_size:
+                raise ValueError(f"{name} {token} is outside the vocabulary of {self.vocab_size}")
         self.check_ends()
 
     def check_experts(self):

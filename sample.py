@@ -87,10 +87,11 @@ device, *_ = common.init_process(device, threads)
 # ---- model ---------------------------------------------------------------------------------------
 sampler = Sampler.load(checkpoint, device, common.weights_dtype(device, dtype), adapter,
                        weights)
-if edit and not sampler.config.edits:
+edits = sampler.edits or bool(edit) and sampler.config.edit_threshold is not None
+if edit and not edits:
     raise ValueError(f"{checkpoint} fills masks and cannot edit a text: --edit is for models of "
                      "train_edits.py")
-if (chat or serve) and sampler.config.edits:
+if (chat or serve) and sampler.edits:
     raise ValueError(f"{checkpoint} edits texts: it takes --prompt, --infill and --edit, neither "
                      "--chat nor --serve")
 if chat and sampler.grid is not None:
@@ -118,7 +119,7 @@ def read(text):
         raise ValueError(f"{name} is not UTF-8 at byte {error.start}") from None
 
 
-if sampler.config.edits:
+if edits:
     from sampling.editing import edit_and_show
     edit_and_show(sampler, settings, read)
     sys.exit()

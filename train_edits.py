@@ -6,8 +6,13 @@ what rate each position is substituted, deleted, or followed by something new, a
 there (Edit Flows, arXiv 2506.09018; the mathematics stands in edits.py). The transformer is that of
 the other recipes with three heads, of random weights or with those of a model of masks.
 
+--editing chooses among three ways. The two others keep the single head of a model of masks, which
+learns to say what shall stand at each position of a block: another token (replace, LLaDA2.1), or
+also that a token goes or that something is missing before it (tokens, LLaDA2.2).
+
     python train_edits.py                                 minutes on a CPU or a GPU, no network
     python train_edits.py --source=nothing                writing alone, no repairs
+    python train_edits.py --editing=tokens                insert and delete tokens, LLaDA2.2's
     python train_edits.py --init_from=out/scratch         a model of masks learns to edit
     python train_edits.py --init_from=GSAI-ML/LLaDA-8B-Base --source=masks --num_masks=128
     torchrun --nproc_per_node=4 train_edits.py --dataset=tinystories --max_minutes=60
@@ -26,19 +31,20 @@ from data.documents import Documents
 from data.loader import TokenDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from diffusion import sample_t
+from diffusion import nelbo, sample_t
 from edits import (FLOW_SCHEDULES, SOURCES, SourceSettings, align_answer, edit_loss, edit_nelbo,
-                   stack)
+                   fit, label_loss, orders_of, spoiled, stack)
 from model import Config, Transformer
-from pretrained.editing import become_editor
+from pretrained.editing import become_corrector, become_editor
 from pretrained.export import save
 from pretrained.hub import model_folder
+from sampling.correcting import correct
 from sampling.rewriting import rewrite
 from training.ahead import Ahead
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
-from training.state import make_folder
+from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
 # run
@@ -62,9 +68,12 @@ n_heads = 8 if _on_gpu else 4       # attention heads
 dim = 512 if _on_gpu else 192       # width
 seq_len = 512 if _on_gpu else 128   # tokens of a document at most; longer ones are cut
 # edits
+editing = "flows"           # flows (Edit Flows), tokens (LLaDA2.2), replace (LLaDA2.1)
 source = "mixed"            # x_0: nothing, masks, damage, gap; mixed: nothing, damage or gap
 num_masks = 32              # of source masks, however long the text is
 max_damage = 8              # random edits at most of source damage
+edit_threshold = 0.5        # of tokens, replace: sample.py edits where the model is surer than this
+# of flows
 schedule = "cubic"          # kappa_t: linear, cubic (dLLM), cube (t^3, Edit Flows), cosine
 time_features = 64          # sines and cosines of t that the model is told; 0: not told (dLLM)
 max_weight = 20.0           # the loss weight is clipped here, the NELBO is not; 0: no clipping
@@ -100,19 +109,25 @@ common.check(
     positive=["learning_rate", "embedding_lr", "muon_lr"],
     not_negative=["time_features", "max_weight", "weight_decay", "grad_clip", "warmup", "max_steps",
                   "max_minutes", "eval_interval", "sample_tokens"],
-    source=list(SOURCES), schedule=list(FLOW_SCHEDULES),
+    editing=["flows", "tokens", "replace"], source=list(SOURCES), schedule=list(FLOW_SCHEDULES),
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):
     raise ValueError("max_steps and max_minutes are both 0: say when to stop")
 if is_chat(dataset):
     raise ValueError(f"{dataset} holds conversations, and this recipe learns from whole texts: "
                      "finetune_llada.py takes it")
+if not 0 <= edit_threshold <= 1:
+    raise ValueError(f"edit_threshold must be between 0 and 1, got {edit_threshold}")
+for name in ("schedule", "time_features", "max_weight", "per_token"):
+    if editing != "flows" and common.given(name, None) is not None:
+        raise ValueError(f"{name} is of --editing=flows: {editing} knows no time and no rates")
 if seq_len < 2:
     raise ValueError(f"seq_len must be at least 2, a token to begin with and one of text, got "
                      f"{seq_len}")
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
-make_folder(out_dir)                # fail early if it cannot be written to
+folder = make_folder(out_dir)       # fail early if it cannot be written to
+settings["resume"] = resumes(resume, folder)
 
 # ---- data ----------------------------------------------------------------------------------------
 base = None
@@ -128,21 +143,28 @@ roles = [text.bos_token_id, text.eos_token_id]
 first = next((token for token in roles if token is not None), None)     # stands before every text
 if first is None:
     raise ValueError(f"the tokenizer of {init_from} has no token to begin a text with (bos or eos)")
+if editing != "flows" and (text.eos_token_id is None or data.mask_token_id is None):
+    raise ValueError(f"the tokenizer of {init_from} has no end of text or no mask to fill a block "
+                     "with: take --editing=flows")
 documents = Documents(data, first, seq_len)
 special = set(text.backend.get_added_tokens_decoder())
 alphabet = [token for token in range(data.vocab_size) if token not in special]
 how = SourceSettings(alphabet, data.mask_token_id, num_masks, max_damage)
-val_source = "nothing" if source == "mixed" else source     # what the bound is measured from
+val_source = "nothing" if source == "mixed" else source     # what a flow's bound is measured from
 
 
 def pair(x_1, name, *numbers):
-    """The alignment of a text with one to begin with, drawn from a stream of its own."""
+    """The alignment (z_0, z_1) of a text with one to begin with, or the block (x_t, labels) that it
+    becomes where tokens are edits; drawn from a stream of its own."""
     rng = random.Random(common.seed_for("source", seed, *numbers))
-    return align_answer(SOURCES[name](x_1, rng, how), x_1, prompt_len=1)
+    if editing == "flows":
+        return align_answer(SOURCES[name](x_1, rng, how), x_1, prompt_len=1)
+    return spoiled(x_1, name, rng, how, seq_len, text.eos_token_id, orders)
 
 
 def pairs_of_step(step):
-    """(z_0, z_1) of each micro-step of this process. Prepared beside the step before."""
+    """The pairs of each micro-step of this process, two tensors [B, Z]. Prepared beside the step
+    before."""
     found = []
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
@@ -154,25 +176,31 @@ def pairs_of_step(step):
 
 slices = grad_accum * world_size                    # of a step, batch_size documents each
 val_texts = documents.some("val", max(eval_tokens, final_eval_tokens))
-val_pairs = stack([pair(x_1, val_source, i, i) for i, x_1 in enumerate(val_texts)])     # [N, Z]
 
 # ---- model ---------------------------------------------------------------------------------------
+masks_to_begin = num_masks if source == "masks" else 0
 if base is None:
-    config = Config(
+    fields = dict(
         vocab_size=data.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads,
         max_len=2 * seq_len, mask_token_id=data.mask_token_id, eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id, edits=True,
-        edit_schedule=schedule, edit_masks=num_masks if source == "masks" else 0,
-        time_features=time_features)
-    model = Transformer(config).init_weights(seed).to(device)
+        pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id)
+    if editing == "flows":
+        fields |= dict(edits=True, edit_schedule=schedule, edit_masks=masks_to_begin,
+                       time_features=time_features)
+    model = Transformer(Config(**fields)).init_weights(seed)
+elif editing == "flows":
+    model = become_editor(base, schedule, time_features, masks_to_begin, seed)
+    longest = model.config.max_len
+    if 2 * seq_len > longest:                       # on its way a text may be as long as both ends
+        raise ValueError(f"{init_from} has a context of {longest} tokens, and texts grow to twice "
+                         f"seq_len {seq_len}: take --seq_len={longest // 2}")
+    model.head.requires_grad_(not model.config.keeps_head)
 else:
-    masks_to_begin = num_masks if source == "masks" else 0
-    model = become_editor(base, schedule, time_features, masks_to_begin, seed).to(device).train()
-    config = model.config
-    if 2 * seq_len > config.max_len:                # on its way a text may be as long as both ends
-        raise ValueError(f"{init_from} has a context of {config.max_len} tokens, and texts grow to "
-                         f"twice seq_len {seq_len}: take --seq_len={config.max_len // 2}")
-    model.head.requires_grad_(not config.keeps_head)
+    model = base
+if editing != "flows":
+    model = become_corrector(model, seq_len, edit_threshold, has_orders=editing == "tokens")
+model, config = model.to(device).train(), model.config
+orders = orders_of(config)
 if compile:
     model.compile_blocks()
 
@@ -180,9 +208,9 @@ if compile:
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay,
                              embedding_lr if base is None else None)
 must_match = {name: settings[name] for name in (
-    "init_from", "n_layers", "n_heads", "dim", "seq_len", "source", "num_masks", "max_damage",
-    "schedule", "time_features", "per_token", "tokenizer", "optimizer", "weight_decay", "beta2",
-    "seed")}
+    "init_from", "n_layers", "n_heads", "dim", "seq_len", "editing", "source", "num_masks",
+    "max_damage", "schedule", "time_features", "per_token", "tokenizer", "optimizer",
+    "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
 
@@ -201,12 +229,26 @@ def evaluate(tokens):
     """(NELBO, standard error, bytes per token) on so many validation tokens, always with the same
     times and edits: of texts out of nothing, a bound on -log p(text) as the other recipes have it,
     the length included. The processes divide the passes."""
-    count = len(documents.some("val", tokens))
-    z_0, z_1 = val_pairs[0][:count], val_pairs[1][:count]
+    texts = val_texts[:len(documents.some("val", tokens))]
     model.eval()
-    value, error = edit_nelbo(model, z_0, z_1, seed=seed, run_passes=common.share)
+    if editing == "flows":
+        pairs = stack([pair(x_1, val_source, i, i) for i, x_1 in enumerate(texts)])     # [N, Z]
+        value, error = edit_nelbo(model, *pairs, seed=seed, run_passes=common.share)
+    else:
+        value, error = block_nelbo(texts)
     model.train()
     return value, error, data.bytes_per_token("val")
+
+
+def block_nelbo(texts):
+    """The bound of masks on whole blocks, (nats per token of their texts, standard error)."""
+    end = text.eos_token_id
+    blocks = torch.tensor([fit(x_1 + [end], seq_len, end) for x_1 in texts])            # [N, L]
+    written = torch.arange(seq_len).expand(blocks.shape) > 0            # all but the first token
+    value, error = nelbo(model, blocks.to(device), seed=seed, maskable=written,
+                         run_passes=common.share)
+    positions_per_token = int(written.sum()) / sum(map(len, texts))
+    return value * positions_per_token, error * positions_per_token
 
 
 def show_sample():
@@ -214,12 +256,13 @@ def show_sample():
     x_1 = val_texts[run.step % len(val_texts)]
     rng = random.Random(run.step)
     begins = [[first] + [config.mask_token_id] * config.edit_masks,
-              SOURCES["damage"](x_1, rng, how)]
+              SOURCES["damage"](x_1, rng, how)[:seq_len]]
     model.eval()
+    edit = rewrite if editing == "flows" else correct
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")             # a young model lets texts grow without end
-        written, repaired = rewrite(model, begins, sample_tokens, [1, 1], temperature=0.7,
-                                    seed=run.step)
+        written, repaired = edit(model, begins, sample_tokens, [1, 1], temperature=0.7,
+                                 seed=run.step)
     model.train()
     shown = [text.decode(ids, skip_special_tokens=True) for ids in (written, begins[1], repaired)]
     run.say(f"step {run.step}: {shown[0]!r}\n  repair: {shown[1]!r} -> {shown[2]!r}")
@@ -230,6 +273,9 @@ def show_sample():
 # and takes its slices: the result does not depend on how many processes share the work.
 G = slices * batch_size                             # documents of a step
 Z = 2 * seq_len + max_damage + num_masks            # columns of an alignment at most
+divisor = grad_accum
+if editing == "flows" and not per_token:
+    divisor *= seq_len      # nats a text are made nats a token of a full one: grad_clip suits those
 ahead = Ahead(pairs_of_step)
 run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data.train):,} training "
         f"tokens, edits from {source} on {device}")
@@ -249,15 +295,17 @@ while run.goes_on():
     t = 1 - sample_t((G,), noise)                   # 0: x_0, 1: x_1                        [G]
     u = torch.rand((G, Z), generator=noise)         # which columns are edited at t         [G, Z]
     tokens = 0
-    for micro_step, (z_0, z_1) in enumerate(ahead(run.step)):
+    for micro_step, pairs in enumerate(ahead(run.step)):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
-        z_0, z_1 = z_0.to(device), z_1.to(device)                                       # [B, Z]
+        before, after = pairs[0].to(device), pairs[1].to(device)                        # [B, Z]
         with autocast:
-            loss = edit_loss(model, z_0, z_1, t[rows], u[rows, :z_0.shape[1]], schedule,
-                             max_weight, per_token)
-        # Nats a text are made nats a token of a full one: a size that grad_clip suits.
-        (loss.loss / (grad_accum if per_token else grad_accum * seq_len)).backward()
+            if editing == "flows":
+                loss = edit_loss(model, before, after, t[rows], u[rows, :before.shape[1]],
+                                 schedule, max_weight, per_token)
+            else:
+                loss = label_loss(model, before, after)
+        (loss.loss / divisor).backward()
         run.count(loss)
         tokens += loss.count
     average_gradients(model)                        # over the processes

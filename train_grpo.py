@@ -44,7 +44,7 @@ from training.optimizers import (average_gradients, clip_gradients, make_optimiz
                                  set_learning_rate)
 from training.reward_run import RewardRun
 from training.sharding import check_ranks_agree
-from training.state import make_folder
+from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
 # run
@@ -140,6 +140,7 @@ if prompts * group_size % world_size:
     raise ValueError(f"{prompts} x {group_size} answers do not divide among {world_size} processes")
 check_target("out_dir", out_dir, init_from)
 folder = make_folder(out_dir)
+settings["resume"] = resume = resumes(resume, folder)
 if (folder / ("config.json" if lora_rank else "adapter_model.safetensors")).exists():
     raise ValueError(f"{out_dir} holds {'a model' if lora_rank else 'an adapter'} of another run, "
                      "which this one could be mistaken for: choose another out_dir")

@@ -1,24 +1,38 @@
 """What does a model that edits do with tales? Numbers that need no judge: data/tales.py reads them.
 
-    python experiments/edits.py repair CHECKPOINT [N=200] [STEPS=64]
-        held-out tales with k random edits: how many come back word for word, how many hold together
-    python experiments/edits.py gaps CHECKPOINT MASKS [N=200]
+    python experiments/edits.py train OUT [WAY,...] [--minutes=20] [--threads=1] [--seed=1337]
+        train_edits.py for each way of editing, `flows`, `blind` (flows that are not told the time)
+        `tokens` and `replace`, into OUT/WAY; --minutes=20 --threads=2 is the recipe's default run
+    python experiments/edits.py repair OUT [--count=200] [--steps=64] [--minutes=20]
+        held-out tales with k random edits: how many come back word for word, how many hold
+        together                                                        -> docs/edits_repair.png
+    python experiments/edits.py gaps OUT MASKS [--count=200] [--steps=64] [--minutes=20]
         a sentence is missing, and nothing says how long it was; beside it MASKS, a model that fills
-        masks, with as many as it had, with two more and with two fewer
-    python experiments/edits.py lengths CHECKPOINT [N=200] [STEPS,...=8,16,32,64,128]
+        masks, with as many as it had, with two more and with two fewer   -> docs/edits_gaps.png
+    python experiments/edits.py lengths OUT [--count=200] [--steps=8,16,32,64,128] [--minutes=20]
         out of nothing: lengths against the data's, and tales that hold together, by passes
-    python experiments/edits.py schedules CHECKPOINT [N=200]
+                                                                        -> docs/edits_lengths.png
+    python experiments/edits.py schedules OUT [--count=200] [--steps=64] [--minutes=20]
         repairs of three edits with the schedule that was trained and with others: dLLM samples with
-        the linear one, whatever was trained
+        the linear one, whatever was trained                          -> docs/edits_schedules.png
     python experiments/edits.py speed [ROUNDS=9] [--threads=N]
-        an alignment of 1,024 tokens; a training step against one of masks, in turns
+        an alignment and a common subsequence of 1,024 tokens; a training step against one of masks,
+        in turns
 
-Shares are followed by their standard errors. CHECKPOINT is a folder of train_edits.py; with and
-without --time_features, or of another --source, they are compared by their folders.
+OUT is a folder with a folder for each way. A way that is trained is not trained again, one that was
+killed goes on. Each point that is measured becomes a line of OUT/repair.jsonl and so on; one that
+has a line of the same sizes is not measured again, and after --minutes no other is begun, so that
+the same command goes on later. Pictures of fewer than 100 tales stay in OUT. Shares are followed by
+their standard errors.
 """
+import functools
+import inspect
+import json
 import random
 import statistics
+import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -30,35 +44,151 @@ import torch  # noqa: E402
 
 from data.tales import check, tell  # noqa: E402
 from diffusion import mdlm_loss  # noqa: E402
-from edits import SOURCES, SourceSettings, align, damaged, edit_loss, stack  # noqa: E402
+from edits import (  # noqa: E402
+    SOURCES,
+    Orders,
+    SourceSettings,
+    align,
+    common_tokens,
+    damaged,
+    edit_loss,
+    label_loss,
+    spoiled,
+    stack,
+)
+from experiments.conversions import rows_of  # noqa: E402
+from experiments.results import is_done  # noqa: E402
 from experiments.tales import gaps as find_gaps  # noqa: E402
 from experiments.tales import standard_error  # noqa: E402
 from experiments.timing import interleaved, machine, timed  # noqa: E402
 from model import Config, Transformer  # noqa: E402
-from sampling.editing import begun, canvas_with_gaps  # noqa: E402
-from sampling.rewriting import rewrite  # noqa: E402
+from sampling.editing import Canvas, begun, canvas_with_gaps, edit, with_masks  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
 
+WAYS = {        # settings of train_edits.py
+    "flows": [],
+    "blind": ["--time_features=0"],
+    "tokens": ["--editing=tokens"],
+    "replace": ["--editing=replace"],
+}
 EDITS = (1, 2, 3, 5, 8)
 WRONG_BY = (0, 2, -2)       # masks more than the sentence had tokens
 SCHEDULES = ("linear", "cubic", "cube", "cosine")
+TELLING = 100               # tales at least for a picture in docs/
+
+# --------------------------------------------------------------------------------------------------
+# Training
 
 
-def share(flags):
-    """A share and its standard error, as text."""
-    value = sum(flags) / len(flags)
-    return f"{value:.3f} +- {standard_error(value, len(flags)):.3f}"
+def train(out, ways="", minutes="20", threads="1", seed="1337", *settings):
+    """settings: further ones of train_edits.py."""
+    for way in ways.split(",") if ways else WAYS:
+        if way not in WAYS:
+            raise ValueError(f"no way of editing called {way!r}: there are {', '.join(WAYS)}")
+        folder = Path(out, way)
+        command = [sys.executable, str(ROOT / "train_edits.py"), f"--out_dir={folder}",
+                   f"--max_minutes={minutes}", f"--threads={threads}", f"--seed={seed}",
+                   *WAYS[way], *settings]
+        if (folder / "train_state.pt").exists():
+            command.append("--resume=True")
+        if not is_done(folder):
+            subprocess.run(command, cwd=ROOT, check=True)
 
 
-def edited(sampler, rows, steps, temperature=0.0, schedule=None, **how):
-    """(texts, forward passes) of `rewrite`."""
+def trained(out):
+    """{way: its Sampler} of what `train` left in OUT. Raises FileNotFoundError if that is
+    nothing."""
+    folders = {way: Path(out, way) for way in WAYS}
+    found = {way: folder for way, folder in folders.items() if (folder / "config.json").exists()}
+    if not found:
+        raise FileNotFoundError(f"{out} holds no model: python experiments/edits.py train {out}")
+    return {way: Sampler.load(folder) for way, folder in found.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Points: what is measured, each once
+
+
+def measured(path, points, minutes):
+    """The rows, dicts, of `points`, {name: function() -> dict}: those that the .jsonl file `path`
+    has, and the others, which are measured and written there until `minutes` are over."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {row["point"]: row for row in rows_of(path)}
+    began, left = time.perf_counter(), 0
+    for name, measure in points.items():
+        if name not in found and time.perf_counter() - began < 60 * minutes:
+            found[name] = {"point": name, **measure()}
+            with path.open("a") as file:
+                file.write(json.dumps(found[name]) + "\n")
+        if name in found:
+            print(f"{name}: {told(found[name])}", flush=True)
+        else:
+            left += 1
+    if left:
+        print(f"{left} points are left: the same command goes on with them", flush=True)
+    return [found[name] for name in points if name in found]
+
+
+def told(row):
+    """The figures of a row, as text."""
+    parts = []
+    for name, value in row.items():
+        if isinstance(value, float) and f"{name}_error" in row:
+            parts.append(f"{name} {value:.3f} +- {row[name + '_error']:.3f}")
+        elif isinstance(value, float) and not name.endswith("_error"):
+            parts.append(f"{name} {value:.3f}")
+        elif isinstance(value, int):
+            parts.append(f"{name} {value}")
+    return ", ".join(parts)
+
+
+def shares(**flags):
+    """{name: share of true ones, name_error: its standard error} of lists of flags."""
+    row = {}
+    for name, values in flags.items():
+        row[name] = sum(values) / len(values)
+        row[f"{name}_error"] = standard_error(row[name], len(values))
+    return row
+
+
+def draw(out, name, rows, x, figures, xlabel, count, **axis):
+    """A line for each way and each of `figures`, names of shares, over the rows' `x`."""
+    if not rows:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
+        mine = [row for row in rows if row["way"] == way]
+        for style, one in zip(("-o", "--s"), figures):
+            axes.errorbar([row[x] for row in mine], [row[one] for row in mine],
+                          [row[f"{one}_error"] for row in mine], fmt=style, ms=4, capsize=2,
+                          color=f"C{number}", label=f"{way}: {one}")
+    axes.set(xlabel=xlabel, ylabel=f"share of {count} tales", ylim=(0, 1.02), **axis)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = (ROOT / "docs" if count >= TELLING else Path(out)) / name
+    figure.savefig(path, dpi=120)
+    print(f"drew {path}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Repair
+
+
+def edited(sampler, canvases, steps, temperature=0.0, **how):
+    """(texts, forward passes) of a model's edits of Canvases."""
     seen = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # a text that outgrows the context
-        rows = rewrite(sampler.model, rows, steps, temperature=temperature, seed=0,
-                       schedule=schedule, on_step=seen.append, **how)
-    texts = [sampler.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
-    return texts, seen[-1].passes
+        rows = edit(sampler.model, canvases, seen.append, steps=steps, temperature=temperature,
+                    seed=0, **how)
+    return texts_of(sampler, rows), seen[-1].passes
+
+
+def texts_of(sampler, rows):
+    return [sampler.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
 def tales(count, seed=0):
@@ -67,59 +197,89 @@ def tales(count, seed=0):
     return [tell(rng, held_out=True).text for _ in range(count)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Repair
-
-
 def damaged_tales(sampler, count, number):
     """(texts, their tokens after `number` random edits)."""
     texts, rng = tales(count), random.Random(number)
     special = set(sampler.tokenizer.backend.get_added_tokens_decoder())
-    alphabet = [token for token in range(sampler.config.vocab_size) if token not in special]
+    size = sampler.tokenizer.vocab_size
+    alphabet = [token for token in range(size) if token not in special]
     rows = [begun(sampler, sampler.tokenizer.encode(text)) for text in texts]
     return texts, [damaged(row, number, rng, alphabet) for row in rows]
 
 
-def repair(checkpoint, count="200", steps="64"):
-    sampler = Sampler.load(checkpoint)
+def repaired(sampler, count, number, steps, **how):
+    """The figures of `number` edits."""
+    texts, rows = damaged_tales(sampler, count, number)
+    canvases = [Canvas(row, [True] + [False] * (len(row) - 1), [False] * len(row)) for row in rows]
+    after, passes = edited(sampler, canvases, steps, **how)
+    found = shares(consistent=[check(text).consistent for text in after],
+                   restored=[a == b for a, b in zip(after, texts)])
+    before = [check(text).consistent for text in texts_of(sampler, rows)]
+    return {"edits": number, **found, "passes": passes, "before": sum(before) / len(before)}
+
+
+def repair(out, count="200", steps="64", minutes="20"):
+    points, size = {}, int(count)
     for number in EDITS:
-        texts, rows = damaged_tales(sampler, int(count), number)
-        before = [sampler.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
-        after, passes = edited(sampler, rows, int(steps), prompt_lens=[1] * len(rows))
-        print(f"{number} edits: consistent {share([check(text).consistent for text in before])} "
-              f"before, {share([check(text).consistent for text in after])} after; word for word "
-              f"{share([a == b for a, b in zip(after, texts)])}; {passes} passes", flush=True)
+        for way, sampler in trained(out).items():
+            name = f"{way}, {number} edits of {size} tales in {steps} steps"
+            points[name] = functools.partial(
+                with_way, way, repaired, sampler, size, number, int(steps))
+    rows = measured(Path(out, "repair.jsonl"), points, float(minutes))
+    draw(out, "edits_repair.png", rows, "edits", ("consistent", "restored"),
+         "random edits of a tale", size)
 
 
-def schedules(checkpoint, count="200", steps="64"):
-    sampler = Sampler.load(checkpoint)
-    texts, rows = damaged_tales(sampler, int(count), 3)
-    for name in SCHEDULES:
-        after, _ = edited(sampler, rows, int(steps), schedule=name, prompt_lens=[1] * len(rows))
-        trained = " (trained)" if name == sampler.config.edit_schedule else ""
-        print(f"{name + trained:16} consistent {share([check(t).consistent for t in after])}, word "
-              f"for word {share([a == b for a, b in zip(after, texts)])}", flush=True)
+def with_way(way, measure, *arguments):
+    return {"way": way, **measure(*arguments)}
+
+
+def schedules(out, count="200", steps="64", minutes="20"):
+    points, size = {}, int(count)
+    for way, sampler in trained(out).items():
+        if sampler.config.edits:                        # the others have none
+            for name in SCHEDULES:
+                trained_so = " (trained)" if name == sampler.config.edit_schedule else ""
+                points[f"{way}, {name}{trained_so}, {size} tales in {steps} steps"] = (
+                    functools.partial(with_schedule, way, name, sampler, size, int(steps)))
+    rows = measured(Path(out, "schedules.jsonl"), points, float(minutes))
+    draw(out, "edits_schedules.png", rows, "schedule", ("consistent", "restored"),
+         "schedule of the steps; three edits a tale", size)
+
+
+def with_schedule(way, name, sampler, count, steps):
+    return {"way": way, "schedule": name, **repaired(sampler, count, 3, steps, schedule=name)}
 
 
 # --------------------------------------------------------------------------------------------------
 # A gap of unknown length
 
 
-def gaps(checkpoint, masks, count="200"):
-    editor, filler = Sampler.load(checkpoint), Sampler.load(masks)
-    found = find_gaps(int(count), "cause")
-    canvases = [canvas_with_gaps(editor, f"{gap.before.rstrip()} [MASK]{gap.behind}")
-                for gap in found]
-    texts, passes = edited(editor, [canvas.tokens for canvas in canvases], 64,
-                           frozen=[canvas.frozen for canvas in canvases],
-                           closed=[canvas.closed for canvas in canvases])
-    print(f"edits, length not told:   consistent {share([check(t).consistent for t in texts])}; "
-          f"{passes} passes", flush=True)
+def gaps(out, masks, count="200", steps="64", minutes="20"):
+    points, size, filler = {}, int(count), Sampler.load(masks)
+    found = find_gaps(size, "cause")
+    for way, sampler in trained(out).items():
+        points[f"{way}, length not told, {size} gaps in {steps} steps"] = functools.partial(
+            filled_by_edits, way, sampler, found, int(steps))
     for wrong in WRONG_BY:
-        texts = fill(filler, found, wrong)
-        name = f"masks, length {wrong:+d}:" if wrong else "masks, true length:"
-        print(f"{name:25} consistent {share([check(text).consistent for text in texts])}",
-              flush=True)
+        points[f"masks of {masks}, length {wrong:+d}, {size} gaps"] = functools.partial(
+            filled_by_masks, filler, found, wrong)
+    rows = measured(Path(out, "gaps.jsonl"), points, float(minutes))
+    draw(out, "edits_gaps.png", rows, "label", ("consistent",), "", size)
+
+
+def filled_by_edits(way, sampler, found, steps):
+    canvases = [canvas_with_gaps(sampler, f"{gap.before.rstrip()} [MASK]{gap.behind}")
+                for gap in found]
+    texts, passes = edited(sampler, canvases, steps)
+    consistent = [check(text).consistent for text in texts]
+    return {"way": "edits", "label": way, **shares(consistent=consistent), "passes": passes}
+
+
+def filled_by_masks(sampler, found, wrong):
+    consistent = [check(text).consistent for text in fill(sampler, found, wrong)]
+    label = f"masks {wrong:+d}" if wrong else "masks, true length"
+    return {"way": "masks", "label": label, **shares(consistent=consistent)}
 
 
 def fill(sampler, found, wrong):
@@ -141,22 +301,27 @@ def fill(sampler, found, wrong):
 # Out of nothing
 
 
-def lengths(checkpoint, count="200", steps="8,16,32,64,128"):
-    sampler, count = Sampler.load(checkpoint), int(count)
-    theirs = [len(sampler.tokenizer.encode(text)) for text in tales(count)]
-    print(f"data: {describe(theirs)} tokens", flush=True)
-    start = begun(sampler, []) + [sampler.mask_id] * sampler.config.edit_masks
-    for number in map(int, steps.split(",")):
-        texts, passes = edited(sampler, [start] * count, number, temperature=0.7,
-                               prompt_lens=[1] * count)
-        ours = [len(sampler.tokenizer.encode(text)) for text in texts]
-        print(f"{number:3} steps, {passes} passes: {describe(ours)} tokens, distance "
-              f"{distance(ours, theirs):.3f}; consistent "
-              f"{share([check(text).consistent for text in texts])}", flush=True)
+def lengths(out, count="200", steps="8,16,32,64,128", minutes="20"):
+    points, size, known = {}, int(count), trained(out)
+    theirs = [len(next(iter(known.values())).tokenizer.encode(text)) for text in tales(size)]
+    print(f"data: {statistics.mean(theirs):.1f} +- {statistics.pstdev(theirs):.1f} tokens")
+    for way, sampler in known.items():
+        for number in map(int, steps.split(",")):
+            points[f"{way}, {size} tales in {number} steps"] = functools.partial(
+                written, way, sampler, size, number, theirs)
+    rows = measured(Path(out, "lengths.jsonl"), points, float(minutes))
+    draw(out, "edits_lengths.png", rows, "passes", ("consistent",), "forward passes", size,
+         xscale="log")
 
 
-def describe(numbers):
-    return f"{statistics.mean(numbers):.1f} +- {statistics.pstdev(numbers):.1f}"
+def written(way, sampler, count, steps, theirs):
+    """Tales out of nothing; how their lengths in tokens differ from `theirs`."""
+    start = with_masks(sampler, begun(sampler, []), sampler.config.edit_masks)
+    texts, passes = edited(sampler, [start] * count, steps, temperature=0.7)
+    ours = [len(sampler.tokenizer.encode(text)) for text in texts]
+    return {"way": way, "passes": passes, "tokens": statistics.mean(ours),
+            "spread": statistics.pstdev(ours), "distance": distance(ours, theirs),
+            **shares(consistent=[check(text).consistent for text in texts])}
 
 
 def distance(ours, theirs):
@@ -174,10 +339,12 @@ def speed(rounds="9", threads="1", B=16, T=128, V=2048, D=192, layers=4):
     torch.set_num_threads(int(threads.removeprefix("--threads=")))
     rng = random.Random(0)
     long = [[rng.randrange(V) for _ in range(1024)] for _ in range(2)]
-    timings = [timed(lambda: align(*long)) for _ in range(int(rounds))]
-    wall = statistics.median(timing.wall for timing in timings)
-    cpu = statistics.median(timing.cpu for timing in timings)
-    print(f"{machine()}\nalignment of 1,024 tokens: {1000 * wall:.1f} ms ({1000 * cpu:.1f} of CPU)")
+    print(machine())
+    for name, function in (("alignment", align), ("common subsequence", common_tokens)):
+        timings = [timed(functools.partial(function, *long)) for _ in range(int(rounds))]
+        wall = statistics.median(timing.wall for timing in timings)
+        cpu = statistics.median(timing.cpu for timing in timings)
+        print(f"{name} of 1,024 tokens: {1000 * wall:.1f} ms ({1000 * cpu:.1f} of CPU)")
     medians = interleaved(steps_of_training(B, T, V, D, layers), int(rounds))
     masked = medians["masks"]
     for name, timing in medians.items():
@@ -203,15 +370,50 @@ def steps_of_training(B, T, V, D, layers):
             edit_loss(editor, z_0, z_1, max_weight=20.0, generator=noise).loss.backward()
 
         functions[f"edits from {source}"] = step
+    # A block is as long as the texts; the two orders are the last tokens.
+    corrector = Transformer(Config(**shape, delete_token_id=V - 3, insert_token_id=V - 2,
+                                   eos_token_id=V - 4)).init_weights()
+    blocks = stack([spoiled(x_1, "mixed", rng, how, T, V - 4, Orders(V - 1, V - 3, V - 2))
+                    for x_1 in texts])
+
+    def correction():
+        label_loss(corrector, *blocks).loss.backward()
+
+    functions["tokens from mixed"] = correction
     return functions
 
 
-COMMANDS = {"repair": repair, "gaps": gaps, "lengths": lengths, "schedules": schedules,
-            "speed": speed}
+COMMANDS = {"train": train, "repair": repair, "gaps": gaps, "lengths": lengths,
+            "schedules": schedules, "speed": speed}
+
+
+def run(command, *arguments):
+    """Call a command with what stands behind it; --name=value is its argument of that name, or of
+    `train` one more setting of the recipe."""
+    function, positional, named, others = COMMANDS[command], [], {}, []
+    known = inspect.signature(function).parameters
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            positional.append(argument)
+        elif name in known and equals:
+            named[name] = value
+        elif command == "train":
+            others.append(argument)
+        else:
+            raise ValueError(f"{command} has no argument {argument!r}: it takes "
+                             f"{', '.join(known)}")
+    try:
+        bound = inspect.signature(function).bind(*positional, **named)
+    except TypeError as error:
+        raise ValueError(f"{command}: {error}") from None
+    bound.apply_defaults()
+    function(*bound.args, *others)
+
 
 if __name__ == "__main__":
     common.show_errors_in_one_line()
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print(__doc__, file=sys.stderr)
         sys.exit(2)
-    COMMANDS[sys.argv[1]](*sys.argv[2:])
+    run(*sys.argv[1:])

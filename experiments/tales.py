@@ -8,7 +8,7 @@
         the same, and copying, after so many minutes of train_scratch.py  -> docs/tales_minutes.png
     python experiments/tales.py copying CHECKPOINT...
         the probability of a hidden thing with one, two, three other mentions, near and far; and of
-        a hidden property and person
+        a hidden property and person among all properties and names
     python experiments/tales.py infill CHECKPOINT TWIN [N=200]
         a hidden cause or effect of held-out tales: does the whole hold together? TWIN is
         autoregressive and reads the left alone
@@ -155,9 +155,20 @@ def copying(*checkpoints):
                   flush=True)
         for name, words in (("properties", ADJECTIVES), ("persons", NAMES)):
             hidden = hidden_things(ids, sampler.tokenizer, sampler.config.max_len, 256, words=words)
-            found = restored(sampler.model, hidden.tokens, hidden.hidden, hidden.target)
+            found = restored_among(sampler, hidden, words)
             print(f"{checkpoint}: {name}, all other mentions: {found.mean():.3f} "
                   f"({len(found)} tales)", flush=True)
+
+
+@torch.no_grad()
+def restored_among(sampler, hidden, words):
+    """The probability [N] of what is hidden over that of all `words` together, for a pronoun in the
+    place of a name is no mistake."""
+    canvas = hidden.tokens.masked_fill(hidden.hidden, sampler.mask_id)                  # [N, T]
+    p = sampler.model(canvas, select=hidden.target).softmax(-1)                         # [N, V]
+    ids = [sampler.tokenizer.encode(f" {word}")[0] for word in words]
+    right = p.gather(1, hidden.tokens[hidden.target][:, None])[:, 0]
+    return right / p[:, ids].sum(-1)
 
 
 # --------------------------------------------------------------------------------------------------

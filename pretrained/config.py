@@ -13,7 +13,8 @@ from pretrained.families import FAMILIES
 ROLE_KEYS = {"causal": "is_causal", "shift": "shift", "block_length": "block_length",
              "blocks_from_start": "blocks_from_start", "threshold": "threshold",
              "edit_threshold": "edit_threshold", "edit_schedule": "edit_schedule",
-             "edit_masks": "edit_masks"}
+             "edit_masks": "edit_masks", "delete_token_id": "delete_token_id",
+             "insert_token_id": "split_token_id"}       # as LLaDA2.2 calls them
 ACTIVATION_NAMES = {"swish": "silu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
                     "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 

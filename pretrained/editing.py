@@ -58,3 +58,39 @@ def rename_family(config):
     config.edits_before_norm = FAMILIES[config.family].fixed["edits_before_norm"]
     config.published = dict(config.published or {}, model_type=config.family,
                             architectures=[EDIT_ARCHITECTURES[base]])
+
+
+@torch.no_grad()
+def become_corrector(model, block, edit_threshold, has_orders=True):
+    """Let a Transformer of masks edit by tokens, in blocks of so many: LLaDA2.1's way, or with two
+    more tokens in the vocabulary LLaDA2.2's. They begin as the mask token is. A model that has them
+    keeps them. Returns the model; raises ValueError for one that cannot."""
+    config = model.config
+    if config.causal or config.block_length or config.edits:
+        raise ValueError(f"this {config.family} model does not see and fill a whole text: take a "
+                         "model of masks (convert_ar.py makes one)")
+    if config.delete_token_id is not None and not has_orders:
+        raise ValueError("this model deletes and inserts: go on with --editing=tokens")
+    if block > config.max_len:
+        raise ValueError(f"this model has a context of {config.max_len} tokens: take "
+                         f"--seq_len={config.max_len}")
+    config.edit_threshold, config.edit_masks = edit_threshold, block - 1
+    if has_orders and config.delete_token_id is None:
+        V = config.vocab_size
+        add_rows(model, [config.mask_token_id] * 2)
+        config.vocab_size, config.delete_token_id, config.insert_token_id = V + 2, V, V + 1
+    return model
+
+
+def add_rows(model, like):
+    """Add tokens to a model's embedding and head, whose weights are those of the tokens `like`."""
+    embedding, head = model.embed, model.head
+    weight = torch.cat((embedding.weight, embedding.weight[like]))
+    model.embed = torch.nn.Embedding.from_pretrained(weight, freeze=False)
+    head.out_features = len(weight)
+    if model.config.tie_embeddings:
+        head.weight = model.embed.weight
+    else:
+        head.weight = torch.nn.Parameter(torch.cat((head.weight, head.weight[like])))
+    if head.bias is not None:
+        head.bias = torch.nn.Parameter(torch.cat((head.bias, head.bias[like])))

@@ -245,7 +245,8 @@ LLADA2 = Family(
     },
     only={"norm_head": (False,), "score_function": (None, "sigmoid"),
           "norm_topk_prob": (None, True), "use_sliding_window": (False,),
-          "moe_router_enable_expert_bias": (None, True)},
+          "moe_router_enable_expert_bias": (None, True),
+          "expert_capacity": (None, 0)},        # LLaDA2.2 chooses the experts of a whole block
     unused=r"model\.(layers\.\d+\.attention\.)?rotary_emb\.inv_freq",
     prefix="model.",
     spellings=("llada2_moe",),

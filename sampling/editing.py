@@ -2,12 +2,15 @@
 import sys
 from dataclasses import dataclass
 
+from edits import edit_block
+from sampling.correcting import THRESHOLD, correct
 from sampling.rewriting import rewrite
 from sampling.sampler import GAP, NOT_USED
 from sampling.terminal import Terminal, printable
 from sampling.trace import EditTrace
 
-STEPS = 64          # of length 1 / 64 in time, unless the user says otherwise
+STEPS = 64          # unless the user says otherwise: of length 1 / 64 in time, or passes at most
+GAP_MASKS = 8       # with which a model that edits by tokens begins a gap of unknown length
 # Settings of models that fill masks, as they are when nobody has touched them.
 FOR_MASKS = {**NOT_USED, "block_length": 0, "remasking": "auto", "cache": "auto", "cfg_scale": 0.0}
 
@@ -29,8 +32,7 @@ def edit_and_show(sampler, settings, read):
     watch = terminal.draw if settings["show"] else None
     trace = EditTrace(sampler, [canvas.tokens] * count, watch)
     try:
-        samples = rewrite(sampler.model, [canvas.tokens] * count, frozen=[canvas.frozen] * count,
-                          closed=[canvas.closed] * count, on_step=trace, **arguments)
+        samples = edit(sampler.model, [canvas] * count, on_step=trace, **arguments)
     except KeyboardInterrupt:
         print("\nstopped")
         sys.exit(130)
@@ -43,6 +45,15 @@ def edit_and_show(sampler, settings, read):
     if settings["html"]:
         trace.write_html(settings["html"], arguments)
         print(f"wrote {settings['html']}: open it in a browser")
+
+
+def edit(model, canvases, on_step=None, **arguments):
+    """`rewrite` or `correct`, whichever is the model's way, for a list of Canvas: a list of token
+    lists."""
+    way = rewrite if model.config.edits else correct
+    return way(model, [canvas.tokens for canvas in canvases],
+               frozen=[canvas.frozen for canvas in canvases],
+               closed=[canvas.closed for canvas in canvases], on_step=on_step, **arguments)
 
 
 def summary(trace, samples):
@@ -58,23 +69,40 @@ def summary(trace, samples):
 
 
 def edit_arguments(sampler, settings):
-    """The keyword arguments of rewriting.rewrite for sample.py's constants. Raises ValueError for
-    one that a model of edits does not take."""
-    for name, unused in FOR_MASKS.items():
-        value = settings.get(name, unused)
-        if value != unused and not (name == "cache" and value in ("none", "")):
+    """The keyword arguments of `edit` for sample.py's constants. Raises ValueError for one that a
+    model of edits does not take."""
+    by_tokens, takes = not sampler.config.edits, ["steps", "schedule", "temperature", "seed"]
+    unused = dict(FOR_MASKS)
+    if by_tokens:
+        takes[1:2] = ["threshold", "edit_threshold"]
+        del unused["threshold"], unused["edit_threshold"]
+        unused["schedule"] = ""
+    for name, value in unused.items():
+        given = settings.get(name, value)
+        if given != value and not (name == "cache" and given in ("none", "")):
             raise ValueError(f"{name} is for models that fill masks; {sampler.name} edits, without "
-                             "blocks or caches, and takes steps, schedule, temperature and seed")
+                             f"blocks or caches, and takes {', '.join(takes[:-1])} and {takes[-1]}")
+    arguments = {"temperature": edit_temperature(sampler, settings), "seed": settings["seed"]}
+    arguments["steps"] = settings["steps"] or STEPS
+    if not by_tokens:
+        return arguments | {"schedule": settings["schedule"] or None}
+    arguments["threshold"] = settings["threshold"] or THRESHOLD
+    if settings["edit_threshold"] >= 0:
+        arguments["edit_threshold"] = settings["edit_threshold"]
+    if not settings["steps"] and not (settings["edit"] or settings["infill"]):
+        arguments["steps"] = 2 * edit_block(sampler.config)         # a mask a pass, if need be
+    return arguments
+
+
+def edit_temperature(sampler, settings):
     temperature = settings["temperature"]
     if temperature == "auto":           # a repair is the most probable one, a new text any
         writes = not (settings["infill"] or settings["edit"])
         temperature = 0.7 if writes and sampler.config.family == "unmask" else 0.0
     try:
-        temperature = float(temperature)
+        return float(temperature)
     except ValueError:
         raise ValueError(f"temperature takes a number or auto, got {temperature!r}") from None
-    return {"steps": settings["steps"] or STEPS, "schedule": settings["schedule"] or None,
-            "temperature": temperature, "seed": settings["seed"]}
 
 
 def make_canvas(sampler, settings, read):
@@ -98,7 +126,14 @@ def make_canvas(sampler, settings, read):
 
 
 def continued(sampler, tokens, max_new_tokens):
-    """The Canvas of a prompt, with the masks that the model was trained to begin with."""
+    """The Canvas of a prompt, with the masks that the model was trained to begin with: of edits by
+    tokens, the rest of the block."""
+    if not sampler.config.edits:
+        masks = edit_block(sampler.config) - len(tokens)
+        if masks < max(max_new_tokens, 1):
+            raise ValueError(f"{len(tokens)} tokens of prompt and {max(max_new_tokens, 1)} new "
+                             f"ones exceed the block of {edit_block(sampler.config)}")
+        return with_masks(sampler, tokens, max_new_tokens or masks)
     asked, room = max_new_tokens or sampler.config.edit_masks, sampler.config.max_len - len(tokens)
     if max_new_tokens and not sampler.config.edit_masks:
         raise ValueError(f"{sampler.name} decides itself how much it writes: leave max_new_tokens "
@@ -106,38 +141,47 @@ def continued(sampler, tokens, max_new_tokens):
     if room < 1:
         raise ValueError(f"{len(tokens)} tokens of prompt leave no room in the context of "
                          f"{sampler.config.max_len}")
-    masks = [sampler.mask_id] * min(asked, room)
+    return with_masks(sampler, tokens, min(asked, room))
+
+
+def with_masks(sampler, tokens, number):
+    """The Canvas of tokens that stay and so many masks behind them."""
     n = len(tokens)
-    frozen = [True] * n + [False] * len(masks)
-    closed = [True] * (n - 1) + [False] * (1 + len(masks))
-    return Canvas(tokens + masks, frozen, closed)
+    frozen = [True] * n + [False] * number
+    closed = [True] * (n - 1) + [False] * (1 + number)
+    return Canvas(tokens + [sampler.mask_id] * number, frozen, closed)
 
 
 def canvas_with_gaps(sampler, text):
     """The Canvas of a text in which [MASK] stands where something is missing, of whatever length:
-    the rest stays, and tokens come behind those before a gap. Raises ValueError."""
+    the rest stays, and tokens come behind those before a gap. A model that edits by tokens gets
+    some masks there to begin with, of [MASK:12] twelve. Raises ValueError."""
     gaps = list(GAP.finditer(text))
     if not gaps:
         raise ValueError("there is nothing to fill: write [MASK] where text is missing")
     canvas, position = Canvas(begun(sampler, []), [], []), 0
     ends = [gap.start() for gap in gaps] + [len(text)]
     begins = [gap.end() for gap in gaps] + [len(text)]
-    opens = []                                          # positions behind which a gap is
+    opens, masks = [], []           # positions behind which a gap is, and those of its masks
     for gap in gaps:
-        if gap[1]:
+        if gap[1] and sampler.config.edits:
             raise ValueError(f"{gap[0]} says how long a gap is, and {sampler.name} finds that out: "
                              "write [MASK]")
-    for end, begin in zip(ends, begins):
+    counts = [int(gap[1] or GAP_MASKS) for gap in gaps] + [0]
+    for end, begin, count in zip(ends, begins, counts):
         before = text[position:end]
         if sampler.glues_space and end < len(text):
             before = before.removesuffix(" ")
         canvas.tokens += sampler.tokenizer.encode(before)
         if end < len(text):
             opens.append(len(canvas.tokens) - 1)
+        if not sampler.config.edits:
+            masks += range(len(canvas.tokens), len(canvas.tokens) + count)
+            canvas.tokens += [sampler.mask_id] * count
         position = begin
     canvas.tokens += sampler.tail
-    canvas.frozen = [True] * len(canvas.tokens)
-    canvas.closed = [i not in opens for i in range(len(canvas.tokens))]
+    canvas.frozen = [i not in masks for i in range(len(canvas.tokens))]
+    canvas.closed = [i not in opens + masks for i in range(len(canvas.tokens))]
     return canvas
 
 

@@ -43,6 +43,7 @@ class Sampler:
                 autoregressive model and in our own family, trained on one text behind the other;
                 else empty
     ends        set of ids that end a text
+    edits       whether it inserts and deletes (train_edits.py): sampling/editing.py asks it then
     grid        the Shape of the grids that it writes (data/sudoku.py); None: it writes texts
     """
 
@@ -61,6 +62,7 @@ class Sampler:
             roles = [self.config.bos_token_id, self.config.eos_token_id]
             self.opening = [token for token in roles if token is not None][:1]
         self.ends = {*self.config.ends, tokenizer.eos_token_id} - {None}
+        self.edits = self.config.edits or self.config.delete_token_id is not None
         self.grid = sudoku.grid_shape(tokenizer)
         self.glues_space = False
         if self.grid is None:
@@ -276,7 +278,7 @@ class Sampler:
         choice to us, and this is the choice. Raises ValueError for what cannot be read; ranges are
         for the engine to check, and for a model that edits, which takes none of these.
         """
-        if self.config.edits:
+        if self.edits:
             raise ValueError(f"{self.name} edits texts: sample.py can use it, but no chat, server "
                              "or task that fills masks")
         s = {**NOT_USED, **settings}

@@ -23,23 +23,35 @@ from edits import (
     DELETE,
     INSERT,
     SUBSTITUTE,
+    Orders,
+    SourceSettings,
     align,
     align_answer,
     apply_edits,
+    apply_labels,
     blend,
+    common_tokens,
+    edit_labels,
     edit_loss,
     edit_nelbo,
     fires,
+    fit,
     flow,
     flow_weight,
+    label_loss,
+    labels_to_apply,
+    orders_of,
     protect,
     remaining_edits,
+    spoiled,
     stack,
     without_blanks,
 )
 from experiments import edits as experiment
 from model import Config, Transformer
-from pretrained.editing import become_editor
+from pretrained.editing import become_corrector, become_editor
+from sampling.correcting import correct, text_of
+from sampling.editing import with_masks
 from sampling.rewriting import EditStep, rewrite
 from sampling.sampler import Sampler
 from sampling.terminal import Terminal
@@ -639,18 +651,251 @@ def test_a_model_of_masks_cannot_edit_a_text(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
+# Edits as tokens
+
+A, B, C, D, E, END, MASK, DEL, INS = range(9)
+ORDERS = Orders(MASK, DEL, INS)
+
+
+@pytest.mark.parametrize("x_t, x_1, labels", [
+    ([A, B, D, E], [A, C, D], [A, C, D, DEL]),                  # substituted, kept, deleted
+    ([A, D], [A, B, C, D], [A, INS]),                           # one insertion at a time
+    ([A, MASK, D], [A, B, C, D], [A, B, INS]),                  # a mask counts as a token to write
+    ([A, MASK, MASK, MASK, D], [A, B, D], [A, B, DEL, DEL, D]),
+    ([A, B, C, D, E], [A, D, E], [A, DEL, DEL, D, E]),
+    ([B, C], [A, B, C], [INS, C]),
+    ([A], [A, B], [A]),                                         # nothing stands behind it
+    ([], [A], []),
+])
+def test_labels(x_t, x_1, labels):
+    assert edit_labels(x_t, x_1, ORDERS) == labels
+
+
+def test_a_common_subsequence_is_one_and_the_longest(monkeypatch):
+    """Against all subsequences, and the fast form against the plain one."""
+    rng, pairs = random.Random(0), []
+    for _ in range(300):
+        letters = rng.choice((1, 2, 3, 9))
+        pairs.append([[rng.randrange(letters) for _ in range(rng.randrange(9))]
+                      for _ in range(2)])
+    fast = [common_tokens(*pair) for pair in pairs]
+    for (x_0, x_1), places in zip(pairs, fast):
+        assert all(x_0[i] == x_1[j] for i, j in places)
+        assert all(a < c and b < d for (a, b), (c, d) in itertools.pairwise(places))
+        parts = {part for n in range(len(x_1) + 1) for part in itertools.combinations(x_1, n)}
+        assert len(places) == max(n for n in range(len(x_0) + 1)
+                                  for part in itertools.combinations(x_0, n) if part in parts)
+    monkeypatch.setattr(kernels, "PLAIN", True)
+    assert fast == [common_tokens(*pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("labels, after, origin", [
+    ([A, B, C, D], [A, B, C, D], [0, 1, 2, 3]),
+    ([A, E, C, D], [A, E, C, D], [0, 1, 2, 3]),
+    ([A, DEL, C, D], [A, C, D, MASK], [0, 2, 3, None]),         # padded
+    ([A, INS, C, D], [A, MASK, B, C], [0, None, 1, 2]),         # cut
+    ([A, INS, DEL, D], [A, MASK, B, D], [0, None, 1, 3]),
+])
+def test_a_block_keeps_its_length(labels, after, origin):
+    new = apply_labels([A, B, C, D], labels, ORDERS)
+    assert (new.tokens, new.origin) == (after, origin)
+    written = [i is None or token != [A, B, C, D][i] for token, i in zip(after, origin)]
+    assert new.edited == written
+
+
+@pytest.mark.parametrize("source", ["nothing", "damage", "gap", "masks", "mixed"])
+def test_whoever_follows_the_labels_ends_at_the_text(source):
+    rng, how = random.Random(source), SourceSettings([A, B, C, D, E], MASK, 4, 8)
+    for _ in range(60):
+        x_1 = [END] + [rng.randrange(5) for _ in range(rng.randrange(14))]
+        block = fit(x_1 + [END], 24, END)
+        x, labels = spoiled(x_1, source, rng, how, 24, END, ORDERS)
+        assert len(x) == len(labels) == 24 and x[0] == END
+        assert MASK not in labels
+        for _ in range(24):
+            x = apply_labels(x, edit_labels(x, block, ORDERS), ORDERS).tokens
+        assert x == block
+        x, labels = spoiled(x_1, source, rng, how, 24, END, Orders(MASK))
+        assert labels == block                          # without orders, token for token
+
+
+def test_what_a_step_does():
+    frozen = torch.tensor([True, True, False, False, False, False])
+    closed = torch.tensor([True, False, False, False, False, False])
+    x = torch.tensor([A, B, MASK, MASK, C, D])
+
+    def done(chosen, p, minimum=1):
+        return labels_to_apply(x, torch.tensor(chosen), torch.tensor(p), ORDERS, 0.9, 0.5, frozen,
+                               closed, minimum).tolist()
+
+    sure = [1.0] * 6
+    assert done([B, C, D, E, E, E], sure) == [A, B, D, E, E, E]         # a prompt stays
+    assert done([A, B, D, E, E, E], [1, 1, 0.3, 0.4, 0.5, 0.51]) == [A, B, MASK, E, C, E]
+    assert done([A, B, D, E, E, E], [1, 1, 0.3, 0.4, 0.5, 0.5], minimum=2) == [A, B, D, E, C, D]
+    assert done([INS, INS, DEL, INS, INS, DEL], sure) == [A, B, DEL, INS, INS, DEL]
+    assert done([INS] * 6, sure)[:2] == [A, B]          # nothing comes between prompt tokens
+    closed[1] = True
+    assert done([A, B, INS, E, C, D], sure) == [A, B, MASK, E, C, D]
+    closed[0] = closed[1] = False
+    assert done([INS, INS, D, E, C, D], sure) == [A, INS, D, E, C, D]   # before a token that stays
+
+
+def tiny_corrector(seed=0, orders=True, **settings):
+    config = {"vocab_size": 24, "dim": 16, "n_layers": 1, "n_heads": 2, "max_len": 16,
+              "mask_token_id": 23, "eos_token_id": 22, **settings}
+    model = Transformer(Config(**config)).init_weights(seed).eval()
+    model = become_corrector(model, config["max_len"], 0.02, orders)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def correct_plainly(model, tokens, steps, threshold, edit_threshold, prompt_len):
+    """One row, by the rules as they are told."""
+    config, orders, seen, fills_only = model.config, orders_of(model.config), [], False
+    x = fit(tokens, config.max_len, config.eos_token_id)
+    frozen = torch.arange(len(x)) < prompt_len
+    closed = torch.arange(len(x)) < prompt_len - 1
+    for step in range(1, steps + 1):
+        logits = model(torch.tensor([x]))[0].detach()                                   # [L, V]
+        logits[:, orders.mask] = -torch.inf
+        if step == steps:
+            logits[:, [orders.delete, orders.insert]] = -torch.inf
+        p, chosen = logits.softmax(-1).max(-1)
+        if fills_only or step == steps:
+            edit_threshold = 1.0
+        share = math.ceil(x.count(orders.mask) / (steps - step + 1))
+        labels = labels_to_apply(torch.tensor(x), chosen, p, orders, threshold, edit_threshold,
+                                 frozen, closed, share)
+        if labels.tolist() == x:
+            break
+        x = apply_labels(x, labels.tolist(), orders).tokens     # the prompt never moves
+        fills_only = fills_only or x in seen
+        seen.append(x)
+    return text_of(x, config)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_rows_are_corrected_as_if_alone(shift):
+    model = tiny_corrector(shift=shift)
+    rows_of_tokens = [[22, 3, 4, 23, 5], [22, 23], [22, 7, 8, 9, 10, 11, 12]]
+    prompts, seen = [2, 1, 4], []
+    how = dict(threshold=0.5, edit_threshold=0.3, seed=0)
+    together = correct(model, rows_of_tokens, 9, prompts, **how, on_step=seen.append)
+    for row, prompt, found in zip(rows_of_tokens, prompts, together):
+        assert found == correct(model, [row], 9, [prompt], **how)[0]
+        assert found[:prompt] == row[:prompt] and 23 not in found
+        if not shift:
+            assert found == correct_plainly(model, row, 9, 0.5, 0.3, prompt)
+    # What the steps tell is what comes out.
+    last = {}
+    for step in seen:
+        last |= {b: new.tokens for b, new in enumerate(step.rows) if new is not None}
+    assert all(last[b] == found for b, found in enumerate(together) if b in last) and last
+    assert correct(model, rows_of_tokens, 9, prompts, temperature=1.0, **how) != together
+
+
+def test_a_block_that_would_lose_text_stops_and_says_so():
+    model = tiny_corrector()
+    model.forward = lambda x, select=None, **_: order(x, model.config.insert_token_id)
+    full = [22, *range(1, 15), 3]
+    with pytest.warns(UserWarning, match="past the model's context of 16: it stops there"):
+        assert correct(model, [full], 3, [1]) == [full]
+    model.forward = lambda x, select=None, **_: order(x, model.config.delete_token_id)
+    assert correct(model, [[22, 1, 2]], 1, [1]) == [[22, 1, 2]]     # the last pass edits nothing
+
+
+def order(x, token):
+    """Logits of a model that says the same of every position."""
+    logits = torch.zeros(x.numel(), 26)
+    logits[:, token] = 9.0
+    return logits
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(steps=0), "steps must be at least 1, got 0"),
+    (dict(threshold=2.0), "threshold must be between 0 and 1, got 2.0"),
+    (dict(edit_threshold=-1.0), "edit_threshold must be between 0 and 1, got -1.0"),
+    (dict(temperature=-1.0), "temperature must not be negative, got -1.0"),
+    (dict(sequences=[[]]), "row 0 has 0 tokens, and a block of this model from 1 to 16"),
+    (dict(sequences=[[1] * 17]), "row 0 has 17 tokens, and a block of this model from 1 to 16"),
+    (dict(sequences=[[99]]), "token 99 is outside the vocabulary of 26"),
+    (dict(model=tiny_editor()), "this model does not edit by tokens"),
+    (dict(model=Transformer(Config(block_length=4, edit_threshold=0.5))), "block by block"),
+])
+def test_what_cannot_be_corrected(change, words):
+    with pytest.raises(ValueError, match=words):
+        correct(**dict(model=tiny_corrector(), sequences=[[1]]) | change)
+
+
+def test_a_model_of_masks_becomes_a_corrector(published, tmp_path):
+    """Its predictions are what they were; the two orders begin as the mask token."""
+    before = Transformer.from_pretrained(published("llada"))
+    model = become_corrector(Transformer.from_pretrained(published("llada")), 32, 0.5)
+    tokens = torch.tensor([[1, 2, 3, before.config.mask_token_id]])
+    V = before.config.vocab_size
+    with torch.no_grad():
+        ours, theirs = model(tokens), before(tokens)
+    assert torch.equal(ours[..., :V], theirs) and ours.shape[-1] == V + 2
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path).config
+    assert (again.delete_token_id, again.insert_token_id) == (V, V + 1)
+    assert (again.edit_threshold, again.edit_masks) == (0.5, 31)
+    for change, words in ((dict(block=10**6), "a context of"),
+                          (dict(has_orders=False), "go on with --editing=tokens")):
+        with pytest.raises(ValueError, match=words):
+            become_corrector(model, **dict(block=32, edit_threshold=0.5) | change)
+    with pytest.raises(ValueError, match="take a model of masks"):
+        become_corrector(tiny_editor(), 16, 0.5)
+    with pytest.raises(ValueError, match="both delete_token_id and insert_token_id"):
+        Orders(0, 1)
+
+
+def test_training_learns_to_correct():
+    """Texts count upwards, so that what is wrong, missing or too much can be told."""
+    config = Config(vocab_size=14, dim=32, n_layers=2, n_heads=2, max_len=12, mask_token_id=13,
+                    eos_token_id=12)
+    model = become_corrector(Transformer(config).init_weights(0), 12, edit_threshold=0.5)
+    rng, how = random.Random(0), SourceSettings(list(range(12)), 13, 4, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(150):
+        pairs = []
+        for _ in range(32):
+            begin, length = rng.randrange(4), rng.randrange(4, 8)
+            x_1 = [12, *range(begin, begin + length)]
+            pairs.append(spoiled(x_1, "damage", rng, how, 12, 12, orders_of(config)))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / 150)
+        label_loss(model, *stack(pairs)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole, broken = [], []
+    for begin, place in itertools.product(range(3), range(2, 5)):
+        text = [12, *range(begin, begin + 6)]
+        for new in ([], [11], [text[place], 11]):       # deleted, substituted, inserted behind it
+            whole.append(text)
+            broken.append(text[:place] + new + text[place + 1:])
+    found = correct(model.eval(), broken, prompt_lens=[1] * len(broken))
+    restored = [sum(a == b for a, b in zip(found[kind::3], whole[kind::3])) for kind in range(3)]
+    assert min(restored) >= 6, restored                 # of 9
+
+
+# --------------------------------------------------------------------------------------------------
 # The recipe
 
 
-def test_a_run_is_resumed_exactly_and_its_model_writes(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("editing", ["flows", "tokens"])
+def test_a_run_is_resumed_exactly_and_its_model_writes(editing, small, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    succeed(run_here(*small("train_edits.py", whole)))
+    whole, cut, way = tmp_path / "whole", tmp_path / "cut", f"--editing={editing}"
+    succeed(run_here(*small("train_edits.py", whole, way)))
     goes_on = Run.goes_on
     monkeypatch.setattr(Run, "goes_on", lambda run: run.step < 4 and goes_on(run))   # as if killed
-    succeed(run_here(*small("train_edits.py", cut)))
+    succeed(run_here(*small("train_edits.py", cut, way)))
     monkeypatch.setattr(Run, "goes_on", goes_on)
-    result = succeed(run_here(*small("train_edits.py", cut, "--resume=True")))
+    result = succeed(run_here(*small("train_edits.py", cut, way, "--resume=True")))
     assert LAST_LINE.fullmatch(result.out.splitlines()[-1])
     assert rows(whole) == rows(cut) and [row["step"] for row in rows(cut)] == [3, 6]
     ours, theirs = learned(whole), learned(cut)
@@ -670,10 +915,55 @@ def test_every_source_and_start(settings, small, published, tmp_path, monkeypatc
     assert LAST_LINE.fullmatch(result.out.splitlines()[-1])
     model = Transformer.from_pretrained(tmp_path)
     assert model.config.edits and model.config.edit_masks == 3 * ("--source=masks" in settings)
+    assert model.config.delete_token_id is None
     if model.config.keeps_head:
         before = Transformer.from_pretrained(published("llada"))
         assert torch.equal(model.head.weight, before.head.weight)
         assert not torch.equal(model.insert_head.weight, before.head.weight)
+
+
+@pytest.mark.parametrize("settings", [
+    ("--editing=replace", "--source=mixed"),
+    ("--editing=tokens", "--source=masks", "--num_masks=3"),
+    ("--editing=tokens", "--init_from=LLADA", "--seq_len=48", "--source=gap"),
+])
+def test_every_start_of_edits_by_tokens(settings, small, published, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = [one.replace("LLADA", str(published("llada"))) for one in settings]
+    result = succeed(run_here(*small("train_edits.py", tmp_path, "--max_steps=2", *settings)))
+    assert LAST_LINE.fullmatch(result.out.splitlines()[-1])
+    config = Transformer.from_pretrained(tmp_path).config
+    assert not config.edits and config.edit_threshold == 0.5
+    assert config.edit_masks == (47 if "--seq_len=48" in settings else 15)
+    assert (config.delete_token_id is None) == ("--editing=replace" in settings)
+    assert sample(tmp_path, "--edit=the cat sat").status == 0
+
+
+@pytest.mark.parametrize("orders", [True, False])
+def test_sample_corrects(orders, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tiny_corrector(vocab_size=260, mask_token_id=257, eos_token_id=256, max_len=32,
+                   orders=orders).save_pretrained(tmp_path)
+    Tokenizer.bytes().save_pretrained(tmp_path)
+    page = tmp_path / "page.html"
+    result = sample(tmp_path, "--edit=a text", f"--html={page}", "--show", "--edit_threshold=0.01")
+    assert re.search(r"\d+ inserted, \d+ substituted, \d+ deleted; \d+ tokens in", result.out)
+    trace = json.loads(re.search(r"const TRACE = (.*);\n", page.read_text())[1])
+    assert trace["messages"][0]["edits"] is True and len(trace["messages"]) > 1
+    assert sample(tmp_path, "--edit=a text", "--edit_threshold=1").out.startswith("a text\n\n0 ins")
+    assert sample(tmp_path, "--prompt=Ab").out.startswith("Ab")
+    filled = sample(tmp_path, "--infill=one [MASK:3] two", "--num_samples=2")
+    assert filled.status == 0 and re.search(r"one.* two", filled.out, re.DOTALL)
+    if not orders:
+        return
+    for arguments, words in (
+            ("--schedule=cubic", "schedule is for models that fill masks"),
+            ("--cache=prefix", "takes steps, threshold, edit_threshold, temperature and seed"),
+            ("--max_new_tokens=99", "1 tokens of prompt and 99 new ones exceed the block of 32"),
+            ("--threshold=2", "threshold must be between 0 and 1, got 2.0"),
+            ("--chat", "neither --chat nor --serve")):
+        result = run_here("sample.py", f"--checkpoint={tmp_path}", "--device=cpu", arguments)
+        assert result.status == 2 and result.out == "" and words in result.err, result
 
 
 def test_training_from_nothing_learns_the_rates():
@@ -699,19 +989,53 @@ def test_training_from_nothing_learns_the_rates():
     assert all(0.1 < share < 0.5 for share in shares) and sum(shares) > 0.8, shares
 
 
+def test_what_is_measured_is_measured_once(tmp_path, capsys):
+    calls = []
+
+    def point(name, value):
+        def measure():
+            calls.append(name)
+            return {"way": name, "edits": 1, **experiment.shares(consistent=[value, True],
+                                                                 restored=[value, value])}
+        return measure
+
+    path = tmp_path / "points.jsonl"
+    points = {"a": point("a", True), "b": point("b", False)}
+    assert experiment.measured(path, points, minutes=0) == [] and calls == []
+    assert "2 points are left" in capsys.readouterr().out
+    rows = experiment.measured(path, points, minutes=1)
+    assert [row["consistent"] for row in rows] == [1.0, 0.5] and calls == ["a", "b"]
+    assert experiment.measured(path, points, minutes=1) == rows and calls == ["a", "b"]
+    assert "consistent 0.500 +- 0.354, restored 0.000 +- 0.000" in capsys.readouterr().out
+    experiment.draw(tmp_path, "points.png", rows, "edits", ("consistent", "restored"), "x", 2)
+    assert (tmp_path / "points.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["repair"], "repair: missing a required argument: 'out'"),
+    (["repair", "nowhere"], "nowhere holds no model: python experiments/edits.py train nowhere"),
+    (["repair", "nowhere", "--number=3"], "repair has no argument '--number=3'"),
+    (["train", "nowhere", "flow"], "no way of editing called 'flow'"),
+])
+def test_mistakes_with_the_measurements(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        experiment.run(*arguments)
+
+
 def test_the_measurements_run():
     """At a small size; what they find is docs/edits.md's."""
     assert experiment.distance([1, 2, 3, 4], [1, 2, 3, 4]) == 0
     assert experiment.distance([1, 1], [2, 2]) == 1
-    assert experiment.describe([2, 4]) == "3.0 +- 1.0"
     steps = experiment.steps_of_training(B=2, T=8, V=20, D=8, layers=1)
-    assert set(steps) == {"masks", *(f"edits from {name}" for name in
-                                     ("nothing", "damage", "gap", "mixed"))}
+    assert set(steps) == {"masks", "tokens from mixed", *(
+        f"edits from {name}" for name in ("nothing", "damage", "gap", "mixed"))}
     for step in steps.values():
         step()
     sampler = Sampler(bytes_editor(max_len=1024), Tokenizer.bytes())
     texts, rows_of_tokens = experiment.damaged_tales(sampler, 2, 3)
     for text, row in zip(texts, rows_of_tokens):
         assert 1 <= cost(*align(list(text.encode()), row[1:])) <= 3
-    after, passes = experiment.edited(sampler, [row[:40] for row in rows_of_tokens], 2)
+    canvases = [with_masks(sampler, row[:40], 2) for row in rows_of_tokens]
+    after, passes = experiment.edited(sampler, canvases, 2)
     assert len(after) == 2 and passes in (1, 2)

@@ -15,6 +15,7 @@ from experiments import (
     bench_sampling,
     block_schedule,
     conversions,
+    edits,
     encoder,
     mixture,
     real,
@@ -42,7 +43,7 @@ def constants_of(script):
 
 
 @pytest.mark.parametrize("script", ["bench", "ablate", "results", "conversions", "mixture",
-                                    "block_schedule", "encoder", "real"])
+                                    "block_schedule", "encoder", "real", "edits"])
 def test_without_arguments_they_say_how(script):
     result = run(f"experiments/{script}.py", environment=STEADY)
     assert result.status == 2 and f"python experiments/{script}.py" in result.err
@@ -64,6 +65,7 @@ def test_settings_of_runs_are_settings_of_the_recipes():
     commands = [stage.command for stage in stages if stage.command is not None]
     commands += [[*real.CONVERT, *way] for way in real.WAYS.values()]
     commands += [["train_scratch.py", *run] for run in mixture.RUNS.values()]
+    commands += [["train_edits.py", *way] for way in edits.WAYS.values()]
     for script, *arguments in commands:
         names = {a.removeprefix("--").partition("=")[0] for a in arguments}
         assert names <= constants_of(script)

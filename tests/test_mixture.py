@@ -271,6 +271,15 @@ def test_spellings(family, model_type, expected, tmp_path):
     assert config.edit_threshold == (0.9 if expected == "llada21" else None)
 
 
+def test_experts_of_whole_blocks_are_refused(tmp_path):
+    """LLaDA2.2, whose config.json says llada2_moe, too."""
+    tiny("llada2").export_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"expert_capacity": 48}))
+    with pytest.raises(ValueError, match="expert_capacity = 48 is not supported"):
+        Transformer.from_pretrained(tmp_path)
+
+
 def test_keys_that_need_translating(tmp_path):
     """Which layers are dense, how wide the shared expert is, no key/value heads: there and back."""
     cases = {

@@ -9,6 +9,8 @@ from runs import LAST_LINE, LAST_LINES, SETTINGS, equal, learned, refused, rows,
 from scripts import ROOT, run, run_here, run_parallel
 from tiny import tiny_checkpoint
 
+from training.run import Run
+
 # DESIGN's names that every script shares where it has the thing.
 RUN = ["out_dir", "dataset", "vocab_size", "seq_len", "batch_size", "grad_accum", "learning_rate",
        "max_steps", "max_minutes", "eval_interval", "resume", "seed", "device", "dtype", "compile",
@@ -160,6 +162,11 @@ MISTAKES = {
         ("--source=noise", "source must be one of nothing, masks, damage, gap, mixed, got 'noise'"),
         ("--schedule=even", "schedule must be one of linear, cubic, cube, cosine, got 'even'"),
         ("--seq_len=1", "seq_len must be at least 2, a token to begin with and one of text"),
+        ("--editing=words", "editing must be one of flows, tokens, replace, got 'words'"),
+        ("--editing=tokens --edit_threshold=2", "edit_threshold must be between 0 and 1, got 2.0"),
+        ("--editing=replace --schedule=linear", "schedule is of --editing=flows: replace knows no"),
+        ("--editing=tokens --init_from=QWEN3", "has no end of text or no mask to fill a block"),
+        ("--editing=tokens --init_from=LLADA --seq_len=999", "a context of 96 tokens: take"),
         ("--time_features=7", "time_features are pairs of a sine and a cosine"),
         ("--max_damage=0", "max_damage must be at least 1, got 0"),
         ("--max_steps=0 --max_minutes=0", "max_steps and max_minutes are both 0"),
@@ -342,6 +349,7 @@ TWO_PROCESSES = [
     ("convert_ar.py", f"{ADAMW} --objective=bd3lm --block_length=8 --anneal_steps=0",
      [ACCUMULATED, BOTH], 2e-5, 2e-4),
     ("train_edits.py", ADAMW, [ACCUMULATED, BOTH], 2e-5, 2e-5),
+    ("train_edits.py", f"{ADAMW} --editing=tokens", [ACCUMULATED, BOTH], 2e-5, 2e-5),
     ("finetune_llada.py", "--init_from=LLADA --lora_dropout=0", [PARALLEL, BOTH], 1e-4, 1e-3),
     ("finetune_llada.py", "--init_from=LLADA --lora_dropout=0 --lora_rank=0", [BOTH], 1e-4, 1e-3),
     ("finetune_llada.py", "--init_from=tiny:llada2 --lora_dropout=0 --complement=False", [BOTH],
@@ -370,3 +378,26 @@ def test_two_processes_are_one(script, settings, ways, of_losses, of_weights, sm
         assert all(other.out == other.err == "" for other in others)
         assert equal(rows(folder), rows(tmp_path / "whole"), of_losses), way
         assert equal(learned(folder), learned(tmp_path / "whole"), of_weights), way
+
+
+# --------------------------------------------------------------------------------------------------
+# Started anew
+
+
+@pytest.mark.parametrize("script", ["convert_bert.py", "convert_ar.py", "train_edits.py",
+                                    "train_grpo.py"])
+def test_torchrun_starts_it_anew(script, small, tmp_path, monkeypatch):
+    """With the same command, --resume=False: the run goes on, and ends as one that was never
+    disturbed. How torchrun does it stands in test_scale.py."""
+    monkeypatch.chdir(ROOT)
+    settings = ["--max_steps=3", "--eval_interval=1", "--sample_tokens=0"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    succeed(run_here(*small(script, whole, *settings)))
+    goes_on = Run.goes_on
+    monkeypatch.setattr(Run, "goes_on", lambda run: run.step < 2 and goes_on(run))     # then killed
+    succeed(run_here(*small(script, cut, *settings)))
+    monkeypatch.setattr(Run, "goes_on", goes_on)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    succeed(run_here(*small(script, cut, *settings)))
+    assert rows(cut) == rows(whole) and len(rows(cut)) >= 3
+    assert equal(learned(cut), learned(whole))
