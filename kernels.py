@@ -10,6 +10,7 @@ Shapes as in model.py: B batch, S queries, T keys, V vocabulary, D width, H head
 heads, C head size, N rows, E experts.
 """
 import contextlib
+import functools
 
 import torch
 import torch.nn as nn
@@ -29,10 +30,20 @@ def rms_norm(x, weight, eps):
     weight = weight.to(x.dtype)
     if PLAIN:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-    on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
-    if on_cpu and not torch.compiler.is_compiling():
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and torch.is_grad_enabled():
         return HandRMSNorm.apply(x, weight, eps)
+    if on_cpu and x.dtype in (torch.float32, torch.float64):
+        # Torch composes it of seven operations there; these are five, two of them on all of x.
+        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(x.shape[-1]**-0.5)
+        return (x / root.hypot_(scalar(eps**0.5, x.dtype))).mul_(weight)
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+@functools.lru_cache(maxsize=64)
+def scalar(value, dtype):
+    """A number as a tensor on the CPU, made once."""
+    return torch.tensor(value, dtype=dtype)
 
 
 class HandRMSNorm(torch.autograd.Function):
@@ -90,6 +101,8 @@ def attend(q, k, v, visible=None, causal=False):
         # Training short sequences in bfloat16 on a CPU, torch's fused kernel takes up to three
         # times as long as the formula.
         return attend_by_formula(q, k, v, visible, causal)
+    if H != G and S == 1 and not causal and q.device.type == "cpu":
+        return attend_in_groups(q, k, v, visible)
     return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=H != G)
 
 
@@ -107,6 +120,25 @@ def attend_by_formula(q, k, v, visible=None, causal=False):
         # Not -inf: a query that sees nobody, as padding may, would become NaN.
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1) @ v
+
+
+def attend_in_groups(q, k, v, visible=None):
+    """`attend` for one query, S = 1: the H / G heads that share keys and values become that many
+    queries of one head, so that torch's kernel reads those once and not H / G times."""
+    B, H, _, C = q.shape
+    G = k.shape[1]
+    if visible is not None and visible.dim() == 4 and visible.shape[1] != 1:
+        visible = visible.expand(-1, H, -1, -1).reshape(len(visible), G, H // G, -1)
+    y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, C), k, v, visible)
+    return y.view(B, H, 1, C)
+
+
+def unless_all(visible):
+    """A bool mask, or None if it hides nobody: attention without a mask takes less time. Only on a
+    CPU, where one may look at a tensor without waiting for it."""
+    if PLAIN or visible.device.type != "cpu" or not visible.all():
+        return visible
+    return None
 
 
 _tiles = WeakIdKeyDictionary()      # mask -> its tiles, for as long as somebody keeps the mask
@@ -259,7 +291,7 @@ def linear_argmax(hidden, weight, bias, chunk):
     arguments as of `linear_cross_entropy`."""
     if PLAIN:
         return F.linear(hidden, weight, bias).argmax(-1)
-    chosen = [F.linear(rows, weight, bias).argmax(-1) for rows in hidden.split(max(1, chunk))]
+    chosen = [largest(F.linear(rows, weight, bias)) for rows in hidden.split(max(1, chunk))]
     return torch.cat(chosen)
 
 
@@ -360,7 +392,7 @@ def sample_tokens(logits, temperature, uniform):
     which copies nothing, and added up in float64.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return largest(logits)
     N, V = logits.shape
     p = (logits / temperature).softmax(dim=-1)
     if V % 512:
@@ -380,6 +412,21 @@ def sample_tokens(logits, temperature, uniform):
     return (piece * 512 + entry)[:, 0]
 
 
+def largest(logits, size=128):
+    """logits.argmax(-1) int64 [N] for logits [N, V]: the first of the largest.
+
+    On a CPU torch's argmax takes twenty times as long as its amax, so first the piece of `size`
+    entries is found, then the entry in it.
+    """
+    N, V = logits.shape
+    if PLAIN or V % size or logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
+    pieces = logits.unflatten(1, (-1, size))                                     # [N, pieces, size]
+    piece = pieces.amax(dim=-1).argmax(dim=-1)                                      # [N]
+    entry = pieces[torch.arange(N), piece].argmax(dim=-1)
+    return piece * size + entry
+
+
 # --------------------------------------------------------------------------------------------------
 # Products of few rows with the same weights again and again
 
@@ -390,8 +437,9 @@ def pack(model, limit=2**31):
 
     MKL puts a matrix in its own order for every product, which for few rows takes longer than the
     product (V 126464, D 256, 16 rows, two threads: 26 ms in place of 7). A copy takes as long to
-    make as three products. While a layer is packed its weights must not be trained, moved or
-    copied. Compiled models keep their own products.
+    make as three products. A call of oneDNN takes 25 to 45 us besides the product, so layers that
+    read the same vectors become one product, see `products`. While a layer is packed its weights
+    must not be trained, moved or copied. Compiled models keep their own products.
     """
     if PLAIN or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return []
@@ -403,21 +451,31 @@ def pack(model, limit=2**31):
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         dtypes.add(torch.bfloat16)
     changed = []
-    for linear in linear_layers(model):
-        weight = linear.weight.detach()
-        plain = type(linear.weight.data) is torch.Tensor and "forward" not in vars(linear)
-        fits = weight.device.type == "cpu" and weight.dtype in dtypes and weight.nbytes <= limit
-        if plain and fits:
-            limit -= weight.nbytes
-            linear.forward = PackedProduct(weight, linear.bias)
-            changed.append(linear)
+    for linears in linears_by_input(model):
+        size = sum(linear.weight.nbytes for linear in linears)
+        if size > limit or not all(can_pack(linear, dtypes) for linear in linears):
+            continue
+        limit -= size
+        if len(linears) == 1:
+            linears[0].forward = PackedProduct(linears[0].weight.detach(), linears[0].bias)
+        else:
+            linears[0].together = pack_together(linears)
+        changed.extend(linears)
     return changed
+
+
+def can_pack(linear, dtypes):
+    weight = linear.weight.data
+    is_packed = "forward" in vars(linear) or "together" in vars(linear)
+    on_cpu = type(weight) is torch.Tensor and weight.device.type == "cpu"
+    return on_cpu and weight.dtype in dtypes and not is_packed
 
 
 def unpack(linears):
     """Undo `pack`."""
     for linear in linears:
         vars(linear).pop("forward", None)
+        vars(linear).pop("together", None)
 
 
 @contextlib.contextmanager
@@ -430,19 +488,56 @@ def packed(model, limit=2**31):
         unpack(changed)
 
 
-def linear_layers(model):
-    """The nn.Linear layers of a model, the last one, its head, first: it is the largest."""
-    return [module for module in model.modules() if type(module) is nn.Linear][::-1]
+def linears_by_input(model):
+    """The nn.Linear layers of a model in lists of those that read the same vectors, as model.py
+    names them; the last layer alone, its head, first: it is the largest."""
+    groups = []
+    for module in model.modules():
+        for names in (("q", "k", "v"), ("gate", "up")):
+            group = [getattr(module, name, None) for name in names]
+            if all(type(linear) is nn.Linear for linear in group):
+                groups.append(group)
+    grouped = {id(linear) for group in groups for linear in group}
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    return [[linear] for linear in layers[::-1] if id(linear) not in grouped] + groups
+
+
+def products(x, *linears):
+    """[linear(x) for linear in linears], by one product if `pack` made one matrix of theirs."""
+    together = getattr(linears[0], "together", None)
+    if together is None or is_one_row(x):
+        return [linear(x) for linear in linears]
+    return together(x).split([linear.out_features for linear in linears], dim=-1)
+
+
+def pack_together(linears):
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias.detach() for linear in linears])
+    return PackedProduct(torch.cat([linear.weight.detach() for linear in linears]), bias, False)
+
+
+def is_one_row(x):
+    """Whether MKL multiplies x [..., in] by a matrix as it is in less time than oneDNN. Its product
+    of one row runs on one thread, whatever their number."""
+    one_row = x.dtype == torch.float32 and x.numel() == x.shape[-1]
+    return one_row and torch.get_num_threads() == 1
 
 
 class PackedProduct:
-    """x @ weight.T + bias, with the matrix in oneDNN's order."""
+    """x @ weight.T + bias, with the matrix in oneDNN's order; keep_plain: but for a single row."""
 
-    def __init__(self, weight, bias):
+    def __init__(self, weight, bias, keep_plain=True):
+        self.plain = weight if keep_plain else None
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.bias = bias
 
     def __call__(self, x):
+        if self.plain is not None and is_one_row(x):
+            y = torch.mv(self.plain, x.flatten())
+            if self.bias is not None:
+                y = y + self.bias
+            return y.view(*x.shape[:-1], -1)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 

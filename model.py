@@ -93,19 +93,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, rope, visible, causal, cache=None, positions=None):
+    def forward(self, x, rope, visible, causal, cache=None):
         B, S, _ = x.shape
         H, G, C = self.shape
-        q = self.q(x).view(B, S, H, C)
-        k = self.k(x).view(B, S, G, C)
-        v = self.v(x).view(B, S, G, C)
+        q, k, v = kernels.products(x, self.q, self.k, self.v)
+        q, k, v = q.view(B, S, H, C), k.view(B, S, G, C), v.view(B, S, G, C)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # [B, H or G, S, C]
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v)                          # [B, G, T, C]
+            k, v = cache.update(self.layer, k, v)                          # [B, G, length, C]
         y = kernels.attend(q, k, v, visible, causal)                                  # [B, H, S, C]
         return self.o(y.transpose(1, 2).reshape(B, S, H * C))
 
@@ -122,7 +121,8 @@ class MLP(nn.Module):
     def forward(self, x):
         if self.gate is None:
             return self.down(self.act(self.up(x)))
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        gate, up = kernels.products(x, self.gate, self.up)
+        return self.down(self.act(gate) * up)
 
 
 class ExpertLinear(nn.Module):
@@ -215,9 +215,9 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = Experts(config) if config.is_sparse(layer) else MLP(config, config.hidden_dim)
 
-    def forward(self, x, rope, visible, causal, cache=None, positions=None, select=None):
+    def forward(self, x, rope, visible, causal, cache=None, select=None):
         """x [B, S, D] -> [B, S, D]; with `select` only those rows go through the MLP, [N, D]."""
-        how = rope, visible, causal, cache, positions
+        how = rope, visible, causal, cache
         if self.post_norm:
             x = take(self.attn_norm(x + self.attn(x, *how)), select)
             return self.mlp_norm(x + self.mlp(x))
@@ -380,13 +380,15 @@ class Transformer(nn.Module):
                 raise ValueError(f"{tokens.shape[1]} tokens are too long for this model's "
                                  f"{config.max_len} learned positions")
         x = self.embedded(tokens, positions, t)                                         # [B, S, D]
+        if cache is not None:
+            cache.place(positions, len(tokens))
         visible, causal = self.who_sees_whom(positions, attention_mask, cache)
         ropes = self.ropes(positions)
         for block in self.blocks:
             # The last MLP runs, like the head, on the rows that are asked for only.
             rows = select if block is self.blocks[-1] else None
             local = block.attn.is_local
-            arguments = x, ropes[local], visible[local], causal, cache, positions, rows
+            arguments = x, ropes[local], visible[local], causal, cache, rows
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -435,6 +437,8 @@ class Transformer(nn.Module):
             mask = ahead <= 0
         elif causal:
             mask = mask & (ahead <= 0) | (ahead == 0)         # a row that sees nothing would be NaN
+        if cache is not None and mask is not None:
+            mask = kernels.unless_all(mask)
         if not config.local_window:
             return (mask, None), False
         near = ahead.abs() <= config.local_window // 2
@@ -479,8 +483,8 @@ class Transformer(nn.Module):
         """Write the published layout of the model's family, which the family's own code loads; a
         model of our own family becomes a Qwen3.
 
-        gguf  True or "f16", "bf16", "q8_0": the file model-KIND.gguf for llama.cpp instead; its
-              path is returned.
+        gguf  True or "f16", "bf16", "q8_0", "f32": the file model-KIND.gguf for llama.cpp
+              instead; its path is returned.
         """
         from pretrained.export import export
         return export(self, folder, gguf)

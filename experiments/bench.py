@@ -23,12 +23,14 @@ from experiments.against import against  # noqa: E402
 from experiments.bench_eval import likelihoods  # noqa: E402
 from experiments.bench_mixture import blocks, experts  # noqa: E402
 from experiments.bench_model import forward, load, parity  # noqa: E402
+from experiments.bench_real import real  # noqa: E402
 from experiments.bench_sampling import sample, serve  # noqa: E402
 from experiments.bench_training import block, finetune, loss, step  # noqa: E402
 
 COMMANDS = {"forward": forward, "parity": parity, "load": load, "step": step, "loss": loss,
             "block": block, "finetune": finetune, "sample": sample, "blocks": blocks,
-            "experts": experts, "serve": serve, "eval": likelihoods, "against": against}
+            "experts": experts, "serve": serve, "eval": likelihoods, "against": against,
+            "real": real}
 
 
 def print_commands():

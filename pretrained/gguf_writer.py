@@ -21,7 +21,7 @@ from pretrained.tokenizer_files import read_tokenizer
 
 # What `gguf` of export may say -> (type of the matrices, name in gguf.LlamaFileType)
 KINDS = {"f16": ("F16", "MOSTLY_F16"), "bf16": ("BF16", "MOSTLY_BF16"),
-         "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
+         "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "f32": ("F32", "ALL_F32")}
 # Family -> architecture, as gguf.ARCHITECTURES has it; our own models are Qwen3's, as in export.
 ARCHITECTURES = {family: name for name, family in gguf.ARCHITECTURES.items()} | {"unmask": "qwen3"}
 # Those whose models always see in both directions. llama.cpp reads the key in the others' files,

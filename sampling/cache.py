@@ -14,17 +14,25 @@ class Cache:
         shape = (config.n_layers, batch_size, config.n_kv_heads, length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = length
+        self.length = length    # positions that are in use, from the first on
         self.rows = None        # int64 [A]: the next pass is for these rows of the batch; None: all
 
-    def update(self, layer, positions, k, v):
-        """Write k, v [A, G, S, C] at positions [S] or [A, S]. Returns all keys and values of those
-        rows, [A, G, T, C] each."""
-        positions = positions.expand(k.shape[0], -1)                                    # [A, S]
-        rows = torch.arange(len(k), device=k.device) if self.rows is None else self.rows
-        keys, values = self.keys[layer], self.values[layer]                           # [B, G, T, C]
-        keys[rows[:, None], :, positions] = k.transpose(1, 2).to(keys.dtype)          # [A, S, G, C]
-        values[rows[:, None], :, positions] = v.transpose(1, 2).to(values.dtype)
-        if self.rows is None:
-            return keys, values
-        return keys[rows], values[rows]
+    def place(self, positions, A):
+        """The next pass writes its keys and values at positions [S] or [A, S] of A rows."""
+        G, T = self.keys.shape[2:4]
+        device = positions.device
+        rows = torch.arange(A, device=device) if self.rows is None else self.rows
+        heads = rows[:, None] * G + torch.arange(G, device=device)                      # [A, G]
+        places = heads[..., None] * T + positions.expand(A, -1)[:, None]              # [A, G, S]
+        self.places = places.flatten()                  # of B * G * T
+
+    def update(self, layer, k, v):
+        """Write k, v [A, G, S, C] where `place` said. Returns all keys and values in use of those
+        rows, [A, G, length, C] each."""
+        found = []
+        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):      # [B, G, T, C] each
+            C = kept.shape[-1]
+            kept.view(-1, C).index_copy_(0, self.places, new.reshape(-1, C).to(kept.dtype))
+            in_use = kept[:, :, :self.length]
+            found.append(in_use if self.rows is None else in_use[self.rows])
+        return found

@@ -457,7 +457,7 @@ class Engine:
         """The same for the `written` positions: which of them are written anew, by
         diffusion.edits."""
         mask_id = torch.tensor(self.mask_id, device=logits.device)
-        chosen = logits.index_fill(1, mask_id, -torch.inf).argmax(dim=-1)
+        chosen = kernels.largest(logits.index_fill(1, mask_id, -torch.inf))
         sure = low_confidence(logits, chosen).cpu()
         chosen, anew = chosen.cpu(), written.clone()
         anew[written] = (chosen != predicted[written]) & (sure > self.how.edit_threshold)
@@ -694,10 +694,16 @@ class CachedPasses(Passes):
         # A row with fewer of them repeats its last one, which writes the same keys again.
         positions = torch.minimum(positions, end[:, None] - 1)
         tokens = e.canvas[rows[:, None], positions]
-        mask = e.shown[rows]                                                            # [A, T]
+        # Keys that nobody sees are not even read.
+        seen = end if self.kind == "block" else e.lengths[rows]
+        self.cache.length = length = int(seen.max())
+        mask = e.shown[rows, :length]                                              # [A, length]
         if self.kind == "block" and not self.config.causal:
             block_of = e.block_of[rows[:, None], positions]                             # [A, S]
-            mask = (e.block_of[rows][:, None, :] <= block_of[:, :, None]) & mask[:, None, :]
+            order = e.block_of[rows, None, :length] <= block_of[:, :, None]     # [A, S, length]
+            mask = order & mask[:, None, :]
+        if mask.all():
+            mask = None
         self.cache.rows = None if len(rows) == len(e.canvas) else rows.to(self.device)
         where = eligible.nonzero()
         where[:, 1] -= begin[where[:, 0]]

@@ -14,7 +14,7 @@ from pretrained import gguf
 from pretrained.config import read_config
 from pretrained.gguf_writer import ARCHITECTURES
 
-KINDS = ["f16", "bf16", "q8_0"]
+KINDS = ["f16", "bf16", "q8_0", "f32"]
 DENSE = ["llama", "qwen2", "qwen3", "llada", "Dream"]
 MIXTURE = dict(family="lladamoe", vocab_size=320, dim=64, n_layers=2, n_heads=4, n_kv_heads=4,
                hidden_dim=0, max_len=128, norm_eps=1e-5, n_experts=4, experts_per_token=2,
@@ -65,7 +65,7 @@ def test_it_is_read_back_equal(tmp_path, family, kind):
     again.config.published = None
     assert again.config == model.config
     error = (logits_of(again) - logits_of(model)).norm() / logits_of(model).norm()
-    assert error < {"f16": 0.01, "bf16": 0.05, "q8_0": 0.1}[kind]
+    assert error < {"f16": 0.01, "bf16": 0.05, "q8_0": 0.1, "f32": 1e-6}[kind]
 
 
 @pytest.mark.filterwarnings("ignore:the GGUF gets no tokenizer")

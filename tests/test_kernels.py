@@ -8,6 +8,8 @@ import kernels
 from kernels import packed
 from model import Config, Transformer
 from passes import block_attention
+from sampling.cache import Cache
+from sampling.engine import generate
 
 SHAPE = dict(vocab_size=700, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_len=512,
              mask_token_id=699)
@@ -109,9 +111,10 @@ def test_packed_products_equal_the_plain_ones(dtype):
         torch.testing.assert_close(model(tokens), expected, **tolerance)
         with kernels.packed(model):                     # packed already: nothing to do or to undo
             torch.testing.assert_close(model(tokens), expected, **tolerance)
-        assert "forward" in vars(model.head)
+        assert "forward" in vars(model.head) and "together" in vars(model.blocks[0].attn.q)
         kernels.unpack(linears)
-    assert not any("forward" in vars(module) for module in model.modules())
+    for name in ("forward", "together"):
+        assert not any(name in vars(module) for module in model.modules())
     assert model(tokens).requires_grad
 
 
@@ -154,3 +157,87 @@ def test_packed_matrices_give_the_same_logits_and_are_forgotten():
     model.blocks[0].compile()  # nothing is compiled before its first call
     with packed(model):
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("hidden", ["nobody", "some", "by head"])
+def test_one_query_of_grouped_heads_is_as_exact_as_torch(hidden):
+    """Both in float32 against the formula in float64: neither is further away."""
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 6, 1, 8, generator=draw)
+    k, v = (torch.randn(3, 2, 50, 8, generator=draw) for _ in range(2))
+    visible = None
+    if hidden != "nobody":
+        shape = (3, 6, 1, 50) if hidden == "by head" else (3, 1, 1, 50)
+        visible = torch.rand(shape, generator=draw) < 0.6
+    exact = kernels.attend_by_formula(q.double(), k.double(), v.double(), visible)
+    ours = kernels.attend(q, k, v, visible)
+    torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
+    largest = (torchs - exact).abs().max()
+    assert ours.shape == exact.shape and (ours - exact).abs().max() <= 2 * largest < 1e-6
+    in_double = kernels.attend(q.double(), k.double(), v.double(), visible)
+    torch.testing.assert_close(in_double, exact, rtol=0, atol=1e-14)
+    rounded = kernels.attend(*(x.bfloat16() for x in (q, k, v)), visible)
+    assert (rounded - exact).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("V", [130, 256, 1280])
+def test_the_largest_of_many_is_the_first_of_equals(V, monkeypatch):
+    draw = torch.Generator().manual_seed(V)
+    logits = torch.randint(0, 9, (64, V), generator=draw).float()       # many are equal
+    logits[3] = -torch.inf
+    logits[4, :7] = torch.inf
+    plain, fast = both_ways(monkeypatch, lambda: kernels.largest(logits))
+    assert torch.equal(plain, fast) and torch.equal(plain, logits.argmax(-1))
+
+
+def test_a_mask_that_hides_nobody_is_none(monkeypatch):
+    everyone = torch.ones(2, 1, 3, 5, dtype=torch.bool)
+    some = everyone.clone()
+    some[1, 0, 2, 4] = False
+    assert kernels.unless_all(everyone) is None and kernels.unless_all(some) is some
+    monkeypatch.setattr(kernels, "PLAIN", True)
+    assert kernels.unless_all(everyone) is everyone
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_cache_that_is_longer_than_what_is_in_use_changes_nothing(causal, monkeypatch):
+    """Token by token with grouped heads: `length` positions are attended to, or all of them by a
+    mask."""
+    model, tokens = random_model(causal=causal), random_tokens(2, 12)
+
+    def run():
+        found = {}
+        for rule in ("length", "mask"):
+            cache, logits = Cache(model.config, 2, 20), []
+            for i in range(12):
+                mask = None
+                if rule == "length":
+                    cache.length = i + 1
+                else:
+                    mask = (torch.arange(20) <= i).expand(2, -1)
+                logits.append(model(tokens[:, i:i + 1], mask, cache=cache,
+                                    positions=torch.full((2, 1), i)))
+            found[rule] = torch.cat(logits, dim=1)
+        return found
+
+    with torch.no_grad():
+        plain, fast = both_ways(monkeypatch, run)
+    for found in (fast["length"], fast["mask"], plain["length"]):
+        torch.testing.assert_close(found, plain["mask"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_by_the_fast_forms_writes_the_same_tokens(dtype, monkeypatch):
+    """Two rows of different length with grouped heads. The seed is one by which the most probable
+    token leads by 0.13 standard deviations of the logits, which is more than bfloat16 rounds."""
+    config = Config(vocab_size=128, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_len=64,
+                    causal=True, bos_token_id=0)
+    model = Transformer(config).init_weights(5)
+    for p in model.parameters():
+        draw = torch.Generator().manual_seed(p.numel() + 5)
+        p.data += 0.3 * torch.randn(p.shape, generator=draw)
+    prompts = [[3, 1, 4, 1, 5], [9, 2]]
+    monkeypatch.setattr(kernels, "PLAIN", True)
+    expected = generate(model, prompts, 8)
+    plain, fast = both_ways(monkeypatch, lambda: generate(model.to(dtype), prompts, 8))
+    assert plain == fast == expected
