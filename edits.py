@@ -487,7 +487,10 @@ def protect(length, prompt_len):
 
 
 def flow_times(tau, time_epsilon=1e-3):
-    """The times at which steps of length tau begin: 0, tau, 2 tau... below 1 - time_epsilon."""
+    """The times at which steps of length tau begin: 0, tau, 2 tau... below 1 - time_epsilon. Raises
+    ValueError for a length that is not above 0."""
+    if not tau > 0:
+        raise ValueError(f"tau, the length of a step in time, must be above 0, got {tau}")
     t, times = 0.0, []
     while len(times) < math.ceil(1 / tau) and t < 1 - time_epsilon:
         times.append(t)
@@ -505,19 +508,21 @@ def flow(model, tokens, tau, schedule=None, prompt_len=0, frozen=None, closed=No
     rows.
     schedule    of w(t); None: the one that the model was trained with. dLLM samples with "linear",
                 whatever was trained.
-    frozen, closed  bool [T]: tokens that stay, and behind which nothing comes; None: those of
-                `protect` for a prompt of prompt_len tokens.
+    frozen, closed  bool [T]: tokens that stay, and behind which nothing comes; None: what `protect`
+                says of a prompt of prompt_len tokens.
     temperature 0: the most probable token; else a sample of softmax(logits / temperature).
     seed        of the stream (seed, 0), as row 0 of rewriting.py has it.
     uniform     uniform(step, length) -> [3, length] in place of the stream; for comparisons.
     on_step     called with (step, Written) after each step.
-    Raises ValueError for an empty row, a canvas that outgrows the context, a model without heads.
+    Raises ValueError for an empty row, a canvas that outgrows the context, a model without heads, a
+    tau that is not above 0.
     """
     check_editor(model)
     if not tokens:
         raise ValueError("there is nothing to edit: a row needs at least one token")
-    if frozen is None:
-        frozen, closed = protect(len(tokens), prompt_len)
+    stays, shuts = protect(len(tokens), prompt_len)
+    frozen = stays if frozen is None else frozen
+    closed = shuts if closed is None else closed
     config, generator = config_of(model), streams(seed, 1)[0]
     device = next(model.parameters()).device
     for step, t in enumerate(flow_times(tau)):
@@ -727,3 +732,6 @@ def check_corrector(config):
     if config.causal or config.block_length:
         raise ValueError("a model that reads from left to right or block by block edits while it "
                          "writes: it takes edit_threshold")
+    if config.mask_token_id is None or config.eos_token_id is None:
+        raise ValueError("a model that edits by tokens needs a mask, and an end of text that fills "
+                         "its block: mask_token_id and eos_token_id of its config.json")

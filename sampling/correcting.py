@@ -29,7 +29,7 @@ from edits import (
 from kernels import sample_tokens
 from passes import config_of, prediction_rows, row_logits
 from sampling.engine import row_streams
-from sampling.rewriting import EditStep
+from sampling.rewriting import EditStep, protections
 
 AT_ONCE = 32            # rows of a pass whose logits, [L, V] each, are in memory together
 THRESHOLD = 0.9         # for masks; what is edited is LLaDA2.1's edit_threshold of the model
@@ -57,7 +57,7 @@ def correct(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
     behind it; what comes back ends before the first of them.
     prompt_lens     for each row, so many tokens at its beginning are a prompt that stays; None: 0.
     frozen, closed  for each row lists of bool, in place of it: tokens that stay, and behind which
-                    nothing is inserted.
+                    nothing is inserted; None: those of its prompt.
     threshold       masks are filled where the model is as sure as this, and the surest anyway: an
                     equal share of them in each pass that is left.
     edit_threshold  tokens are edited where it is surer than this; None: the model's own.
@@ -71,10 +71,7 @@ def correct(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
     config = config_of(model)
     check_corrector(config)
     check(config, sequences, steps, threshold, edit_threshold, temperature)
-    if frozen is None:
-        prompt_lens = prompt_lens or [0] * len(sequences)
-        frozen = [[i < n for i in range(len(row))] for row, n in zip(sequences, prompt_lens)]
-        closed = [[i < n - 1 for i in range(len(row))] for row, n in zip(sequences, prompt_lens)]
+    frozen, closed = protections(sequences, prompt_lens, frozen, closed)
     L, rows = edit_block(config), []
     for tokens, stays, shuts, stream in zip(sequences, frozen, closed,
                                             row_streams(seed, len(sequences))):

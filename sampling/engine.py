@@ -190,9 +190,6 @@ class Sampling:
         if longest > config.max_len:
             raise ValueError(f"{longest} tokens, prompt and completion, exceed the model's context "
                              f"of {config.max_len}")
-        if isinstance(self.seed, list | tuple) and len(self.seed) != len(sequences):
-            raise ValueError(f"a list of seeds has one for each row, {len(sequences)}, got "
-                             f"{self.seed}")
 
     def check_ranges(self):
         limits = {"temperature": (0, None), "cfg_scale": (0, None), "entropy_bound": (0, None),
@@ -571,8 +568,11 @@ class Row:
 
 
 def row_streams(seed, B):
-    """A generator for each row; `seed` as in `Sampling`."""
+    """A generator for each of B rows; `seed` as in `Sampling`. Raises ValueError for another number
+    of seeds."""
     if isinstance(seed, list | tuple):
+        if len(seed) != B:
+            raise ValueError(f"a list of seeds has one for each row, {B}, got {seed}")
         return [streams(own, 1)[0] for own in seed]
     return streams(seed, B)
 

@@ -27,6 +27,7 @@ from edits import (
     flow_times,
     flow_weight,
     outgrown,
+    protect,
 )
 from passes import config_of
 from sampling.engine import row_streams
@@ -58,7 +59,7 @@ def rewrite(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
 
     prompt_lens     for each row, so many tokens at its beginning are a prompt that stays; None: 0.
     frozen, closed  for each row lists of bool, in place of it: tokens that stay, and behind which
-                    nothing is inserted.
+                    nothing is inserted; None: those of its prompt.
     schedule        of the steps; None: the one that the model was trained with. dLLM's sampler is
                     "linear".
     temperature     0: the most probable token is written, else a sample.
@@ -69,11 +70,8 @@ def rewrite(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
     A row that outgrows the context stops there, with a warning, and is what it was before. Raises
     ValueError for what cannot be.
     """
-    check(model, sequences, steps, prompt_lens, temperature)
-    if frozen is None:
-        prompt_lens = prompt_lens or [0] * len(sequences)
-        frozen = [[i < n for i in range(len(row))] for row, n in zip(sequences, prompt_lens)]
-        closed = [[i < n - 1 for i in range(len(row))] for row, n in zip(sequences, prompt_lens)]
+    check(model, sequences, steps, temperature)
+    frozen, closed = protections(sequences, prompt_lens, frozen, closed)
     texts = []
     for row, stays, shuts in zip(sequences, frozen, closed):
         texts.append(Text(list(row), torch.tensor(stays), torch.tensor(shuts)))
@@ -85,7 +83,7 @@ def rewrite(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
     return [text.tokens for text in texts]
 
 
-def check(model, sequences, steps, prompt_lens, temperature):
+def check(model, sequences, steps, temperature):
     """ValueError for what `rewrite` cannot do."""
     check_editor(model)
     config = config_of(model)
@@ -103,10 +101,30 @@ def check(model, sequences, steps, prompt_lens, temperature):
         for token in row:
             if not 0 <= token < config.vocab_size:
                 raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
-    for i, n in enumerate(prompt_lens or []):
-        if not 0 <= n <= len(sequences[i]):
-            raise ValueError(f"row {i} has {len(sequences[i])} tokens, a prompt of {n} is not in "
-                             "it")
+
+
+def protections(sequences, prompt_lens=None, frozen=None, closed=None):
+    """(frozen, closed), a list of bool for each sequence in both; arguments as of `rewrite`. Raises
+    ValueError where they do not fit the sequences."""
+    if prompt_lens is None:
+        prompt_lens = [0] * len(sequences)
+    given = {"prompt_lens": prompt_lens, "frozen": frozen, "closed": closed}
+    for name, values in given.items():
+        if values is not None and len(values) != len(sequences):
+            raise ValueError(f"{name} has one for each row, {len(sequences)}, got {len(values)}")
+    for i, (row, n) in enumerate(zip(sequences, prompt_lens)):
+        if not 0 <= n <= len(row):
+            raise ValueError(f"row {i} has {len(row)} tokens, a prompt of {n} is not in it")
+    prompts = [protect(len(row), n) for row, n in zip(sequences, prompt_lens)]
+    if frozen is None:
+        frozen = [stays.tolist() for stays, _ in prompts]
+    if closed is None:
+        closed = [shuts.tolist() for _, shuts in prompts]
+    for i, row in enumerate(sequences):
+        if not len(row) == len(frozen[i]) == len(closed[i]):
+            raise ValueError(f"row {i} has {len(row)} tokens, but frozen {len(frozen[i])} and "
+                             f"closed {len(closed[i])}")
+    return frozen, closed
 
 
 class Editor:

@@ -416,6 +416,10 @@ def test_a_text_may_vanish():
     (dict(steps=0), "steps must be between 1 and 1000000, got 0"),
     (dict(temperature=-1), "temperature must not be negative, got -1"),
     (dict(prompt_lens=[3]), "row 0 has 2 tokens, a prompt of 3 is not in it"),
+    (dict(prompt_lens=[1, 1]), "prompt_lens has one for each row, 1, got 2"),
+    (dict(frozen=[]), "frozen has one for each row, 1, got 0"),
+    (dict(closed=[[True]]), "row 0 has 2 tokens, but frozen 2 and closed 1"),
+    (dict(seed=[0, 1]), "a list of seeds has one for each row, 1, got"),
     (dict(schedule="square"), "schedule must be one of linear, cubic, cube, cosine, got 'square'"),
 ])
 def test_what_cannot_be_rewritten(change, words):
@@ -829,6 +833,9 @@ def order(x, token):
     (dict(sequences=[[99]]), "token 99 is outside the vocabulary of 26"),
     (dict(model=tiny_editor()), "this model does not edit by tokens"),
     (dict(model=Transformer(Config(block_length=4, edit_threshold=0.5))), "block by block"),
+    (dict(model=Transformer(Config(edit_threshold=0.5))), "needs a mask, and an end of text"),
+    (dict(prompt_lens=[2]), "row 0 has 1 tokens, a prompt of 2 is not in it"),
+    (dict(prompt_lens=[]), "prompt_lens has one for each row, 1, got 0"),
 ])
 def test_what_cannot_be_corrected(change, words):
     with pytest.raises(ValueError, match=words):
