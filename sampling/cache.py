@@ -5,9 +5,10 @@ import torch
 class Cache:
     """Keys and values of all T positions of a canvas, per layer [B, G, T, C].
 
-    A forward pass of S tokens writes their keys and values at their positions and attends to all T.
-    sampling/engine.py says which positions it feeds: one for autoregressive decoding, a block or
-    more for diffusion.
+    A forward pass of S tokens writes their keys and values at their positions and attends to the
+    first `length` positions. sampling/engine.py sets `length` and `rows` and says which positions
+    it feeds: one for autoregressive decoding, a block or more for diffusion. model.py then calls
+    `place` once a pass and `update` in each layer.
     """
 
     def __init__(self, config, batch_size, length, device=None, dtype=None):
@@ -16,6 +17,7 @@ class Cache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = length    # positions that are in use, from the first on
         self.rows = None        # int64 [A]: the next pass is for these rows of the batch; None: all
+        self.places = None      # int64 [A * G * S]: where the next pass writes, see `place`
 
     def place(self, positions, A):
         """The next pass writes its keys and values at positions [S] or [A, S] of A rows."""

@@ -4,8 +4,8 @@ edits.py first.
 
 Each pass reads all blocks that are not finished and does at once whatever the model is sure of. A
 block is finished when no mask is left and nothing is edited. Two edits may undo each other for
-ever: what has stood there before is from then on edited no more, its masks are filled and that is
-all. (LLaDA2.2 draws another edit instead.)
+ever: a block that stands as it stood before is settled, edited no more; its masks are filled with
+tokens and that is all. (LLaDA2.2 draws another edit instead.)
 
 Shapes: B rows, A of them at work, L tokens of a block, V vocabulary.
 """
@@ -43,7 +43,7 @@ class Row:
     closed: torch.Tensor        # bool [L]: nothing comes behind it
     stream: torch.Generator
     seen: set = field(default_factory=set)      # what stood there after each step
-    is_settled: bool = False    # it is edited no more
+    is_settled: bool = False    # it is edited no more: masks become tokens, never orders
     is_done: bool = False
 
 
@@ -65,8 +65,8 @@ def correct(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
                     temperature).
     seed            row r draws from the stream (seed, r); a list: from (seed[r], 0).
     on_step         called with an `EditStep` after each pass.
-    A row that would lose text at the end of its block stops there, with a warning, and is what it
-    was before. Raises ValueError for what cannot be.
+    A row that would lose text at the end of its block is what it was before and edited no more,
+    with a warning; its masks are filled. Raises ValueError for what cannot be.
     """
     config = config_of(model)
     check_corrector(config)
@@ -141,7 +141,7 @@ class Corrector:
     def labels(self, work, left):
         """(row, its labels) for each row of `work`."""
         x = torch.tensor([self.rows[b].tokens for b in work])                           # [A, L]
-        chosen, p = self.predict(x, work, is_last=left == 1)
+        chosen, p = self.predict(x, work, left == 1)
         for a, b in enumerate(work):
             row = self.rows[b]
             edit_threshold = self.edit_threshold
@@ -153,14 +153,18 @@ class Corrector:
             yield b, labels.tolist()
 
     def predict(self, x, work, is_last):
-        """(tokens, their probabilities) that the model says of each position of x [A, L]."""
+        """(tokens, their probabilities) that the model says of each position of x [A, L]. There are
+        no orders in the last pass and in blocks that are settled."""
         A, L = x.shape
         where = torch.arange(A * L)
         read = prediction_rows(where, L, L, self.config.shift, 0)
         logits = row_logits(self.model, x.to(self.device), read.to(self.device)).cpu()
         logits[:, self.orders.mask] = -torch.inf                                        # [A L, V]
-        if is_last and self.orders.delete is not None:
-            logits[:, [self.orders.delete, self.orders.insert]] = -torch.inf
+        if self.orders.delete is not None:
+            fills_only = torch.tensor([is_last or self.rows[b].is_settled for b in work])
+            fills_only = fills_only.repeat_interleave(L)                                # [A L]
+            for order in (self.orders.delete, self.orders.insert):
+                logits[fills_only, order] = -torch.inf
         chosen = logits.argmax(-1)
         if self.temperature > 0:
             u = torch.cat([torch.rand(L, generator=self.rows[b].stream, dtype=torch.float64)
@@ -183,7 +187,7 @@ class Corrector:
         if not set(lost) <= set(self.config.ends):
             length = len(row.tokens)
             warnings.warn(outgrown(length + len(lost), length), stacklevel=5)
-            row.is_done = True
+            row.is_settled = True
             return None
         before, row.tokens = len(text_of(row.tokens, self.config)), new.tokens
         row.frozen = carried(row.frozen, new.origin)

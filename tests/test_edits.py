@@ -770,11 +770,10 @@ def correct_plainly(model, tokens, steps, threshold, edit_threshold, prompt_len)
     for step in range(1, steps + 1):
         logits = model(torch.tensor([x]))[0].detach()                                   # [L, V]
         logits[:, orders.mask] = -torch.inf
-        if step == steps:
-            logits[:, [orders.delete, orders.insert]] = -torch.inf
-        p, chosen = logits.softmax(-1).max(-1)
         if fills_only or step == steps:
+            logits[:, [orders.delete, orders.insert]] = -torch.inf
             edit_threshold = 1.0
+        p, chosen = logits.softmax(-1).max(-1)
         share = math.ceil(x.count(orders.mask) / (steps - step + 1))
         labels = labels_to_apply(torch.tensor(x), chosen, p, orders, threshold, edit_threshold,
                                  frozen, closed, share)
@@ -812,6 +811,9 @@ def test_a_block_that_would_lose_text_stops_and_says_so():
     full = [22, *range(1, 15), 3]
     with pytest.warns(UserWarning, match="past the model's context of 16: it stops there"):
         assert correct(model, [full], 3, [1]) == [full]
+    model.forward = fill_or_insert(model)
+    with pytest.warns(UserWarning, match="it stops there"):             # and yet fills its mask
+        assert correct(model, [[22, 23, *full[2:]]], 3, [1]) == [[22, 7, *full[2:]]]
     model.forward = lambda x, select=None, **_: order(x, model.config.delete_token_id)
     assert correct(model, [[22, 1, 2]], 1, [1]) == [[22, 1, 2]]     # the last pass edits nothing
 
@@ -821,6 +823,19 @@ def order(x, token):
     logits = torch.zeros(x.numel(), 26)
     logits[:, token] = 9.0
     return logits
+
+
+def fill_or_insert(model):
+    """A forward pass that gives the order to insert at masks, and next to it token 7; else what
+    stands there."""
+    def forward(x, select=None, **_):
+        tokens = x.flatten()
+        logits = torch.nn.functional.one_hot(tokens, 26) * 9.0
+        masks = tokens == 23
+        logits[masks, model.config.insert_token_id] = 20.0
+        logits[masks, 7] = 5.0
+        return logits
+    return forward
 
 
 @pytest.mark.parametrize("change, words", [
