@@ -312,18 +312,19 @@ class Sampler:
         is_puzzle = self.grid is not None and gaps
         return self.config.family == "unmask" and not chat and not is_puzzle
 
-    def tells(self, s, gaps, chat):
-        """Whether a small model of texts writes as it does best: the surest words first. Some
-        settings need the probability of a token; a grid, too, where one wrong digit spoils all."""
-        asking = ("threshold", "factor", "entropy_bound", "alg_temp", "defer")
+    def surest_first(self, s, gaps, chat):
+        """Whether "auto" means `entropy`, which a small model of texts writes best with. Not where
+        a setting asks for another rule, nor for a grid, where one wrong digit spoils all."""
+        asking = ("threshold", "factor", "entropy_bound", "alg_temp", "defer", "remask")
         asks = self.grid is not None or any(s[name] for name in asking)
         return self.samples_freely(gaps, chat) and s["remasking"] == "auto" and not asks
 
     def choose_block_length(self, s, count, gaps, chat):
-        """A number of tokens; None: all gaps at once."""
+        """Tokens that are denoised together: what was asked for, or else all at once (None, of
+        gaps), but 8 where a small model writes one token a step."""
         if s["block_length"] or gaps:
             return s["block_length"] or None
-        if self.tells(s, gaps, chat) and not s["steps"]:
+        if self.surest_first(s, gaps, chat) and not s["steps"]:
             return min(8, count)
         return count
 
@@ -341,7 +342,7 @@ class Sampler:
             return s["remasking"]
         if s["remask"]:
             return "ancestral"
-        return "entropy" if self.tells(s, gaps, chat) else "low_confidence"
+        return "entropy" if self.surest_first(s, gaps, chat) else "low_confidence"
 
     def choose_cache(self, s):
         if s["cache"] in ("none", ""):

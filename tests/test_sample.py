@@ -457,7 +457,10 @@ def test_tokens_by_name():
     assert (
         sampler.arguments(4, {**sample_settings(), "defer": "eos"})["remasking"] == "low_confidence"
     ), "auto is a rule that asks"
-    assert sampler.arguments(4, {**sample_settings(), "remask": 0.1})["remasking"] == "ancestral"
+    remasked = sampler.arguments(20, {**sample_settings(), "remask": 0.1})
+    assert (remasked["remasking"], remasked["block_length"]) == ("ancestral", 20)
+    plain = sampler.arguments(20, sample_settings())
+    assert (plain["remasking"], plain["block_length"], plain["steps"]) == ("entropy", 8, 24)
 
 
 def sample_settings():
