@@ -696,9 +696,11 @@ def labels_to_apply(x, chosen, p, orders, threshold, edit_threshold, frozen, clo
     edited = ~masked & (chosen != x) & (p > edit_threshold) & ~frozen
     if orders.insert is not None:
         inserts = chosen == orders.insert
-        edited = edited | ~masked & inserts & (p > edit_threshold)      # a frozen token stays
-        shut = torch.cat((closed[:1] | True, closed[:-1]))              # nothing comes before it
-        edited, filled = edited & ~(inserts & shut), filled & ~(inserts & shut)
+        edited = edited | (~masked & inserts & (p > edit_threshold))    # a frozen token stays, too
+        before_first = torch.ones(1, dtype=torch.bool, device=x.device)
+        shut = torch.cat((before_first, closed[:-1]))                   # nothing comes before it
+        edited = edited & ~(inserts & shut)
+        filled = filled & ~(inserts & shut)
     return torch.where(filled | edited, chosen, x)
 
 
