@@ -72,7 +72,7 @@ class Config:
     head_activation: str = "gelu"
     head_bias: bool = False
     tie_embeddings: bool = False
-    shift: bool = False             # token i is predicted at position i - 1 (read by diffusion.py)
+    shift: bool = False             # token i is predicted at position i - 1 (read by passes.py)
     block_length: int = 0           # trained block by block with so many tokens a block; 0: not
     blocks_from_start: bool = False     # blocks are counted from position 0, not from the prompt's
     #                                 end, and may have another length than this one (LLaDA2)

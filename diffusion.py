@@ -69,9 +69,16 @@ def polynomial(t, power=2.0):
 SCHEDULES = {"linear": linear, "cosine": cosine, "polynomial": polynomial}
 
 
+def look_up(table, name, what):
+    """table[name]. Raises ValueError for a name that is none, with those that are."""
+    if name not in table:
+        raise ValueError(f"{what} must be one of {', '.join(table)}, got {name!r}")
+    return table[name]
+
+
 def weight(t, schedule="linear"):
     """-alpha'_t / (1 - alpha_t), the factor of the bound at time t; 1/t for the linear schedule."""
-    alpha, d_alpha = SCHEDULES[schedule](t)
+    alpha, d_alpha = look_up(SCHEDULES, schedule, "schedule")(t)
     return -d_alpha / (1 - alpha)
 
 
@@ -108,7 +115,7 @@ def corrupt(model, tokens, t, mask=None, maskable=None, schedule="linear", gener
             raise ValueError(f"{name} must have the shape of tokens, {list(tokens.shape)}, got "
                              f"{list(value.shape)}")
     if mask is None:
-        alpha, _ = SCHEDULES[schedule](t.cpu())
+        alpha, _ = look_up(SCHEDULES, schedule, "schedule")(t.cpu())
         mask = mask_tokens(tokens.shape, 1 - alpha, generator)
     mask = mask.to(tokens.device)
     if maskable is not None:
@@ -470,6 +477,7 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
     seed          row b draws from the stream (seed, b).
     edit_threshold, edit_passes     see `edits`; None: the model's own, with a threshold.
     An autoregressive model is the case of blocks of one token; its masks have the id vocab_size.
+    Raises ValueError for a rule, a schedule, steps or a block_length that cannot be.
     sampling/engine.py does the same with batches and caches, and has more rules.
     """
     config, mask_id = config_of(model), canvas_mask_id(model)
@@ -477,7 +485,11 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
         threshold = config.threshold
     if edit_threshold is None and threshold is not None:
         edit_threshold = config.edit_threshold
-    schedule = STEP_SCHEDULES[schedule or config.step_schedule]
+    schedule = look_up(STEP_SCHEDULES, schedule or config.step_schedule, "schedule")
+    look_up(REMASKING, remasking, "remasking")
+    if steps < 1 or block_length is not None and block_length < 1:
+        raise ValueError(f"steps and block_length must be at least 1, got {steps} and "
+                         f"{block_length}")
     how = Rules(temperature, remasking, threshold, schedule, edit_threshold, edit_passes,
                 tokens.device)
     block_length = own_block_length(config, block_length) or tokens.shape[1]

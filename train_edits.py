@@ -136,6 +136,10 @@ base = None
 if init_from:
     base = Transformer.from_pretrained(init_from, dtype=torch.float32)
     text = Tokenizer.from_pretrained(model_folder(init_from))
+    if base.config.mask_token_id is None:       # some configs leave both to the tokenizer (Dream)
+        base.config.mask_token_id = text.mask_token_id
+    if base.config.eos_token_id is None:
+        base.config.put_end_first(text.eos_token_id)
     data_folder = common.first_on_rank_0(prepare, dataset, text, vocab_size)
 else:
     data_folder = common.first_on_rank_0(prepare, dataset, tokenizer, vocab_size)

@@ -131,6 +131,8 @@ def units(example, text):
     of the solutions of a puzzle that has several.
     """
     puzzle = example.facts["puzzle"]
+    if not (text.isascii() and text.isdecimal()):
+        return 0.0
     grid = [int(digit) for digit in text]
     kept = all(given in (0, digit) for given, digit in zip(puzzle, grid))
     if len(grid) != len(puzzle) or not kept:

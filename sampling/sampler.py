@@ -313,8 +313,8 @@ class Sampler:
         return self.config.family == "unmask" and not chat and not is_puzzle
 
     def surest_first(self, s, gaps, chat):
-        """Whether "auto" means `entropy`, which a small model of texts writes best with. Not where
-        a setting asks for another rule, nor for a grid, where one wrong digit spoils all."""
+        """Whether "auto" means the rule that a small model of texts writes best with. Not where a
+        setting asks for another rule, nor for a grid, where one wrong digit spoils all."""
         asking = ("threshold", "factor", "entropy_bound", "alg_temp", "defer", "remask")
         asks = self.grid is not None or any(s[name] for name in asking)
         return self.samples_freely(gaps, chat) and s["remasking"] == "auto" and not asks
@@ -342,7 +342,9 @@ class Sampler:
             return s["remasking"]
         if s["remask"]:
             return "ancestral"
-        return "entropy" if self.surest_first(s, gaps, chat) else "low_confidence"
+        if not self.surest_first(s, gaps, chat):
+            return "low_confidence"
+        return "random" if s["steps"] else "entropy"    # many tokens a step must not be alike
 
     def choose_cache(self, s):
         if s["cache"] in ("none", ""):

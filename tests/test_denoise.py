@@ -97,3 +97,9 @@ def test_a_rule_decides_what_is_kept_first(name):
 def test_denoise_says_what_cannot_be():
     with pytest.raises(ValueError, match="this model has no mask token"):
         denoise(random_model(mask_token_id=None), canvas([1], 3), 3)
+    for wrong, words in ((dict(remasking="surest"), "remasking must be one of low_confidence"),
+                         (dict(schedule="slow"), "schedule must be one of even, timesteps"),
+                         (dict(steps=0), "steps and block_length must be at least 1, got 0"),
+                         (dict(block_length=-1), "must be at least 1, got 3 and -1")):
+        with pytest.raises(ValueError, match=words):
+            denoise(random_model(), canvas([1], 3), **{"steps": 3, **wrong})

@@ -461,6 +461,8 @@ def test_tokens_by_name():
     assert (remasked["remasking"], remasked["block_length"]) == ("ancestral", 20)
     plain = sampler.arguments(20, sample_settings())
     assert (plain["remasking"], plain["block_length"], plain["steps"]) == ("entropy", 8, 24)
+    fast = sampler.arguments(20, {**sample_settings(), "steps": 4})
+    assert (fast["remasking"], fast["block_length"]) == ("random", 20)
 
 
 def sample_settings():
