@@ -13,6 +13,7 @@
 
 --name=value: settings of train_grpo.py. Every run takes one thread.
 """
+import inspect
 import json
 import math
 import statistics
@@ -345,4 +346,9 @@ if __name__ == "__main__":
         print(__doc__, file=sys.stderr)
         sys.exit(2)
     common.show_errors_in_one_line()
-    COMMANDS[sys.argv[1]](*sys.argv[2:])
+    command, arguments = COMMANDS[sys.argv[1]], sys.argv[2:]
+    try:
+        inspect.signature(command).bind(*arguments)
+    except TypeError as error:
+        raise ValueError(f"{sys.argv[1]}: {error}") from None
+    command(*arguments)
