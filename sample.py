@@ -35,11 +35,11 @@ max_new_tokens = 0          # tokens to generate; 0: what fits into the model's 
 chat = False                # a conversation in the terminal, in the checkpoint's own chat format
 serve = 0                   # port on 127.0.0.1 for the web page and OpenAI's API; 0: do not serve
 # how: the sampler. Where "auto" stands the model decides. The small ones of train_scratch.py repeat
-# themselves when they are greedy: outside of chats they get 0.7, and entropy in blocks of 8.
+# themselves when they are greedy: outside of chats they get 0.5, and entropy in blocks of 8.
 steps = 0                   # denoising steps in total; 0: one a token
 block_length = 0    # tokens denoised together, left to right; 0: all (small models that write one
 #                     token a step: 8; block diffusion: its own)
-temperature = "auto"        # 0: the most probable token; auto: 0.7 for small models, else 0
+temperature = "auto"        # 0: the most probable token; auto: 0.5 for small models, else 0
 top_p = 1.0                 # draw from the most probable tokens that together exceed this; 1: all
 top_k = 0                   # draw from that many most probable tokens; 0: all
 remasking = "auto"  # low_confidence, entropy (auto: for small models), margin, random, ancestral

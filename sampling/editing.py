@@ -98,7 +98,7 @@ def edit_temperature(sampler, settings):
     temperature = settings["temperature"]
     if temperature == "auto":           # a repair is the most probable one, a new text any
         writes = not (settings["infill"] or settings["edit"])
-        temperature = 0.7 if writes and sampler.config.family == "unmask" else 0.0
+        temperature = 0.5 if writes and sampler.config.family == "unmask" else 0.0
     try:
         return float(temperature)
     except ValueError:

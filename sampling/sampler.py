@@ -330,7 +330,7 @@ class Sampler:
 
     def choose_temperature(self, s, gaps, chat):
         if s["temperature"] == "auto":
-            return 0.7 if self.samples_freely(gaps, chat) else 0.0
+            return 0.5 if self.samples_freely(gaps, chat) else 0.0
         try:
             return float(s["temperature"])
         except ValueError:
