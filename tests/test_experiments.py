@@ -52,7 +52,7 @@ def test_without_arguments_they_say_how(script):
 
 
 def test_commands_that_are_quoted_are_there():
-    assert set(COMMANDS) == {"forward", "parity", "load", "step", "loss", "block", "blocks",
+    assert set(COMMANDS) == {"forward", "parity", "load", "step", "loss", "block", "blocks", "real",
                              "experts", "finetune", "sample", "serve", "eval", "against"}
     result = run("experiments/bench.py", "step", "1", "2", "3", environment=STEADY)
     assert result.status == 2 and result.err.startswith("error: ")
