@@ -378,7 +378,7 @@ def test_the_sampler_solves_greedily_and_writes_freely():
     solving = sampler.arguments(3, auto, gaps=True)
     assert (solving["temperature"], solving["remasking"]) == (0.0, "low_confidence")
     writing = sampler.arguments(16, auto)
-    assert (writing["temperature"], writing["remasking"]) == (0.7, "low_confidence")
+    assert (writing["temperature"], writing["remasking"]) == (0.5, "low_confidence")
 
 
 def test_the_page_gets_a_grid():
