@@ -27,7 +27,7 @@ import warnings
 import torch
 
 from data.chat import is_chat
-from data.damage import SOURCES, SourceSettings, block_source
+from data.damage import SOURCES, SourceSettings, alphabet_of, block_source
 from data.documents import Documents
 from data.loader import TokenDataset
 from data.prepare import prepare
@@ -153,8 +153,7 @@ if editing != "flows" and (text.eos_token_id is None or data.mask_token_id is No
     raise ValueError(f"the tokenizer of {init_from} has no end of text or no mask to fill a block "
                      "with: take --editing=flows")
 documents = Documents(data, first, seq_len)
-special = set(text.backend.get_added_tokens_decoder())
-alphabet = [token for token in range(data.vocab_size) if token not in special]
+alphabet = alphabet_of(text, data.vocab_size)
 how = SourceSettings(alphabet, data.mask_token_id, num_masks, max_damage)
 val_source = "nothing" if source == "mixed" else source     # what a flow's bound is measured from
 

@@ -16,6 +16,12 @@ class SourceSettings:
     max_damage: int = 8         # edits of "damage" at most
 
 
+def alphabet_of(tokenizer, vocab_size):
+    """What damage may write: the tokens below vocab_size that are not special to a Tokenizer."""
+    special = set(tokenizer.backend.get_added_tokens_decoder())
+    return [token for token in range(vocab_size) if token not in special]
+
+
 def nothing(x_1, rng, how):
     """Only the first token: the model writes everything, and decides how much that is."""
     return x_1[:1]
@@ -61,11 +67,12 @@ def gap_place(x_1, rng):
 
 
 SOURCES = {"nothing": nothing, "masks": masks, "damage": damage, "gap": gap}
+MIXTURE = ("nothing", "damage", "gap")      # of "mixed"
 
 
 def mixed(x_1, rng, how):
-    """One of nothing, damage and gap, with equal chance."""
-    return SOURCES[rng.choice(("nothing", "damage", "gap"))](x_1, rng, how)
+    """One of MIXTURE, with equal chance."""
+    return SOURCES[rng.choice(MIXTURE)](x_1, rng, how)
 
 
 SOURCES["mixed"] = mixed
@@ -76,10 +83,10 @@ def block_source(x_1, source, rng, how):
 
     source  nothing: x_1, of which a random share is masked. damage: random edits, and at most a
             fifth is masked. gap: a piece gives way to masks, to none or up to twice as many as it
-            had tokens. masks: all of it does, to how.num_masks. mixed: one of the first three.
+            had tokens. masks: all of it does, to how.num_masks. mixed: one of MIXTURE.
     """
     if source == "mixed":
-        source = rng.choice(("nothing", "damage", "gap"))
+        source = rng.choice(MIXTURE)
     if source == "nothing":
         return x_1, 1 - rng.random()
     if source == "damage":

@@ -44,7 +44,13 @@ import torch  # noqa: E402
 
 from data.tales import check, tell  # noqa: E402
 from diffusion import mdlm_loss  # noqa: E402
-from data.damage import SOURCES, SourceSettings, block_source, damaged  # noqa: E402
+from data.damage import (  # noqa: E402
+    SOURCES,
+    SourceSettings,
+    alphabet_of,
+    block_source,
+    damaged,
+)
 from edits import (  # noqa: E402
     Orders,
     align,
@@ -198,9 +204,7 @@ def tales(count, seed=0):
 def damaged_tales(sampler, count, number):
     """(texts, their tokens after `number` random edits)."""
     texts, rng = tales(count), random.Random(number)
-    special = set(sampler.tokenizer.backend.get_added_tokens_decoder())
-    size = sampler.tokenizer.vocab_size
-    alphabet = [token for token in range(size) if token not in special]
+    alphabet = alphabet_of(sampler.tokenizer, sampler.tokenizer.vocab_size)
     rows = [begun(sampler, sampler.tokenizer.encode(text)) for text in texts]
     return texts, [damaged(row, number, rng, alphabet) for row in rows]
 

@@ -34,6 +34,7 @@ from data.tasks import find_task  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from diffusion import mask_tokens, mdlm_loss, sample_t  # noqa: E402
 from evaluation.likelihood import sharp_sets  # noqa: E402
+from experiments.results import log_of  # noqa: E402
 from experiments.timing import interleaved  # noqa: E402
 from model import Transformer  # noqa: E402
 from policy import (  # noqa: E402
@@ -163,7 +164,7 @@ def compare(out, checkpoint, task, minutes, seeds, ways, *settings):
                 run("train_grpo.py", folder, f"--init_from={checkpoint}",
                     f"--task={task.partition('[')[0]}", f"--max_minutes={minutes}",
                     f"--seed={seed}", *WAYS[name], *settings)
-            table.setdefault(name, []).append(read_log(folder))
+            table.setdefault(name, []).append(log_of(folder))
         tell(name, table[name])
     plot_curves(table, ROOT / "docs" / "rl_compare.png")
 
@@ -201,7 +202,7 @@ def learn_from_answers(folder, checkpoint, task, minutes, seed, settings):
     if task.startswith("gym:"):
         run("finetune_llada.py", model, f"--init_from={checkpoint}", f"--dataset={task}",
             f"--max_minutes={minutes}", f"--seed={seed}", *SUPERVISED)
-        updates = read_log(model)[-1]["step"]
+        updates = log_of(model)[-1]["step"]
     else:
         updates = train_on_grids(checkpoint, model, task.partition(":")[0], float(minutes),
                                  int(seed))
@@ -237,11 +238,6 @@ def train_on_grids(checkpoint, folder, dataset, minutes, seed):
     model.save_pretrained(folder)
     Tokenizer.from_pretrained(checkpoint).save_pretrained(folder)
     return step
-
-
-def read_log(folder):
-    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def tell(name, runs):

@@ -2,6 +2,7 @@
 import torch
 
 from pretrained.families import EDIT_ARCHITECTURES, EDITING, FAMILIES
+from pretrained.vocabulary import resize_vocabulary
 
 
 @torch.no_grad()
@@ -76,21 +77,10 @@ def become_corrector(model, block, edit_threshold, has_orders=True):
                          f"--seq_len={config.max_len}")
     config.edit_threshold, config.edit_masks = edit_threshold, block - 1
     if has_orders and config.delete_token_id is None:
-        V = config.vocab_size
-        add_rows(model, [config.mask_token_id] * 2)
-        config.vocab_size, config.delete_token_id, config.insert_token_id = V + 2, V, V + 1
+        V, mask = config.vocab_size, config.mask_token_id
+        resize_vocabulary(model, V + 2)
+        for weight in (model.embed.weight, model.head.weight, model.head.bias):
+            if weight is not None:
+                weight[V:] = weight[mask]
+        config.delete_token_id, config.insert_token_id = V, V + 1
     return model
-
-
-def add_rows(model, like):
-    """Add tokens to a model's embedding and head, whose weights are those of the tokens `like`."""
-    embedding, head = model.embed, model.head
-    weight = torch.cat((embedding.weight, embedding.weight[like]))
-    model.embed = torch.nn.Embedding.from_pretrained(weight, freeze=False)
-    head.out_features = len(weight)
-    if model.config.tie_embeddings:
-        head.weight = model.embed.weight
-    else:
-        head.weight = torch.nn.Parameter(torch.cat((head.weight, head.weight[like])))
-    if head.bias is not None:
-        head.bias = torch.nn.Parameter(torch.cat((head.bias, head.bias[like])))

@@ -702,8 +702,7 @@ class CachedPasses(Passes):
             block_of = e.block_of[rows[:, None], positions]                             # [A, S]
             order = e.block_of[rows, None, :length] <= block_of[:, :, None]     # [A, S, length]
             mask = order & mask[:, None, :]
-        if mask.all():
-            mask = None
+        mask = kernels.unless_all(mask)
         self.cache.rows = None if len(rows) == len(e.canvas) else rows.to(self.device)
         where = eligible.nonzero()
         where[:, 1] -= begin[where[:, 0]]

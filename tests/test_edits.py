@@ -103,12 +103,18 @@ def test_alignments_of_the_reference(records):
         assert align(record["x0"], record["x1"], *costs) == (record["z0"], record["z1"])
 
 
-def test_the_fast_alignment_is_the_plain_one(monkeypatch):
+def random_pairs(count, length):
+    """Pairs of texts of fewer than `length` tokens, of few kinds or of many."""
     rng, pairs = random.Random(0), []
-    for _ in range(400):
+    for _ in range(count):
         letters = rng.choice((1, 2, 3, 9))
-        pairs.append([[rng.randrange(letters) for _ in range(rng.randrange(14))]
+        pairs.append([[rng.randrange(letters) for _ in range(rng.randrange(length))]
                       for _ in range(2)])
+    return pairs
+
+
+def test_the_fast_alignment_is_the_plain_one(monkeypatch):
+    pairs = random_pairs(400, 14)
     fast = [align(*pair) for pair in pairs]
     monkeypatch.setattr(kernels, "PLAIN", True)
     assert fast == [align(*pair) for pair in pairs]
@@ -681,11 +687,7 @@ def test_labels(x_t, x_1, labels):
 
 def test_a_common_subsequence_is_one_and_the_longest(monkeypatch):
     """Against all subsequences, and the fast form against the plain one."""
-    rng, pairs = random.Random(0), []
-    for _ in range(300):
-        letters = rng.choice((1, 2, 3, 9))
-        pairs.append([[rng.randrange(letters) for _ in range(rng.randrange(9))]
-                      for _ in range(2)])
+    pairs = random_pairs(300, 9)
     fast = [common_tokens(*pair) for pair in pairs]
     for (x_0, x_1), places in zip(pairs, fast):
         assert all(x_0[i] == x_1[j] for i, j in places)
