@@ -86,8 +86,8 @@ class Config:
     edits_before_norm: bool = False     # they read what comes before the last norm (dLLM's encoder)
     edit_schedule: str = "linear"   # kappa_t that they were trained with (edits.py)
     edit_masks: int = 0             # masks that a text to be written begins with
-    delete_token_id: int | None = None      # of a model that edits by tokens (edits.Orders): what
-    insert_token_id: int | None = None      # stands here goes; a mask comes before it (LLaDA2.2)
+    delete_token_id: int | None = None      # of a model that edits by tokens: what stands here goes
+    insert_token_id: int | None = None      # and: a mask comes before it (edit_tokens.py)
     time_features: int = 0          # sines and cosines of t that the model is told; 0: not told t
     mask_token_id: int | None = None
     eos_token_id: int | None = None

@@ -477,7 +477,8 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
     seed          row b draws from the stream (seed, b).
     edit_threshold, edit_passes     see `edits`; None: the model's own, with a threshold.
     An autoregressive model is the case of blocks of one token; its masks have the id vocab_size.
-    Raises ValueError for a rule, a schedule, steps or a block_length that cannot be.
+    Raises ValueError for a rule, a schedule, steps or a block_length that cannot be, or edits of an
+    autoregressive model.
     sampling/engine.py does the same with batches and caches, and has more rules.
     """
     config, mask_id = config_of(model), canvas_mask_id(model)
@@ -490,6 +491,8 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
     if steps < 1 or block_length is not None and block_length < 1:
         raise ValueError(f"steps and block_length must be at least 1, got {steps} and "
                          f"{block_length}")
+    if edit_threshold is not None and config.causal:
+        raise ValueError("edit_threshold is not for autoregressive models")
     how = Rules(temperature, remasking, threshold, schedule, edit_threshold, edit_passes,
                 tokens.device)
     block_length = own_block_length(config, block_length) or tokens.shape[1]

@@ -585,7 +585,7 @@ def align_at_unit_cost(x_0, x_1, blank):
 
 
 def common_tokens(x_0, x_1):
-    """What edits.common_tokens finds, faster: 1,024 tokens take 1 to 2 ms in place of 260.
+    """What edit_tokens.common_tokens finds, faster: 1,024 tokens take 1 to 2 ms in place of 260.
 
     Each row of its table of lengths is kept as one whole number with a bit for each token of x_1.
     Bit j is 0 where the subsequence grows by one as x_1[j] is added, so that a sum and a difference

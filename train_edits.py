@@ -33,8 +33,8 @@ from data.loader import TokenDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from diffusion import nelbo, sample_t
-from edits import (FLOW_SCHEDULES, align_answer, edit_loss, edit_nelbo, fit, label_loss, orders_of,
-                   spoiled, stack)
+from edit_tokens import fit, label_loss, orders_of, spoiled
+from edits import FLOW_SCHEDULES, align_answer, edit_loss, edit_nelbo, stack
 from model import Config, Transformer
 from pretrained.editing import become_corrector, become_editor
 from pretrained.export import save

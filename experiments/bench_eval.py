@@ -1,8 +1,6 @@
 """bench.py's measurements of evaluation: how much the passes of `log_likelihood` say, and how fast
 they are."""
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -11,7 +9,8 @@ import torch.nn.functional as F
 from data.loader import TokenDataset
 from data.prepare import prepare
 from evaluation.likelihood import ESTIMATORS, log_likelihood
-from experiments.timing import ROOT, interleaved
+from experiments.recipes import run_recipe
+from experiments.timing import interleaved
 from model import Config, Transformer
 
 
@@ -42,9 +41,8 @@ def pydocs_evaluator(folder):
     import eval as eval_script
     from evaluation.evaluator import Evaluator
     if not Path(folder, "config.json").exists():
-        command = [sys.executable, "train_scratch.py", "--max_minutes=1.5", "--dim=96",
-                   "--n_heads=3", f"--out_dir={folder}"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        run_recipe("train_scratch.py", folder, "--dataset=pydocs", "--max_minutes=1.5", "--dim=96",
+                   "--n_heads=3")
     return Evaluator({**eval_script.settings, "checkpoint": str(folder)})
 
 

@@ -16,6 +16,7 @@ from model import Config, Transformer
 from pretrained.hub import find_checkpoint
 from sampling.engine import generate
 
+PARTS = ("all", "sample", "thin", "step")
 CHECKPOINT = "smollm2"
 PROMPT = 64         # tokens
 T = 256             # of a training step
@@ -32,6 +33,8 @@ def real(part="all", tokens="128", rounds="3", batch_sizes="1,8", dtype="float32
     same of a thin model; a training step, T 256, against dLLM's loss there; `real
     sample|thin|step`, --tokens=N, --rounds=N, --batch_sizes=1,8, --dtype=bfloat16,
     --llama_bench=FILE for llama.cpp's own figures beside."""
+    if part not in PARTS:
+        raise ValueError(f"no part called {part!r}: there are {', '.join(PARTS)}")
     tokens, rounds, dtype = int(tokens), int(rounds), getattr(torch, dtype)
     sizes = [int(size) for size in batch_sizes.split(",")]
     if part in ("all", "thin"):

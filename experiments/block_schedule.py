@@ -20,9 +20,9 @@ from experiments.conversions import (  # noqa: E402
     SCRATCH,
     Stage,
     described,
-    rows_of,
     run_stages,
 )
+from experiments.recipes import log_of  # noqa: E402
 
 BLOCKS = ["--objective=bd3lm", "--block_length=32"]
 STAGES = {
@@ -40,7 +40,7 @@ def draw(out, path):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name in list(STAGES)[1:]:
-        rows = rows_of(out / name / "log.jsonl")
+        rows = log_of(out / name)
         minutes = [row["elapsed_s"] / 60 for row in rows]
         axes.errorbar(minutes, [row["val_nelbo"] for row in rows],
                       [row["val_stderr"] for row in rows], label=name, lw=1.2, elinewidth=0.5)

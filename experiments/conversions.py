@@ -11,7 +11,6 @@ line a stage; docs/convert.png shows the bound over minutes (OUT_FOLDER/convert.
 below 3, which proves nothing).
 """
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from data.loader import TokenDataset  # noqa: E402
 from data.prepare import prepare  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from diffusion import mask_tokens, mdlm_loss  # noqa: E402
+from experiments.recipes import log_of, rows_of, run_recipe  # noqa: E402
 from model import Config, Transformer  # noqa: E402
 from training.optimizers import (  # noqa: E402
     learning_rate_factor,
@@ -103,26 +103,14 @@ def run_stage(name, stage, out, minutes, seed, threads):
     result = {"stage": name, "minutes": minutes}
     if stage.command is None:
         return result | train_encoder(folder, minutes, seed, threads)
-    command = [sys.executable]
-    for argument in stage.command:
-        command.append(argument.replace("OUT", str(out)))
-    command += [f"--max_minutes={minutes}", f"--seed={seed}", f"--threads={threads}",
-                f"--out_dir={folder}"]
-    if (folder / "train_state.pt").exists():
-        command.append("--resume=True")
-    subprocess.run(command, cwd=ROOT, check=True)
-    last = rows_of(folder / "log.jsonl")[-1]
+    script, *settings = [argument.replace("OUT", str(out)) for argument in stage.command]
+    run_recipe(script, folder, *settings, f"--max_minutes={minutes}", f"--seed={seed}",
+               f"--threads={threads}")
+    last = log_of(folder)[-1]
     result["updates"] = last["step"]
     for key in ("val_nelbo", "val_stderr", "val_bpb"):
         result[key] = last[key]
     return result
-
-
-def rows_of(path):
-    """The objects in a .jsonl file; none if it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def plot(out, path):
@@ -133,7 +121,7 @@ def plot(out, path):
     for axes, kind in ((left, "MDLM"), (right, "BD3-LM")):
         for name in STAGES:
             if name.startswith(kind):
-                rows = rows_of(out / name / "log.jsonl")
+                rows = log_of(out / name)
                 minutes = [row["elapsed_s"] / 60 for row in rows]
                 values = [row["val_nelbo"] for row in rows]
                 errors = [row["val_stderr"] for row in rows]

@@ -30,7 +30,6 @@ import inspect
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -51,16 +50,9 @@ from data.damage import (  # noqa: E402
     block_source,
     damaged,
 )
-from edits import (  # noqa: E402
-    Orders,
-    align,
-    common_tokens,
-    edit_loss,
-    label_loss,
-    spoiled,
-    stack,
-)
-from experiments.conversions import rows_of  # noqa: E402
+from edit_tokens import Orders, common_tokens, label_loss, spoiled  # noqa: E402
+from edits import align, edit_loss, stack  # noqa: E402
+from experiments.recipes import rows_of, run_recipe  # noqa: E402
 from experiments.results import is_done  # noqa: E402
 from experiments.tales import gaps as find_gaps  # noqa: E402
 from experiments.tales import standard_error  # noqa: E402
@@ -90,13 +82,9 @@ def train(out, ways="", minutes="20", threads="1", seed="1337", *settings):
         if way not in WAYS:
             raise ValueError(f"no way of editing called {way!r}: there are {', '.join(WAYS)}")
         folder = Path(out, way)
-        command = [sys.executable, str(ROOT / "train_edits.py"), f"--out_dir={folder}",
-                   f"--max_minutes={minutes}", f"--threads={threads}", f"--seed={seed}",
-                   *WAYS[way], *settings]
-        if (folder / "train_state.pt").exists():
-            command.append("--resume=True")
         if not is_done(folder):
-            subprocess.run(command, cwd=ROOT, check=True)
+            run_recipe("train_edits.py", folder, f"--max_minutes={minutes}",
+                       f"--threads={threads}", f"--seed={seed}", *WAYS[way], *settings)
 
 
 def trained(out):

@@ -9,8 +9,6 @@ train_scratch.py for all three. A run that is finished is not run again, one tha
 on. Prints the bound of each, and draws how the validation text spreads over the experts of each
 layer: docs/experts.png (OUT_FOLDER/experts.png if MINUTES is below 3, which proves nothing).
 """
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from data.loader import TokenDataset  # noqa: E402
 from data.prepare import prepare  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from diffusion import mask_tokens  # noqa: E402
+from experiments.recipes import log_of, run_recipe  # noqa: E402
 from model import Transformer  # noqa: E402
 from training.balance import expert_loads  # noqa: E402
 
@@ -38,16 +37,12 @@ RUNS = {
 def train(name, out, minutes, seed, threads, dataset, *more):
     """The last row of the run's log.jsonl; `more`: further arguments of train_scratch.py."""
     folder = out / name
-    command = [sys.executable, "train_scratch.py", *RUNS[name], f"--out_dir={folder}",
-               f"--max_minutes={minutes}", f"--seed={seed}", f"--threads={threads}",
-               f"--dataset={dataset}", *more]
-    if (folder / "train_state.pt").exists():
-        command.append("--resume=True")
     done = out / f"{name}.done"
     if not done.exists():
-        subprocess.run(command, cwd=ROOT, check=True)
+        run_recipe("train_scratch.py", folder, *RUNS[name], f"--max_minutes={minutes}",
+                   f"--seed={seed}", f"--threads={threads}", f"--dataset={dataset}", *more)
         done.touch()
-    return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    return log_of(folder)[-1]
 
 
 @torch.no_grad()

@@ -17,9 +17,7 @@ The report: the bound on held-out answers over minutes (OUT/real.png), with the 
 likelihood beside it; for the best model tokens a pass and a second, and how likely the teacher
 finds its answers, beside the teacher's own decoding; and ten answers.
 """
-import json
 import math
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -35,11 +33,12 @@ from data.chat import open_dataset  # noqa: E402
 from data.prepare import prepare  # noqa: E402
 from diffusion import nelbo  # noqa: E402
 from evaluation.likelihood import log_likelihood  # noqa: E402
+from experiments.recipes import log_of, run_recipe  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
 
 T = 256
 CONVERT = [
-    "convert_ar.py", f"--seq_len={T}", "--batch_size=8", "--optimizer=adamw",
+    f"--seq_len={T}", "--batch_size=8", "--optimizer=adamw",
     "--learning_rate=3e-4", "--warmup=0.05", "--decay=linear", "--max_weight=10", "--beta2=0.99",
     "--eval_interval=25", "--eval_sequences=32", "--final_eval_sequences=128", "--sample_tokens=32"]
 BLOCKS = ["--objective=bd3lm", "--block_length=4"]
@@ -82,25 +81,14 @@ def convert(setup, name, folder, minutes):
     done = folder.with_name(f"{folder.name}.done")
     if done.exists():
         return
-    command = [sys.executable, *CONVERT, *WAYS[name], f"--init_from={setup.teacher}",
-               f"--dataset={setup.dataset}", f"--out_dir={folder}", f"--max_minutes={minutes}",
-               f"--threads={setup.threads}", f"--seed={setup.seed}", *setup.more]
-    if (folder / "train_state.pt").exists():
-        command.append("--resume=True")
-    subprocess.run(command, cwd=ROOT, check=True)
+    run_recipe("convert_ar.py", folder, *CONVERT, *WAYS[name], f"--init_from={setup.teacher}",
+               f"--dataset={setup.dataset}", f"--max_minutes={minutes}",
+               f"--threads={setup.threads}", f"--seed={setup.seed}", *setup.more)
     last = log_of(folder)[-1]
     if last["lr_factor"] < 1e-6:            # it came to its end: nobody stopped it
         done.write_text(name)
         print(f"{name:30} {last['step']:6} updates   {last['val_nelbo']:.4f} +- "
               f"{last['val_stderr']:.4f} nats/token   {last['val_bpb']:.3f} bits/byte", flush=True)
-
-
-def log_of(folder):
-    """The rows of log.jsonl; none if there is no such file."""
-    path = folder / "log.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------

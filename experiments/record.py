@@ -11,7 +11,6 @@ ENTRY is a name below or a script, FILE.py, that takes train_scratch.py's --data
 """
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402, I001 (before torch: it sets how threads wait)
 
-from experiments.results import is_done, log_of  # noqa: E402
+from experiments.recipes import log_of, run_recipe  # noqa: E402
+from experiments.results import is_done  # noqa: E402
 from experiments.tales import score, write  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
 
@@ -61,11 +61,10 @@ def train(entry, folder, dataset, seed):
         settings = ENTRIES[entry]
     else:
         raise ValueError(f"no entry called {entry!r}: there are {', '.join(ENTRIES)}, or a script")
-    settings = settings | dict(dataset=dataset, out_dir=folder, seed=seed, max_minutes=MINUTES,
+    settings = settings | dict(dataset=dataset, seed=seed, max_minutes=MINUTES,
                                threads=2, device="cpu", eval_interval=100, eval_tokens=2048,
-                               sample_tokens=0, resume=(folder / "train_state.pt").exists())
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
-    subprocess.run([sys.executable, ROOT / script, *arguments], check=True)
+                               sample_tokens=0)
+    run_recipe(script, folder, *[f"--{name}={value}" for name, value in settings.items()])
 
 
 def measure(folder, dataset):

@@ -16,9 +16,7 @@ Every run takes one thread, so two invocations with different arms fill two core
 for the runs, and one that is there already is not repeated. What is drawn is what OUT holds. Seeds
 are those of train_scratch.py, and 0 for samples.
 """
-import json
 import math
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +30,7 @@ import torch  # noqa: E402
 from data.loader import TokenDataset  # noqa: E402
 from data.prepare import prepare, pydocs  # noqa: E402
 from diffusion import nelbo  # noqa: E402
+from experiments.recipes import log_of, run_recipe  # noqa: E402
 from model import Transformer  # noqa: E402
 from sampling import engine  # noqa: E402
 
@@ -73,15 +72,9 @@ def train(folder, **settings):
     """Run train_scratch.py with these settings, unless `folder` holds such a run already."""
     if is_done(folder):
         return
-    always = dict(out_dir=folder, sample_tokens=0, device="cpu")
-    settings = dict(dataset="pydocs", threads=1) | settings | always
+    settings = dict(dataset="pydocs", threads=1) | settings | dict(sample_tokens=0, device="cpu")
     arguments = [f"--{name}={value}" for name, value in settings.items()]
-    subprocess.run([sys.executable, ROOT / "train_scratch.py", *arguments], check=True)
-
-
-def log_of(folder):
-    """The evaluations of a run, a dict each."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    run_recipe("train_scratch.py", folder, *arguments)
 
 
 @dataclass

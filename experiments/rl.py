@@ -17,7 +17,6 @@ import inspect
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from data.tasks import find_task  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from diffusion import mask_tokens, mdlm_loss, sample_t  # noqa: E402
 from evaluation.likelihood import sharp_sets  # noqa: E402
-from experiments.results import log_of  # noqa: E402
+from experiments.recipes import log_of, run_recipe  # noqa: E402
 from experiments.timing import interleaved  # noqa: E402
 from model import Transformer  # noqa: E402
 from policy import (  # noqa: E402
@@ -187,10 +186,7 @@ def run(script, folder, *settings):
     done = folder / "done"
     if done.exists():
         return
-    command = [sys.executable, str(ROOT / script), f"--out_dir={folder}", "--threads=1", *settings]
-    if (folder / "train_state.pt").exists() or (folder / "train_state").exists():
-        command.append("--resume=True")
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    run_recipe(script, folder, "--threads=1", *settings, quiet=True)
     done.touch()
 
 

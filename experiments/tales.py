@@ -34,7 +34,8 @@ from data.tales import check, split_sentences, tell, variety  # noqa: E402
 from data.tales_copying import hidden_things  # noqa: E402
 from data.tales_world import ADJECTIVES, NAMES  # noqa: E402
 from diffusion import restored  # noqa: E402
-from experiments.results import Curve, draw, log_of, train  # noqa: E402
+from experiments.recipes import log_of  # noqa: E402
+from experiments.results import Curve, draw, train  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
 
 RULES = ("random", "low_confidence", "margin", "entropy")

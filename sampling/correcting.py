@@ -1,6 +1,6 @@
 """Edits as tokens: a model of masks fills a block of text and writes anew what is wrong in it
-(LLaDA2.1); one that has orders for it deletes and inserts as well (LLaDA2.2). Read the last part of
-edits.py first.
+(LLaDA2.1); one that has orders for it deletes and inserts as well (LLaDA2.2). Read edit_tokens.py
+first.
 
 Each pass reads all blocks that are not finished and does at once whatever the model is sure of. A
 block is finished when no mask is left and nothing is edited. Two edits may undo each other for
@@ -15,17 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from edits import (
-    Written,
-    apply_labels,
-    carried,
-    check_corrector,
-    edit_block,
-    fit,
-    labels_to_apply,
-    orders_of,
-    outgrown,
-)
+from edit_tokens import apply_labels, check_corrector, edit_block, fit, labels_to_apply, orders_of
+from edits import Written, carried, outgrown
 from kernels import sample_tokens
 from passes import config_of, prediction_rows, row_logits
 from sampling.engine import row_streams

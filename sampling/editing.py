@@ -2,7 +2,7 @@
 import sys
 from dataclasses import dataclass
 
-from edits import edit_block
+from edit_tokens import edit_block
 from sampling.correcting import THRESHOLD, correct
 from sampling.rewriting import rewrite
 from sampling.sampler import GAP, NOT_USED

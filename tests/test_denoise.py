@@ -103,3 +103,6 @@ def test_denoise_says_what_cannot_be():
                          (dict(block_length=-1), "must be at least 1, got 3 and -1")):
         with pytest.raises(ValueError, match=words):
             denoise(random_model(), canvas([1], 3), **{"steps": 3, **wrong})
+    autoregressive = random_model(causal=True, shift=True)
+    with pytest.raises(ValueError, match="edit_threshold is not for autoregressive models"):
+        denoise(autoregressive, canvas([1], 3), 3, threshold=0.5, edit_threshold=0.5)

@@ -19,32 +19,34 @@ from data import damage
 from data.documents import Documents, find_documents
 from data.tokenizer import Tokenizer
 from diffusion import denoise, mdlm_loss
+from edit_tokens import (
+    Orders,
+    apply_labels,
+    common_tokens,
+    edit_labels,
+    fit,
+    label_loss,
+    labels_to_apply,
+    orders_of,
+    spoiled,
+)
 from edits import (
     BLANK,
     DELETE,
     INSERT,
     SUBSTITUTE,
-    Orders,
     align,
     align_answer,
     apply_edits,
-    apply_labels,
     blend,
-    common_tokens,
     edit_forward,
-    edit_labels,
     edit_loss,
     edit_nelbo,
     fires,
-    fit,
     flow,
     flow_weight,
-    label_loss,
-    labels_to_apply,
-    orders_of,
     protect,
     remaining_edits,
-    spoiled,
     stack,
     without_blanks,
 )

@@ -56,6 +56,16 @@ def test_commands_that_are_quoted_are_there():
                              "experts", "finetune", "sample", "serve", "eval", "against"}
     result = run("experiments/bench.py", "step", "1", "2", "3", environment=STEADY)
     assert result.status == 2 and result.err.startswith("error: ")
+    result = run("experiments/bench.py", "real", "speed", environment=STEADY)
+    assert result.status == 2 and result.err.startswith("error: no part called 'speed': there are")
+
+
+def test_a_recipe_that_fails_ends_the_experiment_with_its_own_line(tmp_path):
+    """No traceback of the experiment behind it."""
+    result = run("experiments/mixture.py", str(tmp_path), "DATASET=nothing", environment=STEADY)
+    assert result.status == 2
+    assert result.err.startswith("error: ") and "nothing" in result.err
+    assert len(result.err.strip().splitlines()) == 1
 
 
 def test_settings_of_runs_are_settings_of_the_recipes():
@@ -65,7 +75,7 @@ def test_settings_of_runs_are_settings_of_the_recipes():
     stages = [*conversions.STAGES.values(), *block_schedule.STAGES.values(),
               *encoder.STAGES.values()]
     commands = [stage.command for stage in stages if stage.command is not None]
-    commands += [[*real.CONVERT, *way] for way in real.WAYS.values()]
+    commands += [["convert_ar.py", *real.CONVERT, *way] for way in real.WAYS.values()]
     commands += [["train_scratch.py", *run] for run in mixture.RUNS.values()]
     commands += [["train_grpo.py", *way] for way in rl.WAYS.values()]
     commands += [["finetune_llada.py", *rl.SUPERVISED]]

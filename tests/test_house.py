@@ -13,8 +13,8 @@ from runs import forget_the_repository
 from scripts import ROOT, run
 
 # What the modules of each part may import, besides those of their own part.
-BELOW_SAMPLING = ["common", "data", "kernels", "model", "passes", "diffusion", "edits", "policy",
-                  "pretrained", "training"]
+BELOW_SAMPLING = ["common", "data", "kernels", "model", "passes", "diffusion", "edits",
+                  "edit_tokens", "policy", "pretrained", "training"]
 MAY_IMPORT = {
     "common": [],
     "config": [],
@@ -24,10 +24,11 @@ MAY_IMPORT = {
     "passes": ["kernels"],
     "diffusion": ["common", "passes"],
     "edits": ["common", "kernels", "passes", "diffusion"],
+    "edit_tokens": ["kernels", "passes", "diffusion", "edits"],
     "policy": ["passes"],
     "pretrained": ["common", "config", "model"],
-    "training": ["common", "data", "kernels", "model", "passes", "diffusion", "edits", "policy",
-                 "pretrained"],
+    "training": ["common", "data", "kernels", "model", "passes", "diffusion", "edits",
+                 "edit_tokens", "policy", "pretrained"],
     "sampling": BELOW_SAMPLING,
     "evaluation": [*BELOW_SAMPLING, "sampling"],
 }
