@@ -8,6 +8,7 @@ line of its docstring is what --help says of it.
 import argparse
 import functools
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -37,6 +38,9 @@ DATASETS = {
     "openwebtext": openwebtext,
 }
 STREAMED = (tinystories, fineweb_edu, openwebtext)
+# What is generated follows from files in data/.
+GENERATORS = {"tales": "tales*.py", "tales_chat": "tales*.py", **dict.fromkeys(SHAPES, "sudoku.py")}
+FROM_PYTHON = ("pydocs", "pydocs_chat", "pystdlib")
 MAX_TOKENS = 100_000_000        # of a streamed data set, unless max_tokens says otherwise
 
 
@@ -69,22 +73,23 @@ def prepare(dataset="tales", tokenizer="bpe", vocab_size=2048, max_tokens=None, 
     folder_name = f"{name}-{tokenizer_name}"
     if max_tokens is not None:
         folder_name = f"{folder_name}-{max_tokens}"
-    folder = prepared_root(root) / folder_name
-    if holds_text(folder):
+    folder, generator = prepared_root(root) / folder_name, generator_of([name])
+    holds = functools.partial(holds_text, generator=generator)
+    if holds(folder):
         return folder
     if isinstance(tokenizer, Tokenizer) and max_tokens is None:
         # A model that was trained here brings the pieces that were learned here.
         for learned in prepared_root(root).glob(f"{name}-bpe-*"):
-            if holds_text(learned) and same_pieces(learned, tokenizer):
+            if holds(learned) and same_pieces(learned, tokenizer):
                 return learned
     if read in STREAMED and max_tokens is None:
         max_tokens = MAX_TOKENS
-    facts = {"name": name, "source": source, "tokenizer": tokenizer_name}
+    facts = {"name": name, "source": source, "tokenizer": tokenizer_name, "generator": generator}
 
     def fill(temporary):
         write_dataset(temporary, read(), tokenizer, vocab_size, max_tokens, facts)
 
-    return make_dataset(folder, fill, holds_text)
+    return make_dataset(folder, fill, holds)
 
 
 def prepare_chat(dataset, tokenizer, root=None, vocab_size=2048):
@@ -105,9 +110,12 @@ def prepare_chat(dataset, tokenizer, root=None, vocab_size=2048):
         content = f"{tokenizer.backend.to_str()}{tokenizer.chat_templates}"
         tokenizer_name = short_hash(content.encode())
     folder = prepared_root(root) / f"{name}-{tokenizer_name}"
-    if holds_conversations(folder):
+    generator = generator_of(part.name for part in parts)
+    holds = functools.partial(holds_conversations, generator=generator)
+    if holds(folder):
         return folder
-    facts = {"name": name, "source": str(dataset), "tokenizer": tokenizer_name}
+    facts = {"name": name, "source": str(dataset), "tokenizer": tokenizer_name,
+             "generator": generator}
 
     def fill(temporary):
         rows, learned = conversations(parts), tokenizer
@@ -116,7 +124,7 @@ def prepare_chat(dataset, tokenizer, root=None, vocab_size=2048):
             learned = learn_tokenizer(rows, vocab_size)
         write_conversations(temporary, rows, learned, facts)
 
-    return make_dataset(folder, fill, holds_conversations)
+    return make_dataset(folder, fill, holds)
 
 
 def learn_tokenizer(rows, vocab_size):
@@ -202,15 +210,29 @@ def prepared_root(root=None):
     return Path.home() / ".cache" / "unmask" / "prepared"
 
 
-def holds_text(folder):
-    """Whether a folder holds a whole data set: files that belong together and a tokenizer that can
-    be read."""
+def generator_of(names):
+    """What data sets follow from besides their names, as text: the files in data/ that generate
+    them, Python's version for its own documentation; "" for what is read. Who changes the grammar
+    of the tales is given new tales."""
+    facts = []
+    for name in names:
+        if name in GENERATORS:
+            files = sorted(Path(__file__).parent.glob(GENERATORS[name]))
+            facts.append(short_hash(b"".join(file.read_bytes() for file in files)))
+        elif name in FROM_PYTHON:
+            facts.append(f"Python {platform.python_version()}")
+    return ", ".join(facts)
+
+
+def holds_text(folder, generator):
+    """Whether a folder holds a whole data set: files that belong together, made by this generator,
+    and a tokenizer that can be read."""
     try:
-        TokenDataset(folder)
+        meta = TokenDataset(folder).meta
         Tokenizer.from_pretrained(folder)
     except (FileNotFoundError, ValueError):
         return False
-    return True
+    return meta.get("generator") == generator
 
 
 def same_pieces(folder, tokenizer):
@@ -218,14 +240,14 @@ def same_pieces(folder, tokenizer):
     return Tokenizer.from_pretrained(folder).backend.to_str() == tokenizer.backend.to_str()
 
 
-def holds_conversations(folder):
+def holds_conversations(folder, generator):
     """The same for conversations, marked by the rules of today."""
     try:
         data = ChatDataset(folder, seq_len=2**40, padding="hidden")
         Tokenizer.from_pretrained(folder)
     except (FileNotFoundError, ValueError):
         return False
-    return data.meta.get("rendering") == RENDERING
+    return data.meta.get("rendering") == RENDERING and data.meta.get("generator") == generator
 
 
 # --------------------------------------------------------------------------------------------------

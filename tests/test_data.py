@@ -21,7 +21,7 @@ from scripts import run
 from data import files, hub, python_docs, writer
 from data import prepare as prepare_module
 from data.loader import HEADER, TokenDataset, apart, pack_header
-from data.prepare import prepare
+from data.prepare import generator_of, prepare
 from data.tokenizer import Tokenizer
 
 SCRIPT = Path(prepare_module.__file__)
@@ -297,6 +297,26 @@ def test_pieces_that_were_learned_here_are_known_again(book, tmp_path):
     other = prepare(book, model, root=tmp_path / "data")
     assert other != folder
     assert TokenDataset(other).vocab_size < TokenDataset(folder).vocab_size
+
+
+def test_who_changes_a_generator_is_given_new_texts(tmp_path, monkeypatch):
+    folder = prepare("sudoku4", root=tmp_path)
+    made = (folder / "train.bin").stat().st_mtime_ns
+    prepare("sudoku4", root=tmp_path)
+    assert (folder / "train.bin").stat().st_mtime_ns == made
+    changed = tmp_path / "data" / "prepare.py"
+    changed.parent.mkdir()
+    (changed.parent / "sudoku.py").write_text("# other grids")
+    monkeypatch.setattr(prepare_module, "__file__", str(changed))
+    assert prepare("sudoku4", root=tmp_path) == folder
+    assert (folder / "train.bin").stat().st_mtime_ns != made
+
+
+def test_what_prepared_texts_follow_from():
+    grids, tales = generator_of(["sudoku6"]), generator_of(["tales"])
+    assert grids != tales and "" not in (grids, tales)
+    assert generator_of(["tales_chat", "pydocs_chat"]).startswith(f"{tales}, Python 3.")
+    assert generator_of(["shakespeare", "some.jsonl"]) == ""
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json", "tokenizer.json"])
