@@ -9,6 +9,8 @@
     python experiments/tales.py copying CHECKPOINT...
         the probability of a hidden thing with one, two, three other mentions, near and far; and of
         a hidden property and person among all properties and names
+    python experiments/tales.py persons CHECKPOINT [N=200]
+        who could not stop looking at the thing: one of two persons, for the thing is the other's
     python experiments/tales.py infill CHECKPOINT TWIN [N=200]
         a hidden cause or effect of held-out tales: does the whole hold together? TWIN is
         autoregressive and reads the left alone
@@ -20,6 +22,7 @@ of the data: far below 1 the rule repeats itself. Steps are one a token unless t
 import itertools
 import math
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +45,7 @@ RULES = ("random", "low_confidence", "margin", "entropy")
 TEMPERATURES = (0.5, 0.7, 1.0)
 BLOCK_LENGTHS = (0, 8)      # tokens written together from left to right; 0: all
 STEPS = (127, 64, 32, 16, 8, 4)
+LOOKING = " could not stop looking at"      # nobody does so at a thing of their own
 FAR = 24            # tokens to the nearest other mention: near below, far from here on
 
 # --------------------------------------------------------------------------------------------------
@@ -172,6 +176,48 @@ def restored_among(sampler, hidden, words):
     return right / p[:, ids].sum(-1)
 
 
+@torch.no_grad()
+def persons(checkpoint, count="200"):
+    """Who wants the thing, asked in the two orders in which a sampler may write it: the name when
+    the words behind it are there, and the words when the name is."""
+    sampler = Sampler.load(checkpoint, dtype=torch.float32)
+    encode, mask_id = sampler.tokenizer.encode, sampler.mask_id
+    words = encode(LOOKING)
+    name_known, words_known = {"right": [], "wrong": []}, []
+    for before, right, wrong in wishes(int(count)):
+        row = sampler.opening + encode(before)
+        begin, ids = len(row), {"right": encode(f" {right}")[0], "wrong": encode(f" {wrong}")[0]}
+        rows = [row + [mask_id, *words]]
+        rows += [row + [name] for name in ids.values()]
+        T = sampler.config.max_len
+        rows = torch.tensor([one[:T] + [mask_id] * (T - len(one)) for one in rows])
+        p = sampler.model(rows).softmax(-1)                                             # [3, T, V]
+        asked = p[0, begin, ids["right"]], p[0, begin, ids["wrong"]]
+        words_known.append(asked[0] / sum(asked))
+        for which, among in zip(ids, p[1:]):
+            name_known[which].append(among[begin + 1, words[0]])
+    means = {which: torch.stack(found).mean() for which, found in name_known.items()}
+    print(f"{checkpoint}: before {LOOKING.strip()!r} the right one of two names has "
+          f"{torch.stack(words_known).mean():.4f}\n"
+          f"{checkpoint}: behind the right name the first of these words has {means['right']:.3f}, "
+          f"behind the wrong one {means['wrong']:.3f}")
+
+
+def wishes(count, seed=0):
+    """`count` times (what a tale says before somebody looks at the thing, who does, who has it)."""
+    rng, found = random.Random(seed), []
+    while len(found) < count:
+        text = tell(rng).text
+        said = re.search(rf" (\w+){LOOKING}", text)
+        if not said or said[1] not in NAMES:
+            continue
+        before = text[:said.start()]
+        others = [name for name in NAMES if name != said[1] and re.search(rf"\b{name}\b", before)]
+        if others:
+            found.append((before, said[1], others[0]))
+    return found
+
+
 # --------------------------------------------------------------------------------------------------
 # The middle of a tale
 
@@ -250,7 +296,7 @@ def continue_left(sampler, found):
 
 
 COMMANDS = {"rules": rules, "steps": steps, "minutes": minutes, "copying": copying,
-            "infill": infill}
+            "persons": persons, "infill": infill}
 
 if __name__ == "__main__":
     common.show_errors_in_one_line()
