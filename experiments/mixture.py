@@ -67,7 +67,8 @@ def draw(loads, path):
         for layer, (panel, shares) in enumerate(zip(row, load)):
             panel.bar(range(len(shares)), shares.tolist())
             panel.axhline(1 / len(shares), color="black", lw=0.8)
-            panel.set(title=f"{name}, layer {layer}", xticks=[])
+            panel.set(title=f"layer {layer}", xticks=[])
+        row[0].set_ylabel(name)
     figure.savefig(path, dpi=120)
 
 
