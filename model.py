@@ -29,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from config import ACTIVATIONS, Config
 
+LOOK_BESIDE = 3.0       # size of the numbers that queries and keys of `look_beside` begin with
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight  (arXiv 1910.07467, eq. 4)."""
@@ -304,6 +306,35 @@ class Transformer(nn.Module):
                 module.weight.normal_(std=0.02, generator=generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
+        return self
+
+    @torch.no_grad()
+    def look_beside(self):
+        """Let the first two heads of the first block begin by looking at the token before and at
+        the one behind: that need not be learned then. Call it behind `init_weights`. Returns self.
+        ValueError for a model without RoPE.
+
+        An eighth of every embedding is set to 1, so that there is something which all tokens share.
+        Of it the heads make the same key for every token, and the same query, turned by one
+        position. RoPE turns keys at position j and queries at i further, and their product is
+        greatest at j = i - 1 or i + 1. Only pairs of numbers that turn fast tell one position from
+        the next: the others stay small.
+        """
+        c, attention = self.config, self.blocks[0].attn
+        if c.positions != "rope":
+            raise ValueError(f"look_beside is for positions rope, not {c.positions}")
+        H, G, C, half = c.n_heads, c.n_kv_heads, c.head_dim, c.rope_dim // 2
+        shared, pairs = max(c.dim // 8, 1), min(3, half)
+        self.embed.weight[:, :shared] = 1
+        angle = c.rope_theta ** (-torch.arange(pairs) / half)       # by which a position turns them
+        size = LOOK_BESIDE / shared
+        q = attention.q.weight.view(H, C, c.dim)[..., :shared]
+        k = attention.k.weight.view(G, C, c.dim)[..., :shared]
+        for head, offset in zip(range(H), (-1, 1)):
+            own_k = k[head * G // H]
+            own_k[:pairs], own_k[half:half + pairs] = size, 0
+            q[head, :pairs] = size * (offset * angle).cos()[:, None]
+            q[head, half:half + pairs] = size * (offset * angle).sin()[:, None]
         return self
 
     def make_time_embedding(self):

@@ -56,6 +56,7 @@ n_heads = 8 if _on_gpu else 4       # attention heads
 dim = 512 if _on_gpu else 192       # width
 seq_len = 512 if _on_gpu else 128   # tokens in a sequence; grids: whole ones, whatever this says
 positions = "learned" if _grids else "rope"     # rope knows distances alone, but a grid has places
+look_beside = common.given("positions", positions) == "rope"    # two heads begin by doing so
 n_experts = 0               # small MLPs in place of each MLP, as wide together; 0: it stays whole
 experts_per_token = 2       # of them, which share the MLP's width
 balance_loss = 0.0          # weight of the loss that evens out the experts' loads, 0.01; 0: none
@@ -130,7 +131,10 @@ config = Config(
     pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id,
     n_experts=n_experts, experts_per_token=experts_per_token, router_norm=n_experts > 0,
     router_bias="choice" if balance_rate else "none")
-model = Transformer(config).init_weights(seed).to(device)
+model = Transformer(config).init_weights(seed)
+if look_beside:
+    model.look_beside()         # at the tokens before and behind each one
+model = model.to(device)
 if compile:
     model.compile_blocks()
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import HandRMSNorm, LinearCrossEntropy
-from model import Config, RMSNorm, Transformer
+from model import Config, RMSNorm, Transformer, rotate
 from sampling.cache import Cache
 
 KINDS = {
@@ -426,3 +426,34 @@ def test_config_derives_sizes():
     assert Config(dim=256).hidden_dim == 704 and Config(dim=768, gated=False).hidden_dim == 3072
     assert Config(dim=20, n_heads=1, gated=False).hidden_dim == 80
     assert Config(dim=256, n_heads=4).head_dim == 64 and Config(n_heads=6, dim=96).n_kv_heads == 6
+
+
+# --------------------------------------------------------------------------------------------------
+# Initial weights
+
+
+@pytest.mark.parametrize("heads", [dict(n_heads=4), dict(n_heads=4, n_kv_heads=1),
+                                   dict(n_heads=1, head_dim=24), dict(rope_share=0.5)], ids=str)
+@torch.no_grad()
+def test_two_heads_begin_by_looking_beside(heads):
+    """Head 0 at the token before, head 1 at the one behind; others see all alike."""
+    options = dict(vocab_size=200, dim=96, n_layers=2, n_heads=4) | heads
+    model = Transformer(Config(**options)).init_weights(1).look_beside()
+    attention, T = model.blocks[0].attn, 30
+    x = model.blocks[0].attn_norm(model.embed(torch.arange(T)[None]))
+    H, G, C = attention.shape
+    q = attention.q_norm(attention.q(x).view(1, T, H, C)).transpose(1, 2)
+    k = attention.k_norm(attention.k(x).view(1, T, G, C)).transpose(1, 2)
+    angles, _ = model.ropes(torch.arange(T))
+    q, k = rotate(q, *angles), rotate(k, *angles).repeat_interleave(H // G, 1)
+    p = (q @ k.transpose(-1, -2) / C**0.5).softmax(-1)[0]                               # [H, T, T]
+    before, behind = p[0].diagonal(-1), p[min(1, H - 1)].diagonal(1)
+    assert before.min() > 0.2 and (p[0].argmax(-1)[1:] == torch.arange(T - 1)).all()
+    if H > 1:
+        assert behind.min() > 0.2 and (p[1].argmax(-1)[:-1] == torch.arange(1, T)).all()
+        assert p[2:].diagonal(-1, 1, 2).mean() < 0.1
+
+
+def test_looking_beside_needs_rope():
+    with pytest.raises(ValueError, match="look_beside is for positions rope, not learned"):
+        random_model(positions="learned").look_beside()
