@@ -30,11 +30,13 @@ TALES = 200                 # written by each model of tales
 ENTRIES = {
     # AdamW, every rate the same, no clipping of the weight: what papers do
     "plain": dict(optimizer="adamw", learning_rate=1e-3, embedding_lr=1e-3, weight_decay=0.1,
-                  decay="cosine", batch_size=32, max_weight=0),
+                  decay="cosine", batch_size=32, max_weight=0, look_beside=False),
     # Muon, clipped weight, small updates: the recipe until tales showed that it did not look back
-    "muon": dict(embedding_lr=3e-3),
-    # and a rate of its own for the embedding: train_scratch.py as it is
-    "embedding": {},
+    "muon": dict(embedding_lr=3e-3, look_beside=False),
+    # and a rate of its own for the embedding
+    "embedding": dict(look_beside=False),
+    # and two heads that begin by looking beside: train_scratch.py as it is
+    "beside": {},
 }
 
 
