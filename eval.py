@@ -35,7 +35,7 @@ from pretrained.hub import tokenizer_folder
 from sampling.sampler import default_checkpoint
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
-checkpoint = default_checkpoint()   # out/scratch, untrained checkpoints/tales; a folder or hub id
+checkpoint = default_checkpoint()   # out/scratch, or else checkpoints/tales; a folder or hub id
 adapter = ""                # a folder with a LoRA adapter to add to it
 # what to measure
 tasks = "nelbo"             # lm-eval's tasks or groups, with commas; nelbo: the bound on `dataset`

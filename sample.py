@@ -4,8 +4,8 @@ Everything starts as mask tokens; each step the model predicts all of them and a
 kept, until none is left.
 
     python sample.py --num_samples=3                    out of nothing but masks
-    python sample.py --prompt='Return the' --show       a continuation, and how it comes about
-    python sample.py --infill='Return the [MASK:4] of the list.'    gaps, [MASK] for one token
+    python sample.py --prompt='Once there was' --show   a continuation, and how it comes about
+    python sample.py --infill='Tom had a [MASK:2]. He loved it.'    gaps, [MASK] for one token
     python sample.py --checkpoint=out/grids --infill=FILE:puzzle.txt    a puzzle, dots for blanks
     python sample.py --prompt=FILE:prompt.txt --html=trace.html     a page with a slider over steps
     python sample.py --checkpoint=GSAI-ML/LLaDA-8B-Instruct --chat --block_length=32
@@ -24,7 +24,7 @@ from sampling.terminal import Terminal, printable
 from sampling.trace import Trace
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
-checkpoint = default_checkpoint()   # out/scratch, untrained checkpoints/tales; a folder or hub id
+checkpoint = default_checkpoint()   # out/scratch, or else checkpoints/tales; a folder or hub id
 adapter = ""                # the folder of a LoRA adapter for it (finetune_llada.py, PEFT)
 # what to write
 prompt = ""                 # text to continue; FILE:path reads it from a file; empty: none
