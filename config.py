@@ -132,7 +132,7 @@ class Config:
             raise ValueError(f"router_top_groups {self.router_top_groups} does not fit: {k} of {E} "
                              f"experts are to be chosen in the best of {groups} groups")
         layers = self.dense_layers or []
-        if not set(layers) <= set(range(self.n_layers)):
+        if any(layer not in range(self.n_layers) for layer in layers):
             raise ValueError(f"dense_layers must be layers below {self.n_layers}, got {layers}")
 
     def check_ends(self):
@@ -173,7 +173,9 @@ class Config:
                  "global_every", "experts_per_token", "router_groups", "router_top_groups")
         choices = {"positions": ("rope", "learned"), "norm": ("rms", "layer"),
                    "activation": tuple(ACTIVATIONS), "head_activation": tuple(ACTIVATIONS),
-                   "router": ("softmax", "sigmoid"), "router_bias": ("none", "choice", "weight")}
+                   "router": ("softmax", "sigmoid"), "router_bias": ("none", "choice", "weight"),
+                   "step_schedule": ("even", "timesteps"),
+                   "edit_schedule": ("linear", "cubic", "cube", "cosine")}
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type in (int | None, float | None) and value is None:
@@ -190,6 +192,9 @@ class Config:
                 raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"{name} must be true or false, got {value!r}")
+            is_other = not isinstance(value, (field.type, tuple, type(None)))
+            if name in ("dense_layers", "published") and is_other:
+                raise ValueError(f"{name} must be a {field.type.__name__}, got {value!r}")
             if name in choices and value not in choices[name]:
                 raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {value!r}")
 

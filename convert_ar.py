@@ -41,6 +41,7 @@ from training.optimizers import (average_gradients, clip_gradients, learning_rat
                                  make_optimizers, set_learning_rate)
 from training.run import Run
 from training.show import show_answer
+from training.merge import check_target
 from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
@@ -122,6 +123,8 @@ if objective == "bd3lm" and (anneal_steps or padding != "eos"):
                      "to the right of itself anyway")
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
+check_target("out_dir", out_dir, init_from)
+check_target("export", export or out_dir, init_from)
 folder = make_folder(out_dir)       # fail early if it cannot be written to
 settings["resume"] = resume = resumes(resume, folder)
 sharded = fsdp and world_size > 1

@@ -143,7 +143,7 @@ optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, we
                              embedding_lr)
 must_match = {name: settings[name] for name in (
     "objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "positions", "n_experts",
-    "tokenizer", "optimizer", "weight_decay", "beta2", "seed")}
+    "experts_per_token", "tokenizer", "optimizer", "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
 flops = flops_per_token(model, T, head_share=1.0 if objective == "ar" else 0.5)

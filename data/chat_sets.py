@@ -243,7 +243,8 @@ def find_part(name, limit, root):
     if name.startswith(gym.PREFIX):
         label = file_name(gym.Gym(name).label())
         read = functools.partial(gym.conversations, name)
-        return Part(label, read, VAL_FRACTION, limit or GYM_CONVERSATIONS)
+        count = GYM_CONVERSATIONS if limit is None else limit
+        return Part(label, read, VAL_FRACTION, count)
     if name.endswith(".jsonl") and path.is_file():
         label = f"{file_name(path.resolve().stem)}-{short_hash(file_digest(path))}"
         read = functools.partial(read_jsonl, path)

@@ -173,11 +173,11 @@ def jsonl(path):
     """The Rows of a .jsonl file. ValueError with the line's number for one without a prompt and an
     answer, two texts."""
     examples = []
-    for place, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for place, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {place} is not JSON: "
                              f"{getattr(error, 'msg', error)}") from None

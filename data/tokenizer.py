@@ -24,6 +24,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+import common
 from data.templates import one_line, render_template
 
 EOS, MASK, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|mask|>", "<|im_start|>",
@@ -407,10 +408,8 @@ def _settings_hash(settings, vocabulary):
 
 
 def _write_whole(path, content):
-    """Write a text under another name, then rename: a kill at any moment leaves a whole file."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content.encode())
-    temporary.replace(path)
+    """Write a text, so that a kill at any moment leaves a whole file."""
+    common.write_atomically(path, lambda temporary: Path(temporary).write_bytes(content.encode()))
 
 
 def _read_own(folder):

@@ -1,10 +1,12 @@
 """A Transformer becomes a checkpoint folder, in our own layout or in its family's."""
+import functools
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
 
+from common import write_atomically
 from pretrained.config import publish_config, read_config, read_json
 from pretrained.gguf import is_gguf
 from pretrained.gguf_tokenizer import write_tokenizer
@@ -59,7 +61,7 @@ def copy_from_source(model, folder, patterns):
         return
     for pattern in patterns:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            write_atomically(folder / file.name, functools.partial(shutil.copyfile, file))
     generation = folder / "generation_config.json"
     if (source / generation.name).exists() and model.config.ends != read_config(source)[0].ends:
         write_ends(generation, model.config.ends)

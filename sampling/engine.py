@@ -56,7 +56,7 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=None, t
     token with an exact cache, behind the end of text itself.
     Raises ValueError for arguments that cannot be, naming them.
     """
-    config = config_of(model)
+    config, prompts = config_of(model), list(prompts)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     block_length = own_block_length(config, block_length)
@@ -93,7 +93,7 @@ def infill(model, sequences, steps=128, block_length=None, **more):
     Blocks are counted from a sequence's start; block_length None: one block. Raises ValueError for
     a sequence without a mask token.
     """
-    config = config_of(model)
+    config, sequences = config_of(model), list(sequences)
     if config.causal:
         raise ValueError("an autoregressive model cannot fill in the middle: it sees nothing right "
                          "of a gap")

@@ -266,6 +266,9 @@ def test_text_and_our_own_checkpoints(short, tmp_path):
             )
         )
         assert rows(after)[-1]["val_nelbo"] < 2.5
+        for there in (f"--out_dir={before}", f"--export={before}"):
+            result = run(*short(script, after, f"--init_from={before}", there))
+            assert result.status == 2 and "is where the weights come from" in result.err
         model, tokenizer = Transformer.from_pretrained(after), Tokenizer.from_pretrained(before)
         assert (
             model.config.vocab_size == tokenizer.vocab_size

@@ -184,6 +184,7 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(options, config):
     prompts = RAGGED if config.get("positions") == "learned" else [p for p in RAGGED if p]
     together = generate(model, prompts, 12, 6, 4, **options)
     assert together == [generate(model, [p], 12, 6, 4, **options)[0] for p in prompts]
+    assert together == generate(model, iter(prompts), 12, 6, 4, **options)
     for prompt, answer in zip(prompts, together):
         assert (
             answer[: len(prompt)] == prompt

@@ -29,6 +29,7 @@ from pretrained.hub import adapter_base
 from pretrained.tiny import tiny_model as tiny_of_family
 from sampling.engine import generate
 from sampling.sampler import Sampler
+from training.finetuning import base_of_run
 from training.lora import (
     LoRALinear,
     add_lora,
@@ -966,3 +967,18 @@ def test_plan_of_several_processes(base):
     assert "2 processes" in text and "gathered" in text and "fits into 0.5 GB: no" in text
     text = succeed(run_here(SCRIPT, f"--init_from={base}", "--plan", "--lora_rank=4")).out
     assert "1 x 64 tokens a process" in text                # its context
+
+
+def test_a_new_run_does_not_take_an_adapters_base_away(tmp_path):
+    """The base of a tiny model follows from the seed, and lies in the folder of its adapter."""
+    text = Tokenizer.bytes()
+    base = base_of_run("tiny", tmp_path, text, 32, seed=1)
+    before = (base / "model.safetensors").read_bytes()
+    base_of_run("tiny", tmp_path, text, 32, seed=2)         # nothing stands on it yet
+    assert (base / "model.safetensors").read_bytes() != before
+    base_of_run("tiny", tmp_path, text, 32, seed=1)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert base_of_run("tiny", tmp_path, text, 32, seed=1) == base      # the same again
+    with pytest.raises(ValueError, match="an adapter of a run that began with other weights"):
+        base_of_run("tiny", tmp_path, text, 32, seed=2)
+    assert (base / "model.safetensors").read_bytes() == before

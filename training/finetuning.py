@@ -8,7 +8,7 @@ from pretrained.tensors import gathered
 from pretrained.tiny import tiny_model
 from pretrained.vocabulary import resize_vocabulary
 from training import nf4
-from training.lora import holds_a_run, name_of_base, save_adapter
+from training.lora import WEIGHTS, holds_a_run, name_of_base, save_adapter
 from training.merge import check_target, write_merged
 
 # --------------------------------------------------------------------------------------------------
@@ -106,7 +106,8 @@ def only_merges(settings, folder):
 def base_of_run(init_from, folder, tokenizer, seq_len, seed, vocab_size=None, write=True):
     """The folder of the weights that a run begins with: init_from's own, but `folder`/base for a
     tiny model, which is made here, and for one whose vocabulary, vocab_size, lacks tokens of the
-    tokenizer. write: False for a resumed run, which has written it."""
+    tokenizer. write: False for a resumed run, which has written it. ValueError if an adapter in
+    `folder` stands on another base."""
     kind, _, family = init_from.partition(":")
     is_tiny = kind == "tiny"
     if not is_tiny and (vocab_size is None or tokenizer.vocab_size <= vocab_size):
@@ -114,16 +115,30 @@ def base_of_run(init_from, folder, tokenizer, seq_len, seed, vocab_size=None, wr
     base = folder / "base"
     if write and common.rank_and_size()[0] == 0:
         if is_tiny:
-            tiny_model(family or "llada", tokenizer, seq_len, seed).export_pretrained(base)
+            model = tiny_model(family or "llada", tokenizer, seq_len, seed)
         else:
             model = Transformer.from_pretrained(init_from)
             new = range(model.config.vocab_size, tokenizer.vocab_size)
             resize_vocabulary(model, tokenizer.vocab_size, new)
             model.source = None             # the tokenizer is written here
-            model.save_pretrained(base)
-        tokenizer.save_pretrained(base)
+        if not stands_on(folder, base, model):
+            write = model.export_pretrained if is_tiny else model.save_pretrained
+            write(base)
+            tokenizer.save_pretrained(base)
     common.barrier()
     return base
+
+
+def stands_on(folder, base, model):
+    """Whether an adapter in `folder` has `model` as its base already. ValueError if it has another
+    one, which the new run would take away from it."""
+    if not (folder / WEIGHTS).exists() or not (base / "config.json").exists():
+        return False
+    before, now = Transformer.from_pretrained(base).state_dict(), model.state_dict()
+    if before.keys() != now.keys() or any(not before[k].equal(now[k]) for k in now):
+        raise ValueError(f"{folder} holds an adapter of a run that began with other weights: "
+                         "choose another out_dir")
+    return True
 
 
 def save_result(model, folder, lora_rank, init_from, base):

@@ -31,8 +31,11 @@ class Log:
 
     def write(self, **row):
         self.rows.append(row)
+        known = {}                                      # NaN, of one window's error, is no JSON
+        for name, value in row.items():
+            known[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(known) + "\n")
         if self.wandb is not None:
             self.wandb.log(row, step=row["step"])
 

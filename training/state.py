@@ -60,7 +60,11 @@ def load_training(folder, model, optimizers, must_match, sharded=False):
         from training.sharding import load_sharded
         return load_sharded(folder / "train_state", model, optimizers, must_match)
     state = load_state(folder / "train_state.pt", must_match)
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:                                # names or shapes that are not the model's
+        raise ValueError(f"{folder / 'train_state.pt'} holds another model than these settings "
+                         "make: resume with those that the run began with") from None
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     return state
