@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import difflib
 import hashlib
-import itertools
 import os
 import re
 import sys
@@ -91,14 +90,7 @@ def describe_settings(file, defaults):
             name = node.targets[0].id
             if name in defaults:
                 comment = lines[node.lineno - 1].partition("  # ")[2].strip()
-                for line in itertools.takewhile(goes_on, lines[node.lineno:]):
-                    comment += f" {line.lstrip(' #')}"
                 yield f"  --{name}={defaults[name]}".ljust(33) + " " + comment
-
-
-def goes_on(line):
-    """Whether a line goes on with the comment behind the setting above it: it is indented."""
-    return re.match(r"#\s{3,}\S", line) is not None
 
 
 def check(settings, at_least_1=(), not_negative=(), positive=(), **choices):

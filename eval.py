@@ -64,8 +64,7 @@ top_p = 1.0                 # draw from the most probable tokens that together e
 remasking = "low_confidence"    # what is kept: low_confidence, random, entropy, margin, ancestral
 alg_temp = 0.0              # Dream's: draw what to keep from softmax(score / alg_temp); 0: the best
 threshold = 0.0    # keep all predictions of at least this probability a step; 0: off, LLaDA2: 0.95
-edit_threshold = -1.0   # with it, write anew where another token has more than this; below 0: the
-#                         model's own (LLaDA2.1: 0.9), else never
+edit_threshold = -1.0   # with it, write anew where another token exceeds it; below 0: the model's
 factor = 0.0                # Fast-dLLM's factor rule instead; 0: off
 entropy_bound = 0.0         # EB-Sampler's: keep as many as this bound (0.1 nats) allows; 0: off
 suppress = ""               # tokens never to write: ids, names, eos or eot, with commas

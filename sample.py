@@ -37,16 +37,14 @@ serve = 0                   # port on 127.0.0.1 for the web page and OpenAI's AP
 # how: the sampler. Where "auto" stands the model decides. The small ones of train_scratch.py repeat
 # themselves when they are greedy: outside of chats they get 0.5, and entropy in blocks of 8.
 steps = 0                   # denoising steps in total; 0: one a token
-block_length = 0    # tokens denoised together, left to right; 0: all (small models that write one
-#                     token a step: 8; block diffusion: its own)
+block_length = 0    # tokens denoised together; 0: all (small models: 8; block diffusion: its own)
 temperature = "auto"        # 0: the most probable token; auto: 0.5 for small models, else 0
 top_p = 1.0                 # draw from the most probable tokens that together exceed this; 1: all
 top_k = 0                   # draw from that many most probable tokens; 0: all
 remasking = "auto"  # low_confidence, entropy (auto: for small models), margin, random, ancestral
 alg_temp = 0.0              # Dream's: draw what to keep from softmax(score / alg_temp); 0: the best
 threshold = 0.0    # keep all predictions of at least this probability a step; 0: off, LLaDA2: 0.95
-edit_threshold = -1.0   # with it, write anew where another token has more than this; below 0: the
-#                         model's own (LLaDA2.1: 0.9), else never
+edit_threshold = -1.0   # with it, write anew where another token exceeds it; below 0: the model's
 factor = 0.0                # Fast-dLLM's factor rule instead; 0: off
 entropy_bound = 0.0         # EB-Sampler's: keep as many as this bound (0.1 nats) allows; 0: off
 remask = 0.0                # ReMDM's eta: "ancestral" may mask tokens of the block again; 0: never

@@ -339,9 +339,10 @@ def test_a_file_of_prompts_and_answers(tmp_path):
                for split in ("train", "val")}
     assert prompts["val"] and not prompts["train"] & prompts["val"]
     assert len(task.example("train", 0).facts["numbers"]) == 2
-    odd = '{"prompt": "a\u2028b", "answer": "1"}'       # such a line end is a character like others
-    file.write_text("\ufeff" + "\r\n".join([odd] * 30), encoding="utf-8")
-    assert find_task(str(file)).example("train", 0).prompt == "a\u2028b"
+    # U+2028, a line separator, is a character like others.
+    lines = [f'{{"prompt": "a\u2028{number}", "answer": "1"}}' for number in range(30)]
+    file.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    assert find_task(str(file)).example("train", 0).prompt.startswith("a\u2028")
     file.write_bytes(b'{"prompt": "a", "answer": "\xff"}')
     with pytest.raises(ValueError, match="sums.jsonl, line 1 is not JSON"):
         find_task(str(file))

@@ -557,7 +557,7 @@ def test_a_port_in_use_is_one_line(server, tmp_path):
 
 
 # ---- many at once --------------------------------------------------------------------------------
-def test_250_requests_without_an_error_and_with_flat_memory(server):
+def test_700_requests_without_an_error_and_with_flat_memory(server):
     def one(i):
         if i % 10 == 9:
             return ask(server, "/v1/completions", {"prompt": "a" * 500})[0] == 400
@@ -577,7 +577,8 @@ def test_250_requests_without_an_error_and_with_flat_memory(server):
             return int(file.read().split()[1]) * resource.getpagesize()
 
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(one, range(50)))
+        # Each thread's first requests make room that stays: after some 400 nothing grows.
+        assert all(pool.map(one, range(500)))
         before = memory()
         assert all(pool.map(one, range(200)))
     assert memory() - before < 8e6

@@ -207,6 +207,14 @@ def test_make_folder(tmp_path):
     assert not errors
 
 
+def test_a_state_of_another_model_is_refused(tmp_path):
+    model, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)
+    save_training(tmp_path, model, [], {"settings": {}, "step": 1})
+    assert load_training(tmp_path, torch.nn.Linear(2, 3), [], {})["step"] == 1
+    with pytest.raises(ValueError, match="holds another model than these settings make"):
+        load_training(tmp_path, other, [], {})
+
+
 # ---------------------------------------------------------------- log
 
 
@@ -232,14 +240,6 @@ def test_log(tmp_path):
     assert [row["step"] for row in rows_of(path)] == [10, 20, 30]
     resumed.write(step=40, val_stderr=math.nan)         # of one window; NaN is no JSON
     assert rows_of(path)[-1] == {"step": 40, "val_stderr": None}
-
-
-def test_a_state_of_another_model_is_refused(tmp_path):
-    model, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)
-    save_training(tmp_path, model, [], {"settings": {}, "step": 1})
-    assert load_training(tmp_path, torch.nn.Linear(2, 3), [], {})["step"] == 1
-    with pytest.raises(ValueError, match="holds another model than these settings make"):
-        load_training(tmp_path, other, [], {})
     assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
     Log(path)  # a new run begins a new log
     assert path.read_text() == "" and Log(tmp_path / "none.jsonl", keep_up_to=5).rows == []
