@@ -37,11 +37,11 @@ from pretrained.tiny import tiny_model
 from pretrained.vocabulary import resize_vocabulary
 from training.blocks import block_length_at, parse_schedule
 from training.flops import flops_per_token
+from training.merge import check_target
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
 from training.show import show_answer
-from training.merge import check_target
 from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
@@ -124,7 +124,7 @@ if objective == "bd3lm" and (anneal_steps or padding != "eos"):
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
 check_target("out_dir", out_dir, init_from)
-check_target("export", export or out_dir, init_from)
+check_target("export", export, init_from)
 folder = make_folder(out_dir)       # fail early if it cannot be written to
 settings["resume"] = resume = resumes(resume, folder)
 sharded = fsdp and world_size > 1

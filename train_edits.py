@@ -43,10 +43,10 @@ from sampling.correcting import correct
 from sampling.rewriting import rewrite
 from training.ahead import Ahead
 from training.flops import flops_per_token
+from training.merge import check_target
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
                                  make_optimizers, set_learning_rate)
 from training.run import Run
-from training.merge import check_target
 from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
@@ -129,8 +129,7 @@ if seq_len < 2:
                      f"{seq_len}")
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
-if init_from:
-    check_target("out_dir", out_dir, init_from)
+check_target("out_dir", out_dir, init_from)
 folder = make_folder(out_dir)       # fail early if it cannot be written to
 settings["resume"] = resumes(resume, folder)
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffusion import STEP_SCHEDULES
+from edits import FLOW_SCHEDULES
 from kernels import HandRMSNorm, LinearCrossEntropy
 from model import Config, RMSNorm, Transformer, rotate
 from sampling.cache import Cache
@@ -426,6 +428,15 @@ def test_first_loss_is_about_that_of_a_uniform_guess(tied):
 def test_config_says_what_is_wrong(changes, words):
     with pytest.raises(ValueError, match=words):
         Config(**changes)
+
+
+def test_config_knows_the_schedules_that_there_are():
+    """config.py, which knows nothing of diffusion, names them once more."""
+    for field, schedules in (("step_schedule", STEP_SCHEDULES), ("edit_schedule", FLOW_SCHEDULES)):
+        for name in schedules:
+            Config(**{field: name})
+        with pytest.raises(ValueError, match=f"{field} must be one of {', '.join(schedules)}, got"):
+            Config(**{field: "another"})
 
 
 def test_config_derives_sizes():

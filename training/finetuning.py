@@ -122,8 +122,10 @@ def base_of_run(init_from, folder, tokenizer, seq_len, seed, vocab_size=None, wr
             resize_vocabulary(model, tokenizer.vocab_size, new)
             model.source = None             # the tokenizer is written here
         if not stands_on(folder, base, model):
-            write = model.export_pretrained if is_tiny else model.save_pretrained
-            write(base)
+            if is_tiny:
+                model.export_pretrained(base)
+            else:
+                model.save_pretrained(base)
             tokenizer.save_pretrained(base)
     common.barrier()
     return base

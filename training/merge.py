@@ -8,7 +8,11 @@ from pretrained.load import load
 
 def check_target(setting, target, *sources):
     """ValueError if the folder `target`, where weights are to be written, is one that they, or the
-    base of an adapter, come from. setting: the name of the setting that says `target`."""
+    base of an adapter, come from. setting: the name of the setting that says `target`. What is
+    empty names no folder."""
+    if not target:
+        return
+    sources = [source for source in sources if source]
     bases = [adapter_base(source) for source in sources]
     target_path = Path(target).expanduser().resolve()
     for source in (*sources, *bases):
