@@ -98,8 +98,8 @@ class Views:
 
 
 def diffu(answers, mask_id, generator, prompt_mask=0.15):
-    """Views [1, B, T] of diffu-GRPO (d1, arXiv 2504.12216): all that was generated is
-    masked, so that one pass scores every token, as if they were independent.
+    """Views [1, B, T] of diffu-GRPO (d1, arXiv 2504.12216): all that was generated is masked, so
+    that one pass scores every token, as if they were independent.
 
     Each prompt token is masked with probability prompt_mask; with other tokens in every update one
     set of answers serves for several, and does not wear out.
@@ -110,9 +110,8 @@ def diffu(answers, mask_id, generator, prompt_mask=0.15):
 
 
 def coupled(answers, mask_id, generator, lowest=0.2, highest=0.8):
-    """Views [3, B, T] of coupled-GRPO (DiffuCoder, arXiv 2506.20639): everything
-    masked; a random share r of the answer; the rest of it, so that each token is scored once more
-    among neighbours.
+    """Views [3, B, T] of coupled-GRPO (DiffuCoder, arXiv 2506.20639): everything masked; a random
+    share r of the answer; the rest of it, so that each token is scored once more among neighbours.
 
         logp_i = (log p(i | all masked) + w * log p(i | the view that masks i)) / 2
 
@@ -135,9 +134,9 @@ def coupled_views(answers, mask_id, mask, ratio):
 
 
 def trace(answers, mask_id, generator=None, together=1):
-    """Views [K, B, T] of TraceRL (arXiv 2509.06949): the steps as the sampler took them.
-    Each token is scored in the view in which it was chosen, the later ones still masked: nothing is
-    drawn, and it takes as many views as there were steps.
+    """Views [K, B, T] of TraceRL (arXiv 2509.06949): the steps as the sampler took them. Each token
+    is scored in the view in which it was chosen, the later ones still masked: nothing is drawn, and
+    it takes as many views as there were steps.
 
     together  so many neighbouring steps share a view, in which the tokens of all of them are masked
               (their shrinkage s).
@@ -338,8 +337,8 @@ def wd1_loss(logps, advantages, answer, negative=True):
 
 
 def spg_terms(found, weight, advantages, mix=0.5, beta=1.5):
-    """What each token adds to SPG's loss, float [B, T] (arXiv 2510.09541): a good
-    answer's lower bound on log p is raised, a bad one's upper bound lowered.
+    """What each token adds to SPG's loss, float [B, T] (arXiv 2510.09541): a good answer's lower
+    bound on log p is raised, a bad one's upper bound lowered.
 
         lower_i = sum_k weight_k,i * log p_k,i
         upper_i = 1/beta * log sum_k weight_k,i * p_k,i^beta        (Renyi; up to a constant)
