@@ -293,9 +293,10 @@ while run.goes_on():
             o.zero_grad(set_to_none=True)
     kl, clipped = common.sum_over_ranks([kl, clipped], device)
     run.end_step(tokens=int(answers.shown.sum()))
-    run.add(reward=rewards.mean(), solved=sum(one.solved for one in rollouts) / B,
-            length=answers.answer.sum() / B, ended=sum(one.ended for one in rollouts) / B, kl=kl,
-            clipped=clipped, alike=alike,
+    solved = sum(one.solved for one in rollouts) / B
+    ended = sum(one.ended for one in rollouts) / B
+    run.add(reward=rewards.mean(), solved=solved, length=answers.answer.sum() / B, ended=ended,
+            kl=kl, clipped=clipped, alike=alike,
             rollout_share=writing / (time.perf_counter() - begin))
 
 run.finish()
