@@ -170,6 +170,12 @@ def predict(model, x, where, block_of, device):
     return row_logits(model, x[None].to(device), rows.to(device), **how)
 
 
+def guided(logits, without_prompt, cfg_scale):
+    """Classifier-free guidance: the logits of a pass with the prompt masked, plus (1 + cfg_scale)
+    times the difference that the prompt makes (LLaDA, 2502.09992, eq. 16)."""
+    return without_prompt + (cfg_scale + 1) * (logits - without_prompt)
+
+
 # --------------------------------------------------------------------------------------------------
 # Blocks: who sees whom
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from passes import config_of, in_blocks, mask_token_id, prediction_rows, row_logits
+from passes import config_of, guided, in_blocks, mask_token_id, prediction_rows, row_logits
 
 # --------------------------------------------------------------------------------------------------
 # Advantages: how much better is an answer than the others of its prompt?
@@ -197,11 +197,11 @@ def logps_of(model, answers, views, cfg_scale=0.0, without_mask=False):
 def view_logps(model, answers, views, cfg_scale=0.0, without_mask=False):
     """log p(token | view) in nats, float [K, B, T], where the weight is not 0; else 0.
 
-    Only views that are asked for anything cost a pass. cfg_scale > 0: classifier-free guidance, the
-    prompt masked plus (1 + cfg_scale) times the difference that it makes (LLaDA, eq. 16).
-    without_mask: among all tokens but the mask, as the sampler chooses what it writes. Published
-    code has the mask among them, and then a bad answer becomes improbable at no price when the mask
-    takes its probability: nothing ever samples that.
+    Only views that are asked for anything cost a pass. cfg_scale > 0: classifier-free guidance
+    (passes.guided). without_mask: among all tokens but the mask, as the sampler chooses what it
+    writes. Published code has the mask among them, and then a bad answer becomes improbable at no
+    price when the mask takes its probability: nothing ever samples that. Raises ValueError for
+    guidance of a model that writes in blocks.
     """
     asked = views.weight != 0                                                           # [K, B, T]
     used = asked.any(2).nonzero()                                                       # [N, 2]
@@ -209,6 +209,8 @@ def view_logps(model, answers, views, cfg_scale=0.0, without_mask=False):
     noisy, asked_here = views.tokens[view, row], asked[view, row]                       # [N, T]
     picked = answers.rows(row)
     unguided = None
+    if cfg_scale and config_of(model).block_length:
+        raise ValueError("cfg_scale is for bidirectional models only")
     if cfg_scale:
         unguided = torch.where(picked.prompt, mask_token_id(model), noisy)
     nats = masked_logps(model, noisy, picked, asked_here, unguided, cfg_scale, without_mask)
@@ -233,8 +235,7 @@ def masked_logps(model, noisy, answers, asked, unguided=None, cfg_scale=0.0, wit
     rows = prediction_rows(flat, T, noisy.shape[1], config.shift, config.block_length)
     logits = row_logits(model, noisy, rows, **how)                                      # [M, V]
     if unguided is not None:
-        logits_unguided = row_logits(model, unguided, rows, **how)
-        logits = logits_unguided + (cfg_scale + 1) * (logits - logits_unguided)
+        logits = guided(logits, row_logits(model, unguided, rows, **how), cfg_scale)
     if without_mask:
         mask_id = torch.tensor(mask_token_id(model), device=logits.device)
         logits = logits.index_fill(1, mask_id, -torch.inf)

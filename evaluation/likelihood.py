@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from common import stream
-from passes import config_of, mask_token_id, masked_nll, prediction_rows, row_logits
+from passes import config_of, guided, mask_token_id, masked_nll, prediction_rows, row_logits
 
 
 @torch.no_grad()
@@ -35,8 +35,7 @@ def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, estimator=
     by block. The errors are nan where there is one sample only.
 
     estimator   which sets: a key of ESTIMATORS.
-    cfg_scale   > 0: logits of the prefix masked, plus (1 + cfg_scale) times the difference that the
-                prefix makes (LLaDA, eq. 16).
+    cfg_scale   > 0: classifier-free guidance by the prefix (passes.guided).
     streams     an int for each request; requests of one stream and length draw the same sets. None:
                 by their tokens.
     batch_size  tokens of a pass. Texts of like length share it, each with several of its sets.
@@ -165,9 +164,9 @@ def guided_nll(model, tokens, mask, attention_mask, given, cfg_scale):
     rows = prediction_rows(masked, T, T, config_of(model).shift, 0)
     noisy = torch.where(mask, mask_id, tokens)
     how = {"attention_mask": attention_mask}
-    conditional = row_logits(model, noisy, rows, **how)                                 # [N, V]
-    unconditional = row_logits(model, torch.where(given, mask_id, noisy), rows, **how)
-    logits = unconditional + (cfg_scale + 1) * (conditional - unconditional)
+    logits = row_logits(model, noisy, rows, **how)                                      # [N, V]
+    without_prefix = row_logits(model, torch.where(given, mask_id, noisy), rows, **how)
+    logits = guided(logits, without_prefix, cfg_scale)
     found = F.cross_entropy(logits, tokens.flatten()[masked], reduction="none")
     nll = found.new_zeros(tokens.numel())
     nll[masked] = found

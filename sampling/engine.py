@@ -17,7 +17,7 @@ import torch
 import kernels
 from diffusion import BLIND, REMASKING, STEP_SCHEDULES, entropy, low_confidence, streams
 from model import Transformer
-from passes import canvas_mask_id, config_of, mask_token_id, own_block_length, row_logits
+from passes import canvas_mask_id, config_of, guided, mask_token_id, own_block_length, row_logits
 from sampling.cache import Cache
 from sampling.rules import (
     REMASK_SCHEDULES,
@@ -133,8 +133,7 @@ class Sampling:
     factor: float = None        # Fast-dLLM's rule in place of a number a step: keep_factor
     entropy_bound: float = None     # EB-Sampler's rule in place of a number: keep_entropy_bound
     cache: str = None           # "prefix", "dual" (Fast-dLLM: approximate), "block" (exact)
-    cfg_scale: float = 0.0      # logits of the prompt masked plus (1 + cfg_scale) times the
-    #                             difference that the prompt makes (LLaDA, eq. 16)
+    cfg_scale: float = 0.0      # of passes.guided; 0: none
     schedule: str = None        # tokens a step, a key of STEP_SCHEDULES; None: the model's own
     seed: int = None            # row r draws from the stream (seed, r); a list: from (seed[r], 0),
     #                             what it draws alone; None: another one each time
@@ -609,9 +608,8 @@ class Passes:
             return self.logits(tokens, where, mask)
         given = e.given[rows, :width]
         without = torch.where(given, e.mask_id, tokens)
-        conditional = self.logits(tokens, where, mask)
-        unconditional = self.logits(without, where, mask)
-        return unconditional + (scale + 1) * (conditional - unconditional)
+        logits = self.logits(tokens, where, mask)
+        return guided(logits, self.logits(without, where, mask), scale)
 
     def logits(self, tokens, where, mask=None, **how):
         """Logits [N, V] for the (row, column) pairs `where` [N, 2] of tokens [A, S]."""
