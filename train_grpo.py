@@ -212,8 +212,11 @@ def evaluate():
 # All randomness of a step follows from (seed, step). Every process knows all answers, draws the
 # views of all and learns from its share: the result does not depend on how many there are.
 estimate = ESTIMATORS[estimator]
-how = {"trace": dict(together=trace_together),
-       "bound": dict(num_samples=bound_samples, sets=sharp_sets if bound_sets == "dealt" else None)}
+options = {}
+if estimator == "trace":
+    options = {"together": trace_together}
+elif estimator == "bound":
+    options = {"num_samples": bound_samples, "sets": sharp_sets if bound_sets == "dealt" else None}
 scoring = dict(cfg_scale=cfg_scale, without_mask=True)      # as the sampler wrote the answers
 B = prompts * group_size
 mine = torch.arange(rank * B // world_size, (rank + 1) * B // world_size)
@@ -249,7 +252,7 @@ while run.goes_on():
     views, old, ref = [], [], []
     for update in range(inner_updates):
         noise = common.stream("views", seed, run.step, update)
-        views.append(estimate(answers, config.mask_token_id, noise, **how.get(estimator, {})))
+        views.append(estimate(answers, config.mask_token_id, noise, **options))
     passes = mine.split(max(1, batch_size // len(views[0].tokens)))     # answers of each
     with torch.no_grad(), autocast:
         for seen in views:
