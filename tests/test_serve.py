@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import Script, run
-from tiny import tiny_checkpoint, tiny_sampler
+from tiny import tiny_checkpoint, tiny_model, tiny_sampler
 
 import kernels
+from data.tokenizer import Tokenizer
 from sampling import server as serve
+from sampling.api import Completion
 from sampling.engine import Step
 from sampling.sampler import Sampler
 
@@ -227,6 +229,28 @@ def test_a_stream_waits_where_tokens_may_be_masked_again(server):
         "choices"
     ][0]["text"]
     assert not any(chunk["choices"][0]["text"] for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("blocks", [{}, {"block_length": 8, "blocks_from_start": True}])
+def test_a_stream_waits_where_tokens_may_be_written_anew(blocks):
+    """What was sent cannot be taken back, and LLaDA2.1 edits a block until nothing changes."""
+    model = tiny_model(**blocks, threshold=0.9, edit_threshold=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # now its blocks do something
+        if parameter.ndim == 2:
+            parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
+    model.head.weight.data[128:] = 0
+    sampler = Sampler(model, Tokenizer.bytes(), "tiny")
+    body = {"max_tokens": 32, "seed": 3, "threshold": 0.5, "edit_threshold": 0.0, "stream": True}
+    completion = Completion(sampler, SETTINGS, body, ["ab"], [""])
+    serve.Worker(sampler).work([completion.job])  # as its thread does
+    chunks = []
+    while (event := completion.job.events.get()) is not None:
+        chunks += completion.chunks(*event)
+    chunks += completion.last_chunks()
+    texts = [chunk["choices"][0]["text"] for chunk in chunks]
+    assert "".join(texts) == completion.whole()["choices"][0]["text"]
+    assert sum(map(bool, texts)) > (3 if blocks else 0), "a block is sent behind its edits"
 
 
 def test_top_p_and_the_other_rules_reach_the_sampler(server):
