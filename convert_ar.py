@@ -140,8 +140,8 @@ if not _tiny:                       # before a data set is prepared for nothing
                          f"{seq_len}: take --seq_len={source.max_len}")
 
 # ---- data ----------------------------------------------------------------------------------------
-# A checkpoint keeps its own tokenizer, with a mask token and those of the chat template if it has
-# none.
+# A checkpoint keeps its own tokenizer. A mask token and those of the chat template are added if it
+# has none.
 if _tiny:
     data_folder = common.first_on_rank_0(prepare, dataset, "bpe", vocab_size)
     text = Tokenizer.from_pretrained(data_folder)
@@ -196,7 +196,7 @@ must_match["batch_size * grad_accum * processes"] = batch_size * slices
 
 
 def save_model():
-    weights = gathered(model.state_dict())
+    weights = gathered(model.state_dict())          # of a sharded model: all processes take part
     if run.main:
         save(model, run.folder, weights)
 
@@ -249,10 +249,10 @@ while run.goes_on():
 
     noise = common.stream("noise", seed, run.step)
     T = data.step_length(batch_size * slices, seed, run.step)       # of all its sequences
-    length = block_length_at(stages, run.progress) or T
+    length = block_length_at(stages, run.progress) or T             # tokens in a block
     blocks = T // length
     t = sample_t((slices * batch_size, blocks), noise)                              # [G, blocks]
-    mask_prob = t.repeat_interleave(T // blocks, dim=1)                             # [G, T]
+    mask_prob = t.repeat_interleave(length, dim=1)                                  # [G, T]
     mask = mask_tokens(mask_prob.shape, mask_prob, noise)
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank

@@ -117,8 +117,8 @@ if not _tiny:                       # before a data set is prepared for nothing
                          f"{seq_len}: take --seq_len={source.max_len}")
 
 # ---- data ----------------------------------------------------------------------------------------
-# A checkpoint keeps its own tokenizer, with a mask token and those of the chat template if it has
-# none.
+# A checkpoint keeps its own tokenizer. A mask token and those of the chat template are added if it
+# has none.
 if _tiny:
     data_folder = common.first_on_rank_0(prepare, dataset, "bpe", vocab_size)
     text = Tokenizer.from_pretrained(data_folder)
@@ -174,7 +174,7 @@ must_match["batch_size * grad_accum * processes"] = batch_size * slices
 
 
 def save_model():
-    weights = gathered(model.state_dict())
+    weights = gathered(model.state_dict())          # of a sharded model: all processes take part
     if run.main:
         save(model, run.folder, weights)
 

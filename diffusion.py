@@ -86,16 +86,19 @@ def weight(t, schedule="linear"):
 # Corrupt
 
 
-def sample_t(shape, generator=None, eps=1e-3):
-    """Times in (eps, 1], float32 of `shape`, each uniform, together evenly spread.
-
-    One offset u shifts an even grid, t_i = (u + i / n) mod 1, so that every batch sees all noise
-    levels and its loss varies less than with independent times (MD4, section 4; MDLM, C.3).
-    """
+def evenly_spread(shape, generator=None):
+    """Numbers in [0, 1), float32 of `shape`, each uniform, together evenly spread: one offset u
+    shifts an even grid of n, (u + i / n) mod 1, which is then shuffled."""
     n = math.prod(shape)
     offset = torch.rand((), generator=generator)
     grid = (offset + torch.arange(n) / n) % 1
-    return 1 - (1 - eps) * grid[torch.randperm(n, generator=generator)].view(shape)
+    return grid[torch.randperm(n, generator=generator)].view(shape)
+
+
+def sample_t(shape, generator=None, eps=1e-3):
+    """Times in (eps, 1], float32 of `shape`, evenly spread: every batch sees all noise levels, and
+    its loss varies less than with independent times (MD4, section 4; MDLM, C.3)."""
+    return 1 - (1 - eps) * evenly_spread(shape, generator)
 
 
 def mask_tokens(shape, mask_prob, generator=None):
@@ -232,8 +235,9 @@ def llada2_loss(model, tokens, block_length, maskable=None, t=None, mask=None, c
     x_t, mask = corrupt(model, tokens, each, mask, maskable, "linear", generator)
     maskable = torch.ones_like(mask) if maskable is None else maskable.to(tokens.device)
     if complement:
-        other, _ = corrupt(model, tokens, 1 - each, maskable & ~mask)
-        x_t, mask = torch.cat((x_t, other)), torch.cat((mask, maskable & ~mask))        # [2B, T]
+        rest = maskable & ~mask
+        other, _ = corrupt(model, tokens, 1 - each, rest)
+        x_t, mask = torch.cat((x_t, other)), torch.cat((mask, rest))                    # [2B, T]
         tokens, maskable = tokens.repeat(2, 1), maskable.repeat(2, 1)
         t, each = torch.cat((t, 1 - t)), torch.cat((each, 1 - each))
     weights = weight(each.clamp(min=1e-3))
@@ -361,10 +365,7 @@ def hide(config, maskable, generator):
     block = config.block_length or T
     groups = F.pad(maskable, (0, -T % block)).view(B, -1, block)        # [B, blocks, block]
     size = groups.sum(-1)                                               # L, [B, blocks]
-    n = size.numel()
-    grid = (torch.rand((), generator=generator) + torch.arange(n) / n) % 1
-    u = grid[torch.randperm(n, generator=generator)].view(size.shape)
-    k = (u * size).long().clamp(max=size - 1) + 1
+    k = (evenly_spread(size.shape, generator) * size).long().clamp(max=size - 1) + 1
     order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0)
     mask = (order.argsort(-1).argsort(-1) < k[..., None]) & groups
     weights = (size / k).nan_to_num()[..., None].expand(groups.shape)
@@ -418,7 +419,8 @@ BLIND = ("random", "ancestral")
 def even(start, left, step, steps):
     """How many of a block's `start` masks, `left` of them now, this step reveals: equal shares, the
     remainder first (LLaDA)."""
-    return start // steps + (step < start % steps)
+    share, remainder = divmod(start, steps)
+    return share + 1 if step < remainder else share
 
 
 def timesteps(start, left, step, steps):
@@ -527,9 +529,9 @@ def denoise_block(model, x, block_of, block, steps, how, generator):
     config, mask_id = config_of(model), canvas_mask_id(model)
     inside = block_of == block                                                          # [T]
     own = inside & (x == mask_id)                       # what is to be written
-    # The schedule is of the block's masks; of a block of LLaDA2's, though it may begin with the
-    # prompt's end, of all its positions.
+    # The schedule counts the block's masks; LLaDA2's all of its positions, those of a prompt, too.
     start = int((inside if config.blocks_from_start else own).sum())
+    # A threshold takes the place of the schedule, and keeps one at least; but not LLaDA2's own.
     one_a_step = how.threshold is not None and config.threshold is None
     if one_a_step:
         steps = start
@@ -549,7 +551,7 @@ def denoise_block(model, x, block_of, block, steps, how, generator):
         if not count:
             continue
         logits = predict(model, x, where, block_of, how.device).cpu()                   # [N, V]
-        if last:                                        # or the mask itself might be predicted
+        if last:                # no mask again (of an autoregressive model there is no such column)
             logits[:, mask_id:mask_id + 1] = -torch.inf
         u = None
         if how.temperature > 0:

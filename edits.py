@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 import kernels
 from common import stream
-from diffusion import sample_t, sample_tokens, streams
+from diffusion import look_up, sample_t, sample_tokens, streams
 from passes import config_of, ratio_error
 
 BLANK = -1
@@ -77,15 +77,8 @@ FLOW_SCHEDULES = {"linear": linear, "cubic": cubic, "cube": cube, "cosine": cosi
 def flow_weight(t, schedule="cubic"):
     """w(t) = kappa'_t / (1 - kappa_t), the rate of an edit that is still to come. 1e-6 keeps it
     finite at t = 1, as in dLLM."""
-    kappa, d_kappa = flow_schedule(schedule)(t)
+    kappa, d_kappa = look_up(FLOW_SCHEDULES, schedule, "schedule")(t)
     return d_kappa / (1 - kappa + 1e-6)
-
-
-def flow_schedule(name):
-    """The function of a schedule's name. Raises ValueError."""
-    if name not in FLOW_SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(FLOW_SCHEDULES)}, got {name!r}")
-    return FLOW_SCHEDULES[name]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,18 +160,18 @@ def stack(alignments):
 def blend(z_0, z_1, t, u, schedule="cubic"):
     """z_t: each column that of z_1 where u < kappa_t, else that of z_0. z_0, z_1 int64 [B, Z], t
     float [B, 1], u uniform numbers [B, Z]."""
-    kappa, _ = flow_schedule(schedule)(t)
+    kappa, _ = look_up(FLOW_SCHEDULES, schedule, "schedule")(t)
     return torch.where(u < kappa, z_1, z_0)
 
 
-def without_blanks(z, fill=0):
+def without_blanks(z):
     """(x int64 [B, T], shown bool [B, T]): the tokens of z [B, Z] moved together to the left, T of
-    the longest row; `fill` where a shorter one has ended."""
+    the longest row; 0 where a shorter one has ended."""
     present = z != BLANK
     order = (~present).int().argsort(dim=1, stable=True)
     T = max(int(present.sum(1).max()), 1)
     shown = torch.arange(T, device=z.device) < present.sum(1, keepdim=True)             # [B, T]
-    return torch.where(shown, z.gather(1, order)[:, :T], fill), shown
+    return torch.where(shown, z.gather(1, order)[:, :T], 0), shown
 
 
 @dataclass
@@ -485,13 +478,13 @@ def protect(length, prompt_len):
     return position < prompt_len, position < prompt_len - 1
 
 
-def flow_times(tau, time_epsilon=1e-3):
-    """The times at which steps of length tau begin: 0, tau, 2 tau... below 1 - time_epsilon. Raises
+def flow_times(tau):
+    """The times at which steps of length tau begin: 0, tau, 2 tau... below 1 - 1e-3. Raises
     ValueError for a length that is not above 0."""
     if not tau > 0:
         raise ValueError(f"tau, the length of a step in time, must be above 0, got {tau}")
     t, times = 0.0, []
-    while len(times) < math.ceil(1 / tau) and t < 1 - time_epsilon:
+    while len(times) < math.ceil(1 / tau) and t < 1 - 1e-3:
         times.append(t)
         t += tau
     return times

@@ -143,11 +143,7 @@ def write_results(results, bound, evaluator, passes, tokens):
     results["unmask"] = {"settings": settings, "passes": passes, "tokens": tokens,
                          "notes": evaluator.notes, "answers": evaluator.answers}
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-
-    def write(temporary):
-        Path(temporary).write_text(text, encoding="utf-8")
-
-    common.write_atomically(output, write)
+    common.write_atomically(output, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 # ---- run -----------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Recipe 4: supervised fine-tuning of LLaDA, Dream and LLaDA2, by LoRA or in full, on one GPU or
 many.
 
-A diffusion language model learns to answer as it learned to write, but that only the answer is ever
-masked: the prompt stays, and end-of-text tokens behind the answer are learned too, so that the
+A diffusion language model learns to answer as it learned to write, except that only the answer is
+ever masked: the prompt stays, and end-of-text tokens behind the answer are learned too, so that the
 model says how long an answer is (LLaDA, arXiv 2502.09992, section 2.3 and algorithm 2; Dream,
 2508.15487). A model that writes block by block (LLaDA2, 2512.15745; SDAR; our own) sees its noisy
 block and the clean ones before it, and each answer twice: what is masked once is shown the other
@@ -194,7 +194,8 @@ must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * slices
 flops = flops_per_token(model, seq_len, head_share=0.5, training=False)
 flops *= 2 if lora_rank else 3              # frozen weights get no gradient
-flops *= (1 + in_blocks) * (1 + (in_blocks and complement))         # [x_t, x_0], twice
+if in_blocks:
+    flops *= 4 if complement else 2         # [x_t, x_0], and each sequence twice
 
 
 def save_model():
@@ -220,9 +221,9 @@ def evaluate(batch):
 
 
 def share_of(rows, mask, batch):
-    """The tokens that the loss of a slice is divided by over the mean of the step's slices: times
-    this, means over tokens add up to the mean of the whole step. rows: of the slice in mask
-    [G, T]."""
+    """What the mean over the tokens of a slice is multiplied by, so that the slices of a step
+    average to the mean over all tokens of the step: the slice's tokens over the mean number of a
+    slice. rows: of the slice in mask [G, T]."""
     if complement or block_weights == "bound":          # all tokens of the answers
         return batch.share
     whole = data.batch("train", len(mask), seed, run.step)

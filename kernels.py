@@ -575,12 +575,18 @@ def align_at_unit_cost(x_0, x_1, blank):
         deletions.append(up)
     i, j, z_0, z_1 = n, len(x_1), [], []
     while i or j:
-        pair = i and j and pairs[j - 1] >> i - 1 & 1
-        deletion = i and (j == 0 or deletions[j - 1] >> i - 1 & 1)
-        takes_0, takes_1 = pair or deletion, pair or not deletion
-        z_0.append(x_0[i - 1] if takes_0 else blank)
-        z_1.append(x_1[j - 1] if takes_1 else blank)
-        i, j = i - bool(takes_0), j - bool(takes_1)
+        if i and j and (pairs[j - 1] >> (i - 1)) & 1:
+            i, j = i - 1, j - 1
+            z_0.append(x_0[i])
+            z_1.append(x_1[j])
+        elif i and (j == 0 or (deletions[j - 1] >> (i - 1)) & 1):
+            i = i - 1
+            z_0.append(x_0[i])
+            z_1.append(blank)
+        else:
+            j = j - 1
+            z_0.append(blank)
+            z_1.append(x_1[j])
     return z_0[::-1], z_1[::-1]
 
 

@@ -452,15 +452,15 @@ class Transformer(nn.Module):
                                  "mask")
             return (attention_mask, None), False
         given = None if attention_mask is None else attention_mask.bool()
-        if given is not None and given.dim() == 3 and not config.local_window:
+        has_order = given is not None and given.dim() == 3      # in place of the model's own
+        if has_order and not config.local_window:
             return (kernels.tiled(given), None), False
-        causal = config.causal and (given is None or given.dim() == 2)
+        causal = config.causal and not has_order
         if causal and given is None and cache is None and not config.local_window:
             return (None, None), True
         mask = None
         if given is not None:
-            keys_only = given.dim() == 2
-            mask = given[:, None, None, :] if keys_only else given[:, None]     # [B, 1, 1 or S, T]
+            mask = given[:, None] if has_order else given[:, None, None]        # [B, 1, 1 or S, T]
         if not (causal or config.local_window):
             return (mask, None), False
         ahead = keys_ahead(positions, cache)

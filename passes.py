@@ -162,14 +162,18 @@ def prediction_rows(masked, T, width, shift, block_length):
 
 def predict(model, x, where, block_of, device):
     """Logits [N, V] of the tokens at the positions `where` [N] of a row x [T]."""
-    config = config_of(model)
-    how, row = {}, where
+    config, T, how = config_of(model), len(x), {}
     if config.block_length and not config.causal:       # a block never sees the blocks behind it
         how["attention_mask"] = (block_of <= block_of[:, None])[None].to(device)        # [1, T, T]
-    if config.shift or config.causal:
-        row = (where - 1).clamp(min=0)
+    rows = prediction_rows(where, T, T, config.shift or config.causal, config.block_length)
     x = x.clamp(max=config.vocab_size - 1)              # an autoregressive model knows no mask
-    return row_logits(model, x[None].to(device), row.to(device), **how)
+    return row_logits(model, x[None].to(device), rows.to(device), **how)
+
+
+def guided(logits, without_prompt, cfg_scale):
+    """Classifier-free guidance: the logits of a pass with the prompt masked, plus (1 + cfg_scale)
+    times the difference that the prompt makes (LLaDA, 2502.09992, eq. 16)."""
+    return without_prompt + (cfg_scale + 1) * (logits - without_prompt)
 
 
 # --------------------------------------------------------------------------------------------------

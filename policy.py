@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from passes import config_of, in_blocks, mask_token_id, prediction_rows, row_logits
+from passes import config_of, guided, in_blocks, mask_token_id, prediction_rows, row_logits
 
 # --------------------------------------------------------------------------------------------------
 # Advantages: how much better is an answer than the others of its prompt?
@@ -98,8 +98,8 @@ class Views:
 
 
 def diffu(answers, mask_id, generator, prompt_mask=0.15):
-    """Views [1, B, T] of diffu-GRPO (d1, arXiv 2504.12216): all that was generated is
-    masked, so that one pass scores every token, as if they were independent.
+    """Views [1, B, T] of diffu-GRPO (d1, arXiv 2504.12216): all that was generated is masked, so
+    that one pass scores every token, as if they were independent.
 
     Each prompt token is masked with probability prompt_mask; with other tokens in every update one
     set of answers serves for several, and does not wear out.
@@ -110,9 +110,8 @@ def diffu(answers, mask_id, generator, prompt_mask=0.15):
 
 
 def coupled(answers, mask_id, generator, lowest=0.2, highest=0.8):
-    """Views [3, B, T] of coupled-GRPO (DiffuCoder, arXiv 2506.20639): everything
-    masked; a random share r of the answer; the rest of it, so that each token is scored once more
-    among neighbours.
+    """Views [3, B, T] of coupled-GRPO (DiffuCoder, arXiv 2506.20639): everything masked; a random
+    share r of the answer; the rest of it, so that each token is scored once more among neighbours.
 
         logp_i = (log p(i | all masked) + w * log p(i | the view that masks i)) / 2
 
@@ -135,9 +134,9 @@ def coupled_views(answers, mask_id, mask, ratio):
 
 
 def trace(answers, mask_id, generator=None, together=1):
-    """Views [K, B, T] of TraceRL (arXiv 2509.06949): the steps as the sampler took them.
-    Each token is scored in the view in which it was chosen, the later ones still masked: nothing is
-    drawn, and it takes as many views as there were steps.
+    """Views [K, B, T] of TraceRL (arXiv 2509.06949): the steps as the sampler took them. Each token
+    is scored in the view in which it was chosen, the later ones still masked: nothing is drawn, and
+    it takes as many views as there were steps.
 
     together  so many neighbouring steps share a view, in which the tokens of all of them are masked
               (their shrinkage s).
@@ -198,13 +197,13 @@ def logps_of(model, answers, views, cfg_scale=0.0, without_mask=False, temperatu
 def view_logps(model, answers, views, cfg_scale=0.0, without_mask=False, temperature=1.0):
     """log p(token | view) in nats, float [K, B, T], where the weight is not 0; else 0.
 
-    Only views that are asked for anything cost a pass. cfg_scale > 0: classifier-free guidance, the
-    prompt masked plus (1 + cfg_scale) times the difference that it makes (LLaDA, eq. 16).
-    without_mask: among all tokens but the mask, as the sampler chooses what it writes. Published
-    code has the mask among them, and then a bad answer becomes improbable at no price when the mask
-    takes its probability: nothing ever samples that.
-    temperature: log p under softmax(logits / temperature), from which the sampler drew. Without it
-    the policy that learns is another than the one that wrote the answers.
+    Only views that are asked for anything cost a pass. cfg_scale > 0: classifier-free guidance
+    (passes.guided). without_mask: among all tokens but the mask, as the sampler chooses what it
+    writes. Published code has the mask among them, and then a bad answer becomes improbable at no
+    price when the mask takes its probability: nothing ever samples that. temperature: log p under
+    softmax(logits / temperature), from which the sampler drew; without it the policy that learns is
+    another than the one that wrote the answers. Raises ValueError for guidance of a model that
+    writes in blocks.
     """
     asked = views.weight != 0                                                           # [K, B, T]
     used = asked.any(2).nonzero()                                                       # [N, 2]
@@ -212,6 +211,8 @@ def view_logps(model, answers, views, cfg_scale=0.0, without_mask=False, tempera
     noisy, asked_here = views.tokens[view, row], asked[view, row]                       # [N, T]
     picked = answers.rows(row)
     unguided = None
+    if cfg_scale and config_of(model).block_length:
+        raise ValueError("cfg_scale is for bidirectional models only")
     if cfg_scale:
         unguided = torch.where(picked.prompt, mask_token_id(model), noisy)
     nats = masked_logps(model, noisy, picked, asked_here, unguided, cfg_scale, without_mask,
@@ -238,8 +239,7 @@ def masked_logps(model, noisy, answers, asked, unguided=None, cfg_scale=0.0, wit
     rows = prediction_rows(flat, T, noisy.shape[1], config.shift, config.block_length)
     logits = row_logits(model, noisy, rows, **how)                                      # [M, V]
     if unguided is not None:
-        logits_unguided = row_logits(model, unguided, rows, **how)
-        logits = logits_unguided + (cfg_scale + 1) * (logits - logits_unguided)
+        logits = guided(logits, row_logits(model, unguided, rows, **how), cfg_scale)
     if without_mask:
         mask_id = torch.tensor(mask_token_id(model), device=logits.device)
         logits = logits.index_fill(1, mask_id, -torch.inf)
@@ -342,8 +342,8 @@ def wd1_loss(logps, advantages, answer, negative=True):
 
 
 def spg_terms(found, weight, advantages, mix=0.5, beta=1.5):
-    """What each token adds to SPG's loss, float [B, T] (arXiv 2510.09541): a good
-    answer's lower bound on log p is raised, a bad one's upper bound lowered.
+    """What each token adds to SPG's loss, float [B, T] (arXiv 2510.09541): a good answer's lower
+    bound on log p is raised, a bad one's upper bound lowered.
 
         lower_i = sum_k weight_k,i * log p_k,i
         upper_i = 1/beta * log sum_k weight_k,i * p_k,i^beta        (Renyi; up to a constant)

@@ -212,10 +212,13 @@ def evaluate():
 # All randomness of a step follows from (seed, step). Every process knows all answers, draws the
 # views of all and learns from its share: the result does not depend on how many there are.
 estimate = ESTIMATORS[estimator]
-how = {"trace": dict(together=trace_together),
-       "bound": dict(num_samples=bound_samples, sets=sharp_sets if bound_sets == "dealt" else None)}
+options = {}
+if estimator == "trace":
+    options = {"together": trace_together}
+elif estimator == "bound":
+    options = {"num_samples": bound_samples, "sets": sharp_sets if bound_sets == "dealt" else None}
 scoring = dict(cfg_scale=cfg_scale, without_mask=True,      # as the sampler wrote the answers
-               temperature=temperature or 1.0)      # the most probable ones: there is nothing drawn
+               temperature=temperature or 1.0)      # 0: nothing is drawn
 B = prompts * group_size
 mine = torch.arange(rank * B // world_size, (rank + 1) * B // world_size)
 run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -250,7 +253,7 @@ while run.goes_on():
     views, old, ref = [], [], []
     for update in range(inner_updates):
         noise = common.stream("views", seed, run.step, update)
-        views.append(estimate(answers, config.mask_token_id, noise, **how.get(estimator, {})))
+        views.append(estimate(answers, config.mask_token_id, noise, **options))
     passes = mine.split(max(1, batch_size // len(views[0].tokens)))     # answers of each
     with torch.no_grad(), autocast:
         for seen in views:
@@ -294,9 +297,10 @@ while run.goes_on():
             o.zero_grad(set_to_none=True)
     kl, clipped = common.sum_over_ranks([kl, clipped], device)
     run.end_step(tokens=int(answers.shown.sum()))
-    run.add(reward=rewards.mean(), solved=sum(one.solved for one in rollouts) / B,
-            length=answers.answer.sum() / B, ended=sum(one.ended for one in rollouts) / B, kl=kl,
-            clipped=clipped, alike=alike,
+    solved = sum(one.solved for one in rollouts) / B
+    ended = sum(one.ended for one in rollouts) / B
+    run.add(reward=rewards.mean(), solved=solved, length=answers.answer.sum() / B, ended=ended,
+            kl=kl, clipped=clipped, alike=alike,
             rollout_share=writing / (time.perf_counter() - begin))
 
 run.finish()

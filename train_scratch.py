@@ -42,7 +42,7 @@ seed = 1337                 # weights, order of the data and masks follow from i
 device = "cuda" if torch.cuda.is_available() else "cpu"     # or mps
 _on_gpu = common.given("device", device) != "cpu"
 dtype = common.best_dtype(common.given("device", device))   # of matrix products: bfloat16, float32
-compile = _on_gpu           # torch.compile; on a CPU it takes half a minute to pay off slowly
+compile = _on_gpu           # torch.compile; on a CPU it takes half a minute and pays off slowly
 threads = 0                 # CPU threads; 0: torch's choice
 wandb = ""                  # a project of Weights & Biases that gets the rows of log.jsonl as well
 # data
@@ -123,9 +123,10 @@ data.batch("train", batch_size, T, seed, 0)         # fail early: less text than
 things = hidden_things(data.val, text, T) if dataset == "tales" else None
 
 # ---- model ---------------------------------------------------------------------------------------
+left_to_right = objective == "ar"
 config = Config(
     vocab_size=data.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_len=T,
-    positions=positions, causal=objective == "ar", shift=objective == "ar",
+    positions=positions, causal=left_to_right, shift=left_to_right,
     block_length=block_length if objective == "bd3lm" else 0,
     mask_token_id=data.mask_token_id, eos_token_id=text.eos_token_id,
     pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id,
@@ -146,7 +147,7 @@ must_match = {name: settings[name] for name in (
     "experts_per_token", "tokenizer", "optimizer", "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
-flops = flops_per_token(model, T, head_share=1.0 if objective == "ar" else 0.5)
+flops = flops_per_token(model, T, head_share=1.0 if left_to_right else 0.5)
 run = Run(settings, model, optimizers, text, device, must_match, flops)
 
 
@@ -173,7 +174,7 @@ def show_sample():
     canvas = torch.full((1, length), canvas_mask_id(model))
     if config.bos_token_id is not None:                 # a text begins where another has ended
         canvas[0, 0] = config.bos_token_id
-    elif objective == "ar":
+    elif left_to_right:
         canvas[0, 0] = val_windows[0, 0]
     ids = denoise(model, canvas.to(device), length, temperature=1.0, remasking="random",
                   seed=run.step)[0]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from common import stream
-from passes import config_of, mask_token_id, masked_nll, row_logits
+from passes import config_of, guided, mask_token_id, masked_nll, prediction_rows, row_logits
 
 
 @torch.no_grad()
@@ -35,8 +35,7 @@ def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, estimator=
     by block. The errors are nan where there is one sample only.
 
     estimator   which sets: a key of ESTIMATORS.
-    cfg_scale   > 0: logits of the prefix masked, plus (1 + cfg_scale) times the difference that the
-                prefix makes (LLaDA, eq. 16).
+    cfg_scale   > 0: classifier-free guidance by the prefix (passes.guided).
     streams     an int for each request; requests of one stream and length draw the same sets. None:
                 by their tokens.
     batch_size  tokens of a pass. Texts of like length share it, each with several of its sets.
@@ -54,7 +53,7 @@ def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, estimator=
         request.choose_sets(config, num_samples, estimator, generator)
 
     def run(batch):
-        return ask(model, config, batch, device, cfg_scale)
+        return ask(model, batch, device, cfg_scale)
 
     passes = batches(requests, batch_size)
     for batch, answers in zip(passes, run_passes(run, passes)):
@@ -133,7 +132,7 @@ def batches(requests, batch_size):
     return passes
 
 
-def ask(model, config, batch, device, cfg_scale):
+def ask(model, batch, device, cfg_scale):
     """The nll of the targets, a float32 [L] for each (request, row)."""
     B, T = len(batch), max(request.length for request, _ in batch)
     tokens = torch.zeros(B, T, dtype=torch.int64)
@@ -160,16 +159,14 @@ def ask(model, config, batch, device, cfg_scale):
 def guided_nll(model, tokens, mask, attention_mask, given, cfg_scale):
     """`masked_nll` of a bidirectional model with classifier-free guidance, [B, T]; given [B, T]:
     the prefix."""
-    mask_id, masked = mask_token_id(model), mask.flatten().nonzero()[:, 0]              # [N]
-    rows = masked
-    if config_of(model).shift:
-        first = masked % tokens.shape[1] == 0
-        rows = torch.where(first, masked, masked - 1)
+    mask_id, T = mask_token_id(model), tokens.shape[1]
+    masked = mask.flatten().nonzero()[:, 0]                                             # [N]
+    rows = prediction_rows(masked, T, T, config_of(model).shift, 0)
     noisy = torch.where(mask, mask_id, tokens)
     how = {"attention_mask": attention_mask}
-    conditional = row_logits(model, noisy, rows, **how)                                 # [N, V]
-    unconditional = row_logits(model, torch.where(given, mask_id, noisy), rows, **how)
-    logits = unconditional + (cfg_scale + 1) * (conditional - unconditional)
+    logits = row_logits(model, noisy, rows, **how)                                      # [N, V]
+    without_prefix = row_logits(model, torch.where(given, mask_id, noisy), rows, **how)
+    logits = guided(logits, without_prefix, cfg_scale)
     found = F.cross_entropy(logits, tokens.flatten()[masked], reduction="none")
     nll = found.new_zeros(tokens.numel())
     nll[masked] = found

@@ -52,7 +52,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Recipe:
-    """What an arm may change, and what train_scratch.py does."""
+    """What an arm may change, and what train_scratch.py does; but here no heads look beside."""
     objective: str = "mdlm"         # mdlm, ar
     ar_share: float = 0.0           # of the run that an mdlm learns from left to right at first
     shift: bool = False             # token i is predicted at i - 1, which ar_share needs

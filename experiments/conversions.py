@@ -65,8 +65,8 @@ STAGES = {
 
 
 def train_encoder(folder, minutes, seed, threads):
-    """A masked language model as BERT's: always 15 % of the tokens are masked. The optimizer is
-    that of train_scratch.py."""
+    """A masked language model as BERT's: always 15 % of the tokens are masked. Optimizer and first
+    weights are those of train_scratch.py."""
     if threads:
         torch.set_num_threads(threads)
     data_folder = prepare("pydocs", "bpe", 2048)
@@ -74,7 +74,8 @@ def train_encoder(folder, minutes, seed, threads):
     model = Transformer(Config(
         vocab_size=data.vocab_size, dim=192, n_layers=4, n_heads=4, max_len=T,
         mask_token_id=data.mask_token_id, eos_token_id=tokenizer.eos_token_id)).init_weights(seed)
-    optimizers = make_optimizers(model, "muon", learning_rate=3e-3, muon_lr=0.02)
+    model.look_beside()
+    optimizers = make_optimizers(model, "muon", learning_rate=3e-3, muon_lr=0.02, embedding_lr=0.05)
     rate = torch.full((B,), 0.15)
     begin, step, progress = time.perf_counter(), 0, 0.0
     while progress < 1:

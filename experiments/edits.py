@@ -316,9 +316,10 @@ def written(way, sampler, count, steps, theirs):
 
 def distance(ours, theirs):
     """The largest difference of two distribution functions (Kolmogorov and Smirnov), 0 to 1."""
-    at = sorted({*ours, *theirs})
-    return max(abs(sum(a <= x for a in ours) / len(ours) - sum(b <= x for b in theirs) /
-                   len(theirs)) for x in at)
+    def share(lengths, x):
+        return sum(length <= x for length in lengths) / len(lengths)
+
+    return max(abs(share(ours, x) - share(theirs, x)) for x in {*ours, *theirs})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from edits import Written, carried, outgrown
 from kernels import sample_tokens
 from passes import config_of, prediction_rows, row_logits
 from sampling.engine import row_streams
-from sampling.rewriting import EditStep, protections
+from sampling.rewriting import EditStep, check_values, protections
 
 AT_ONCE = 32            # rows of a pass whose logits, [L, V] each, are in memory together
 THRESHOLD = 0.9         # for masks; what is edited is LLaDA2.1's edit_threshold of the model
@@ -85,8 +85,6 @@ def check(config, sequences, steps, threshold, edit_threshold, temperature):
     """ValueError for what `correct` cannot do."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must not be negative, got {temperature}")
     for name, value in (("threshold", threshold), ("edit_threshold", edit_threshold)):
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}")
@@ -94,9 +92,7 @@ def check(config, sequences, steps, threshold, edit_threshold, temperature):
         if not 1 <= len(row) <= edit_block(config):
             raise ValueError(f"row {i} has {len(row)} tokens, and a block of this model from 1 to "
                              f"{edit_block(config)}")
-        for token in row:
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
+    check_values(config, sequences, temperature)
 
 
 def text_of(tokens, config):

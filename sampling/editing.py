@@ -95,14 +95,12 @@ def edit_arguments(sampler, settings):
 
 
 def edit_temperature(sampler, settings):
-    temperature = settings["temperature"]
-    if temperature == "auto":           # a repair is the most probable one, a new text any
-        writes = not (settings["infill"] or settings["edit"])
-        temperature = 0.5 if writes and sampler.config.family == "unmask" else 0.0
-    try:
-        return float(temperature)
-    except ValueError:
-        raise ValueError(f"temperature takes a number or auto, got {temperature!r}") from None
+    """Unless one is asked for, a repair is the most probable one, and a new text is drawn as by a
+    model of masks."""
+    repairs = settings["infill"] or settings["edit"]
+    if settings["temperature"] == "auto" and repairs:
+        return 0.0
+    return sampler.choose_temperature(settings, gaps=False, chat=False)
 
 
 def make_canvas(sampler, settings, read):

@@ -15,16 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 
 import kernels
-from diffusion import (
-    BLIND,
-    REMASKING,
-    STEP_SCHEDULES,
-    entropy,
-    low_confidence,
-    streams,
-)
+from diffusion import BLIND, REMASKING, STEP_SCHEDULES, entropy, low_confidence, streams
 from model import Transformer
-from passes import canvas_mask_id, config_of, mask_token_id, own_block_length, row_logits
+from passes import canvas_mask_id, config_of, guided, mask_token_id, own_block_length, row_logits
 from sampling.cache import Cache
 from sampling.rules import (
     REMASK_SCHEDULES,
@@ -36,6 +29,9 @@ from sampling.rules import (
     perturb,
     reverse_step,
 )
+
+# The rules by which the predictions decide how many of them a step keeps: fields of Sampling.
+ADAPTIVE = ("threshold", "factor", "entropy_bound")
 
 
 def generate(model, prompts, max_new_tokens=128, steps=128, block_length=None, temperature=0.0,
@@ -137,8 +133,7 @@ class Sampling:
     factor: float = None        # Fast-dLLM's rule in place of a number a step: keep_factor
     entropy_bound: float = None     # EB-Sampler's rule in place of a number: keep_entropy_bound
     cache: str = None           # "prefix", "dual" (Fast-dLLM: approximate), "block" (exact)
-    cfg_scale: float = 0.0      # logits of the prompt masked plus (1 + cfg_scale) times the
-    #                             difference that the prompt makes (LLaDA, eq. 16)
+    cfg_scale: float = 0.0      # of passes.guided; 0: none
     schedule: str = None        # tokens a step, a key of STEP_SCHEDULES; None: the model's own
     seed: int = None            # row r draws from the stream (seed, r); a list: from (seed[r], 0),
     #                             what it draws alone; None: another one each time
@@ -162,11 +157,8 @@ class Sampling:
 
     @property
     def adaptive(self):
-        """The rule by which the predictions decide how many of them a step keeps, or None."""
-        for name in ("threshold", "factor", "entropy_bound"):
-            if getattr(self, name) is not None:
-                return name
-        return None
+        """The rule of ADAPTIVE that is asked for, or None."""
+        return next((name for name in ADAPTIVE if getattr(self, name) is not None), None)
 
     def with_habits(self, config):
         """What is None as the model has it."""
@@ -226,8 +218,7 @@ class Sampling:
                                      f"{config.vocab_size}")
 
     def check_combinations(self, config):
-        names = ("threshold", "factor", "entropy_bound")
-        rules = [name for name in names if getattr(self, name) is not None]
+        rules = [name for name in ADAPTIVE if getattr(self, name) is not None]
         if self.alg_temp:
             rules.append("alg_temp")
         exact = config.causal or config.block_length or self.cache == "block"
@@ -444,7 +435,8 @@ class Engine:
         written = inside & ~self.given[rows] & ~masked
         u = draw(self.streams, rows, masked | written if self.how.remask else masked)
         if self.how.remasking == "random":
-            return keep_best(u, masked, torch.tensor([row.count for row in work])), written & False
+            count = torch.tensor([row.count for row in work])
+            return keep_best(u, masked, count), torch.zeros_like(written)
         chances = torch.tensor([row.chances for row in work], dtype=torch.float64)      # [A, 2]
         write, sigma = chances[:, :1], chances[:, 1:]
         if self.how.remask_schedule == "conf":
@@ -453,8 +445,8 @@ class Engine:
         return masked & (u < write), written & (u < sigma)
 
     def edit(self, work, written, logits, predicted, score):
-        """The same for the `written` positions: which of them are written anew, by
-        diffusion.edits."""
+        """bool [A, T]: which of the `written` positions are written anew (the rule of
+        diffusion.edits); logits [N, V], predicted and score as in `predict`."""
         mask_id = torch.tensor(self.mask_id, device=logits.device)
         chosen = kernels.largest(logits.index_fill(1, mask_id, -torch.inf))
         sure = low_confidence(logits, chosen).cpu()
@@ -623,16 +615,14 @@ class Passes:
             mask = shown if mask is None else mask & shown[:, None, :]
         where = eligible[:, :width].nonzero()
         if not scale:
-            return self.logits(tokens, where, 0, mask)
+            return self.logits(tokens, where, mask)
         given = e.given[rows, :width]
         without = torch.where(given, e.mask_id, tokens)
-        conditional = self.logits(tokens, where, 0, mask)
-        unconditional = self.logits(without, where, 0, mask)
-        return unconditional + (scale + 1) * (conditional - unconditional)
+        logits = self.logits(tokens, where, mask)
+        return guided(logits, self.logits(without, where, mask), scale)
 
-    def logits(self, tokens, where, begin, mask=None, **how):
-        """Logits [N, V] for the (row, position) pairs `where` [N, 2] of tokens [A, S], which begin
-        at position `begin` [A]."""
+    def logits(self, tokens, where, mask=None, **how):
+        """Logits [N, V] for the (row, column) pairs `where` [N, 2] of tokens [A, S]."""
         column = (where[:, 1] - self.shift).clamp(min=0)
         flat = (where[:, 0] * tokens.shape[1] + column).to(self.device)
         tokens = tokens.clamp(max=self.config.vocab_size - 1).to(self.device)
@@ -716,5 +706,5 @@ class CachedPasses(Passes):
         self.cache.rows = None if len(rows) == len(e.canvas) else rows.to(self.device)
         where = eligible.nonzero()
         where[:, 1] -= begin[where[:, 0]]
-        return self.logits(tokens, where, begin, mask, cache=self.cache,
+        return self.logits(tokens, where, mask, cache=self.cache,
                            positions=positions.to(self.device))

@@ -89,8 +89,6 @@ def check(model, sequences, steps, temperature):
     config = config_of(model)
     if not 1 <= steps <= 10**6:
         raise ValueError(f"steps must be between 1 and {10**6}, got {steps}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must not be negative, got {temperature}")
     for i, row in enumerate(sequences):
         if not len(row):
             raise ValueError(f"row {i} is empty: there must be a token to insert behind, such as "
@@ -98,6 +96,14 @@ def check(model, sequences, steps, temperature):
         if len(row) > config.max_len:
             raise ValueError(f"row {i} has {len(row)} tokens, the model's context is "
                              f"{config.max_len}")
+    check_values(config, sequences, temperature)
+
+
+def check_values(config, sequences, temperature):
+    """ValueError for a temperature that cannot be and a token outside the vocabulary."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    for row in sequences:
         for token in row:
             if not 0 <= token < config.vocab_size:
                 raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")

@@ -120,11 +120,7 @@ class Trace:
         data = data.replace("<", "\\u003c")             # no text can end the script element
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         page = page.replace("/*TRACE*/ null", data)
-
-        def write(temporary):
-            Path(temporary).write_text(page, encoding="utf-8")
-
-        write_atomically(path, write)
+        write_atomically(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
 
 
 class EditTrace(Trace):

@@ -55,8 +55,10 @@ def check_processes(settings, world_size):
 
 def check_folder(folder, out_dir, lora_rank):
     """ValueError if out_dir holds a model where an adapter is to be written, or the reverse."""
-    if (folder / ("config.json" if lora_rank else "adapter_model.safetensors")).exists():
-        kind = "a model" if lora_rank else "an adapter"
+    other, kind = "adapter_model.safetensors", "an adapter"
+    if lora_rank:
+        other, kind = "config.json", "a model"
+    if (folder / other).exists():
         raise ValueError(f"{out_dir} holds {kind} of another run, which this one could be mistaken "
                          "for: choose another out_dir")
 
