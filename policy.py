@@ -187,21 +187,23 @@ ESTIMATORS = {"diffu": diffu, "coupled": coupled, "trace": trace, "bound": bound
 # What the model says of them
 
 
-def logps_of(model, answers, views, cfg_scale=0.0, without_mask=False):
+def logps_of(model, answers, views, cfg_scale=0.0, without_mask=False, temperature=1.0):
     """The estimate of log p in nats, float [B, T], 0 where a token does not count: what a ratio or
-    a loss is made of. Its gradient flows. without_mask: see `view_logps`."""
-    found = view_logps(model, answers, views, cfg_scale, without_mask)
+    a loss is made of. Its gradient flows. without_mask, temperature: see `view_logps`."""
+    found = view_logps(model, answers, views, cfg_scale, without_mask, temperature)
     return (views.weight * found).sum(0)
 
 
-def view_logps(model, answers, views, cfg_scale=0.0, without_mask=False):
+def view_logps(model, answers, views, cfg_scale=0.0, without_mask=False, temperature=1.0):
     """log p(token | view) in nats, float [K, B, T], where the weight is not 0; else 0.
 
     Only views that are asked for anything cost a pass. cfg_scale > 0: classifier-free guidance
     (passes.guided). without_mask: among all tokens but the mask, as the sampler chooses what it
     writes. Published code has the mask among them, and then a bad answer becomes improbable at no
-    price when the mask takes its probability: nothing ever samples that. Raises ValueError for
-    guidance of a model that writes in blocks.
+    price when the mask takes its probability: nothing ever samples that. temperature: log p under
+    softmax(logits / temperature), from which the sampler drew; without it the policy that learns is
+    another than the one that wrote the answers. Raises ValueError for guidance of a model that
+    writes in blocks.
     """
     asked = views.weight != 0                                                           # [K, B, T]
     used = asked.any(2).nonzero()                                                       # [N, 2]
@@ -213,12 +215,14 @@ def view_logps(model, answers, views, cfg_scale=0.0, without_mask=False):
         raise ValueError("cfg_scale is for bidirectional models only")
     if cfg_scale:
         unguided = torch.where(picked.prompt, mask_token_id(model), noisy)
-    nats = masked_logps(model, noisy, picked, asked_here, unguided, cfg_scale, without_mask)
+    nats = masked_logps(model, noisy, picked, asked_here, unguided, cfg_scale, without_mask,
+                        temperature)
     found = nats.new_zeros(asked.shape)
     return found.index_put((view, row), nats)
 
 
-def masked_logps(model, noisy, answers, asked, unguided=None, cfg_scale=0.0, without_mask=False):
+def masked_logps(model, noisy, answers, asked, unguided=None, cfg_scale=0.0, without_mask=False,
+                 temperature=1.0):
     """log p of the tokens at `asked` [N, T] given `noisy` [N, T]: [N, T], 0 elsewhere. unguided:
     the same with the prompt masked, for guidance."""
     config = config_of(model)
@@ -239,7 +243,7 @@ def masked_logps(model, noisy, answers, asked, unguided=None, cfg_scale=0.0, wit
     if without_mask:
         mask_id = torch.tensor(mask_token_id(model), device=logits.device)
         logits = logits.index_fill(1, mask_id, -torch.inf)
-    nats = -F.cross_entropy(logits, answers.tokens[asked], reduction="none")            # [M]
+    nats = -F.cross_entropy(logits / temperature, answers.tokens[asked], reduction="none")  # [M]
     return nats.new_zeros(asked.shape).masked_scatter(asked, nats)
 
 

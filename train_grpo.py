@@ -217,7 +217,8 @@ if estimator == "trace":
     options = {"together": trace_together}
 elif estimator == "bound":
     options = {"num_samples": bound_samples, "sets": sharp_sets if bound_sets == "dealt" else None}
-scoring = dict(cfg_scale=cfg_scale, without_mask=True)      # as the sampler wrote the answers
+scoring = dict(cfg_scale=cfg_scale, without_mask=True,      # as the sampler wrote the answers
+               temperature=temperature or 1.0)      # 0: nothing is drawn
 B = prompts * group_size
 mine = torch.arange(rank * B // world_size, (rank + 1) * B // world_size)
 run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "

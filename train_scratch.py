@@ -211,6 +211,7 @@ while run.goes_on():
     alpha, _ = SCHEDULES[schedule](t)
     mask_prob = (1 - alpha).repeat_interleave(T // blocks, dim=1)             # [G, T]
     mask = mask_tokens((G, T), mask_prob, noise)
+    counts = 0                                      # tokens of each expert, [layers, E]
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
@@ -228,13 +229,15 @@ while run.goes_on():
                 loss.loss = loss.loss + balance_loss * balance.balance_loss(model)
         (loss.loss / grad_accum).backward()
         run.count(loss)
+        if balance_rate:
+            counts = counts + balance.expert_counts(model)
     average_gradients(model)                        # over the processes
     clip_gradients(model, grad_clip)
     for o in optimizers:
         o.step()
         o.zero_grad(set_to_none=True)
     if balance_rate:
-        balance.move_biases(model, balance_rate)
+        balance.move_biases(model, balance_rate, counts)
     run.end_step(tokens=G * T)
 
 run.finish()

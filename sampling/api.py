@@ -192,15 +192,16 @@ def rows_to_continue(sampler, prompts, suffix, new_tokens):
 # Tokens -> answer
 
 
-def answer_text(sampler, tokens, stops, job, final=True):
+def answer_text(sampler, tokens, stops, job, final=True, before=()):
     """(text, tokens used, finish_reason or None) of the tokens of an answer, all of them or, not
-    `final`, the first ones."""
+    `final`, the first ones. before: the tokens of a text that it continues."""
     if job.gaps:
         text = sampler.tokenizer.decode(tokens, skip_special_tokens=True)
         used, ended = len(tokens), True
     else:
         text, used, ended = sampler.decode(tokens, job.chat)
     text, stopped = sampler.cut_at_special(tokens[:used + 1], text, stops)
+    text = sampler.continued(list(before), tokens, text)
     places = [text.index(stop) for stop in stops if stop in text]
     if places:
         return text[:min(places)], used, "stop"
@@ -239,12 +240,20 @@ class Completion:
 
     def answers(self):
         """[(text, tokens used, finish_reason), ...] when the job is done."""
-        return [answer_text(self.sampler, row[first:end], self.stops, self.job)
-                for row, (first, end) in zip(self.job.result, self.spans)]
+        return [self.answer(row, *span) for row, span in zip(self.job.result, self.spans)]
+
+    def answer(self, row, first, end, final=True):
+        """`answer_text` of a row whose answer stands from `first` to `end`. An answer in a chat
+        begins anew."""
+        before = () if self.chat else row[max(first - 8, 0):first]      # the last ones tell all
+        return answer_text(self.sampler, row[first:end], self.stops, self.job, final, before)
 
     def usage(self, answers):
-        given = sum(first for first, _ in self.spans[::self.n])
-        used = sum(count for _, count, _ in answers)
+        """What was given is a prompt's, wherever its gaps stand, and what fills them is written."""
+        gaps = [row.count(self.sampler.mask_id) for row in self.job.sequences]
+        lengths = [len(row) for row in self.job.sequences]
+        given = sum(lengths[::self.n]) - sum(gaps[::self.n])
+        used = sum(gaps) if self.job.gaps else sum(count for _, count, _ in answers)
         return {"prompt_tokens": given, "completion_tokens": used, "total_tokens": given + used}
 
     def whole(self):
@@ -277,9 +286,8 @@ class Completion:
         if "rows" in message:
             for i, text in enumerate(self.before):
                 yield self.chunk(i, text, first=True)
-        for i, (first, end) in enumerate(self.spans):
-            text, _, _ = answer_text(
-                self.sampler, done[i][first:end], self.stops, self.job, final=False)
+        for i, span in enumerate(self.spans):
+            text, _, _ = self.answer(done[i], *span, final=False)
             if len(text) > len(self.sent[i]) and text.startswith(self.sent[i]):
                 yield self.chunk(i, text[len(self.sent[i]):])
                 self.sent[i] = text

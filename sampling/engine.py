@@ -297,6 +297,8 @@ class Step:
     confidence: torch.Tensor    # float64 [B, T]: the score (of blind rules the probability) of what
     #                             was revealed, 0 elsewhere
     lengths: torch.Tensor       # int64 [B]: the rest of a row is padding
+    settled: torch.Tensor = None    # int64 [B]: where tokens may be written anew or masked again,
+    #                             so many from the left will stay; None: what is written stays
 
 
 class Engine:
@@ -496,7 +498,15 @@ class Engine:
         revealed[rows] = keep
         confidence[rows] = torch.where(keep, score, 0)
         self.how.on_step(Step(self.passes, self.canvas.clone(), revealed, confidence,
-                              torch.minimum(self.lengths, self.asked)))
+                              torch.minimum(self.lengths, self.asked), self.settled()))
+
+    def settled(self):
+        """int64 [B]: the positions left of the block that each row works on, where alone a step
+        changes anything; None where it never changes what is written."""
+        if self.how.edit_threshold is None and not self.how.remask:
+            return None
+        current = torch.tensor([row.block for row in self.rows])                        # [B]
+        return (self.shown & (self.block_of < current[:, None])).sum(1)
 
 
 class Row:

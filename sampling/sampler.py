@@ -179,6 +179,19 @@ class Sampler:
         text = self.tokenizer.decode(tokens[:used], skip_special_tokens=True)
         return text, used, used < len(tokens)
 
+    def continued(self, before, tokens, text):
+        """`text`, what `tokens` say, as it is behind the tokens `before`.
+
+        WordPiece (BERT) and Llama's tokenizers write the space before a word unless it is the
+        first, and WordPiece "##" unless it is not.
+        """
+        alone = self.tokenizer.decode(tokens[:1], skip_special_tokens=True)
+        left = self.tokenizer.decode(before, skip_special_tokens=True)
+        both = self.tokenizer.decode(before + tokens[:1], skip_special_tokens=True)
+        if not (left and alone and both.startswith(left) and text.startswith(alone)):
+            return text
+        return both[len(left):] + text[len(alone):]
+
     def verdict(self, tokens):
         """What to say of a grid that is written, one line."""
         return sudoku.verdict([int(piece or 0) for piece in self.pieces(tokens)])

@@ -25,6 +25,7 @@ class Trace:
 
     rows      for each sequence a list of Cell
     canvas    for each sequence the list of its tokens, the same with ids
+    settled   for each sequence how many of them will stay, or None: see `Step`
     messages  {"rows": [[text, ...], ...]} at the beginning; of grids also {"grid": [size, rows of a
               box, columns of a box]},
               {"step": n, "changes": [[row, position, text, confidence], ...], "lengths": [...]} for
@@ -36,6 +37,7 @@ class Trace:
         """watch(trace, message): called with each message."""
         self.sampler, self.remasking, self.watch = sampler, remasking, watch
         self.rows, self.messages, self.canvas, self.passes = [], [], None, 0
+        self.settled = None
         self.began = time.perf_counter()
 
     def __call__(self, step):
@@ -43,6 +45,7 @@ class Trace:
         self.passes = step.number
         if self.canvas is None:
             self.begin(step)
+        self.settled = None if step.settled is None else step.settled.tolist()
         changes = []
         for b, length in enumerate(step.lengths.tolist()):
             changes += self.change_row(b, step, step.tokens[b, :length].tolist())

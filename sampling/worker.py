@@ -161,19 +161,22 @@ class Worker(threading.Thread):
         """Hand a message of its Trace to the thread that answers the client."""
         if message.get("changes") != []:
             # The canvas goes on changing: what is finished is read here.
-            job.events.put((message, [self.finished(job, row) for row in trace.canvas]))
+            settled = trace.settled or [None] * len(trace.canvas)
+            rows = [self.finished(*each) for each in zip(trace.canvas, settled)]
+            job.events.put((message, rows))
         trace.messages.clear()                          # nobody plays it again
 
-    def finished(self, job, row):
-        """The tokens of a row that can be sent: those before its first mask."""
-        if job.arguments["remask"]:                     # any of them may be masked again
-            return []
+    def finished(self, row, settled):
+        """The tokens of a row that can be sent: those before its first mask and, as what was sent
+        cannot be taken back, no more than the `settled` first ones that will stay; None: all do."""
         mask_id = self.sampler.mask_id
-        return row[:row.index(mask_id)] if mask_id in row else row
+        end = row.index(mask_id) if mask_id in row else len(row)
+        return row[:end if settled is None else min(end, settled)]
 
 
 def rows_of(step, part):
     """The Step of some rows of a batch."""
+    settled = None if step.settled is None else step.settled[part]
     return dataclasses.replace(
         step, tokens=step.tokens[part], revealed=step.revealed[part],
-        confidence=step.confidence[part], lengths=step.lengths[part])
+        confidence=step.confidence[part], lengths=step.lengths[part], settled=settled)

@@ -605,6 +605,21 @@ def test_an_empty_answer_is_certain_and_counted(checkpoint):
         lm_of(checkpoint, strict=True).loglikelihood(requests_of("loglikelihood", ("context", "")))
 
 
+def test_an_answer_inside_a_token_of_its_context_is_not_certain(tmp_path):
+    """lm-eval's rule leaves it no token, and lm-eval's own models end with an AssertionError."""
+    tokenizer = Tokenizer.train(["half a word"] * 5, 300)
+    sizes = dict(vocab_size=tokenizer.vocab_size, dim=16, n_layers=1, n_heads=1)
+    model = Transformer(Config(**sizes, mask_token_id=tokenizer.mask_token_id)).init_weights()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm, (prefix, target) = lm_of(tmp_path), map(tokenizer.encode, ("half a wo", "rd"))
+    assert lm.tokens_of("half a wo", "rd")[1] == []
+    expected, _ = log_likelihood(model.eval(), [prefix], [target], 32)
+    [(value, _)] = lm.loglikelihood(requests_of("loglikelihood", ("half a wo", "rd")))
+    assert value == pytest.approx(expected.item(), rel=1e-5) and value < -1
+    assert list(lm.notes.values()) == [1]
+
+
 def test_a_text_cannot_spell_the_mask(checkpoint):
     lm = lm_of(checkpoint)
     spelled = lm.sampler.tokenizer.decode([lm.sampler.mask_id])

@@ -969,6 +969,20 @@ def test_plan_of_several_processes(base):
     assert "1 x 64 tokens a process" in text                # its context
 
 
+def test_new_tokens_of_a_base_can_be_told_apart(tmp_path):
+    """An adapter leaves embedding and head alone: equal rows would stay equal for ever."""
+    checkpoint, text = tiny_checkpoint(tmp_path / "base"), Tokenizer.bytes()
+    new = text.add_special_tokens(["<|begin|>", "<|end|>"])
+    base = base_of_run(checkpoint.as_posix(), tmp_path / "run", text, 32, 1, vocab_size=260)
+    model = Transformer.from_pretrained(base)
+    for weight in (model.embed.weight, model.head.weight):
+        old, first, second = weight[:260], *weight[new]
+        assert (first - second).norm() > old.std(0).norm() / 2
+        assert first.norm() < 2 * old.norm(dim=1).max()
+    again = base_of_run(checkpoint.as_posix(), tmp_path / "other", text, 32, 1, vocab_size=260)
+    assert Transformer.from_pretrained(again).embed.weight.equal(model.embed.weight)
+
+
 def test_a_new_run_does_not_take_an_adapters_base_away(tmp_path):
     """The base of a tiny model follows from the seed, and lies in the folder of its adapter."""
     text = Tokenizer.bytes()

@@ -14,7 +14,7 @@ from data.files import VAL_FRACTION, hash_fraction
 from data.gym import conversations as gym_conversations
 from data.rewards import find_reward
 from data.sudoku import is_solved
-from data.tasks import find_task
+from data.tasks import Example, find_task
 from data.tokenizer import Tokenizer
 from evaluation.likelihood import sharp_sets
 from passes import masked_nll
@@ -42,8 +42,6 @@ class Repeat:
     name, kind, own = "repeat", "text", None
 
     def example(self, split, number):
-        from data.tasks import Example
-
         return Example("abc"[:number % 3 + 1] * (number + 1), "x")
 
 
@@ -164,6 +162,17 @@ def test_rollouts_are_the_samplers_and_know_their_steps():
         if ends:
             assert not any(one.answer[ends[0] + 1:]) and one.answer[ends[0]]
     assert not answers.shown[0, len(together[0].tokens):].any()
+
+
+def test_a_question_that_is_too_long_is_passed_over_for_another():
+    """In a set of eight, too, which begins anew behind the last one."""
+    class Eight(Repeat):
+        def example(self, split, number):
+            return Example("x" * (200 if number % 8 == 3 else number % 8), "x")
+
+    sampler = Sampler(learning_model(), Tokenizer.bytes(), "tiny")
+    example, canvas = Asker(sampler, Eight(), SETTINGS).question("train", 3)
+    assert len(example.prompt) < 8 and len(canvas) <= 96
 
 
 def test_trace_gives_the_probabilities_with_which_tokens_were_drawn():

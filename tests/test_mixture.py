@@ -27,7 +27,7 @@ from pretrained.tensors import tensor_table
 from pretrained.tiny import tiny_model
 from sampling.engine import generate, infill
 from sampling.sampler import Sampler
-from training.balance import balance_loss, expert_loads, move_biases
+from training.balance import balance_loss, expert_counts, expert_loads, move_biases
 from training.flops import flops_per_token
 from training.lora import add_lora, init_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from training.memory import plan_memory
@@ -569,6 +569,21 @@ def test_balance():
         layer.router.weight.data.zero_()
     model(tokens)
     assert balance_loss(model).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_biases_move_by_the_load_of_a_whole_update():
+    """However an update is divided into passes, as it is however many processes share it."""
+    tokens = torch.randint(0, 58, (4, 32), generator=torch.Generator().manual_seed(0))
+    moved = []
+    for slices in (1, 4):
+        model, counts = random_model(**KINDS["sigmoid in groups"]).train(), 0
+        for part in tokens.chunk(slices):
+            model(part)
+            counts = counts + expert_counts(model)
+        moved.append(counts)
+        move_biases(model, 0.02, counts)
+        moved.append(torch.stack([block.mlp.router_bias for block in model.blocks]))
+    assert torch.equal(moved[0], moved[2]) and torch.equal(moved[1], moved[3])
 
 
 def test_gradients_with_checkpointed_blocks():

@@ -273,6 +273,19 @@ def test_without_the_mask_its_logit_means_nothing():
     assert guided.isfinite().all()
 
 
+def test_log_p_is_that_of_the_temperature_at_which_answers_were_drawn():
+    """Else the policy that learns is another than the one that wrote them."""
+    model = tiny_model(vocab_size=12, mask_token_id=11, eos_token_id=10)
+    answers = Answers(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[True, True, False, False]]),
+                      torch.tensor([[False, False, True, True]]), torch.ones(1, 4).bool())
+    views = diffu(answers, 11, stream("views", 0), prompt_mask=0.0)
+    logits = model(views.tokens[0])[0, 2:].index_fill(1, torch.tensor(11), -torch.inf)
+    for temperature in (1.0, 0.5):
+        found = logps_of(model, answers, views, without_mask=True, temperature=temperature)
+        expected = (logits / temperature).log_softmax(-1)[[0, 1], [3, 4]]
+        assert torch.allclose(found[0, 2:], expected, atol=1e-5)
+
+
 def test_bound_is_the_average_over_all_sets():
     """The estimate is unbiased: its mean over draws is LLaDA's eq. 6 by brute force."""
     model, answers = small_model(), batch(B=1, L=3)

@@ -17,10 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import Script, run
-from tiny import tiny_checkpoint, tiny_sampler
+from tiny import tiny_checkpoint, tiny_model, tiny_sampler
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 import kernels
+from data.tokenizer import Tokenizer
 from sampling import server as serve
+from sampling.api import Completion
 from sampling.engine import Step
 from sampling.sampler import Sampler
 
@@ -71,6 +75,15 @@ def ask(server, path, body=None, method=None, headers=None, raw=None):
 def events(text):
     """What a stream of server-sent events said."""
     return [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+
+
+def texts_of(completion):
+    """The text of each chunk of a stream whose job is done."""
+    chunks = []
+    while (event := completion.job.events.get()) is not None:
+        chunks += completion.chunks(*event)
+    chunks += completion.last_chunks()
+    return [chunk["choices"][0]["text"] for chunk in chunks]
 
 
 def complete(server, **body):
@@ -162,6 +175,36 @@ def test_infilling_by_suffix_and_by_gap(server):
     assert choice["text"].startswith("ab") and choice["text"].endswith("yz")
 
 
+def test_usage_counts_what_was_given_and_what_was_written(server):
+    """Of gaps as well, wherever they stand."""
+    for body, given, written in (
+        (dict(prompt="ab", suffix="yz", max_tokens=3), 4, 3),
+        (dict(prompt="ab[MASK:3]y[MASK]z", n=2), 4, 8),
+    ):
+        usage = complete(server, **body, seed=1)["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (given, written)
+
+
+@pytest.mark.parametrize("written, text", [("the capital", " the capital"), ("##s the", "s the")])
+def test_a_completion_goes_on_behind_its_prompt(written, text):
+    """A word of WordPiece has its space, though it is the first that was written."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "paris", "is", "the", "capital", "##s"]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    model = tiny_model(vocab_size=9, mask_token_id=3, eos_token_id=2)
+    sampler = FixedSampler(model, Tokenizer(backend, {"mask_token": "[MASK]"}), "fixed")
+    sampler.answer = [vocab[word] for word in written.split()]
+    for stream in (False, True):
+        body = {"max_tokens": 2, "stream": stream}
+        completion = Completion(sampler, SETTINGS, body, ["paris is"], ["paris is"])
+        serve.Worker(sampler).work([completion.job])
+        assert completion.whole()["choices"][0]["text"] == "paris is" + text
+        if stream:
+            assert "".join(texts_of(completion)) == "paris is" + text
+
+
 def test_a_chat_completion(server):
     messages = [
         {"role": "developer", "content": "short"},
@@ -227,6 +270,24 @@ def test_a_stream_waits_where_tokens_may_be_masked_again(server):
         "choices"
     ][0]["text"]
     assert not any(chunk["choices"][0]["text"] for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("blocks", [{}, {"block_length": 8, "blocks_from_start": True}])
+def test_a_stream_waits_where_tokens_may_be_written_anew(blocks):
+    """What was sent cannot be taken back, and LLaDA2.1 edits a block until nothing changes."""
+    model = tiny_model(**blocks, threshold=0.9, edit_threshold=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # now its blocks do something
+        if parameter.ndim == 2:
+            parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
+    model.head.weight.data[128:] = 0
+    sampler = Sampler(model, Tokenizer.bytes(), "tiny")
+    body = {"max_tokens": 32, "seed": 3, "threshold": 0.5, "edit_threshold": 0.0, "stream": True}
+    completion = Completion(sampler, SETTINGS, body, ["ab"], [""])
+    serve.Worker(sampler).work([completion.job])  # as its thread does
+    texts = texts_of(completion)
+    assert "".join(texts) == completion.whole()["choices"][0]["text"]
+    assert sum(map(bool, texts)) > (3 if blocks else 0), "a block is sent behind its edits"
 
 
 def test_top_p_and_the_other_rules_reach_the_sampler(server):

@@ -340,6 +340,23 @@ def test_the_embedding_has_a_rate_of_its_own(kind):
     assert moved["head.weight"] == pytest.approx(0.0005, rel=1e-3)
 
 
+def test_a_resumed_run_has_the_learning_rates_that_it_is_told(tmp_path):
+    """torch's load_state_dict puts the saved run's own settings of a group back in their place."""
+    from model import Config, Transformer
+
+    rates = []
+    for learning_rate, embedding_lr in ((1e-3, 0.1), (2e-3, 0.02)):
+        model = Transformer(Config(dim=32, n_layers=1, vocab_size=50)).init_weights(0)
+        optimizers = make_optimizers(model, "adamw", learning_rate, embedding_lr=embedding_lr)
+        if rates:
+            load_training(tmp_path, model, optimizers, {})
+        else:
+            save_training(tmp_path, model, optimizers, {"settings": {}, "step": 1})
+        set_learning_rate(optimizers, 0.5)
+        rates.append([group["lr"] for group in optimizers[0].param_groups])
+    assert rates == [[5e-4, 0.05, 5e-4], [1e-3, 0.01, 1e-3]]
+
+
 def test_a_tied_embedding_has_the_rate_of_the_head():
     from model import Config, Transformer
 

@@ -38,17 +38,23 @@ def balance_loss(model):
 
 
 @torch.no_grad()
-def move_biases(model, rate):
+def move_biases(model, rate, counts=None):
     """Raise the bias of each expert that had less than its part of the tokens by `rate`, lower that
-    of each that had more; over all processes."""
-    for layer in mixtures(model):
-        load = layer.load.float()
-        if dist.is_initialized():
-            dist.all_reduce(load)
+    of each that had more; over all processes. counts: the sum of `expert_counts` over the passes of
+    the update; None: there was but one."""
+    loads = expert_counts(model) if counts is None else counts.clone()              # [layers, E]
+    if dist.is_initialized():
+        dist.all_reduce(loads)
+    for layer, load in zip(mixtures(model), loads.float()):
         layer.router_bias += rate * (load.mean() - load).sign()
+
+
+def expert_counts(model):
+    """int64 [layers, E]: how many tokens of the last training pass each expert had."""
+    return torch.stack([layer.load for layer in mixtures(model)])
 
 
 def expert_loads(model):
     """float [layers, E]: each expert's share of the tokens of the last training pass."""
-    loads = torch.stack([layer.load.float() for layer in mixtures(model)])
+    loads = expert_counts(model).float()
     return loads / loads.sum(1, keepdim=True)

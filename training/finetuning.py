@@ -121,7 +121,7 @@ def base_of_run(init_from, folder, tokenizer, seq_len, seed, vocab_size=None, wr
         else:
             model = Transformer.from_pretrained(init_from)
             new = range(model.config.vocab_size, tokenizer.vocab_size)
-            resize_vocabulary(model, tokenizer.vocab_size, new)
+            resize_vocabulary(model, tokenizer.vocab_size, new, seed)
             model.source = None             # the tokenizer is written here
         if not stands_on(folder, base, model):
             if is_tiny:

@@ -66,7 +66,12 @@ def load_training(folder, model, optimizers, must_match, sharded=False):
         raise ValueError(f"{folder / 'train_state.pt'} holds another model than these settings "
                          "make: resume with those that the run began with") from None
     for optimizer, saved in zip(optimizers, state["optimizers"]):
+        # The saved groups bring their settings along. A learning rate is what it is set to now.
+        peaks = [group.get("peak_lr") for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
+        for group, peak in zip(optimizer.param_groups, peaks):
+            if peak is not None:
+                group["peak_lr"] = peak
     return state
 
 
