@@ -24,6 +24,8 @@ from data.files import digest, file_name, short_hash
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 BATCH = 16              # answers that are written together
+# All sentences of a text but one that is cut short; "2." of a list ends none.
+SENTENCES = re.compile(r"""(?s).*[^\d\s.!?][.!?]+["')\]]*(?=\s)""")
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Request:
     checkpoint: str             # the teacher: a folder, GGUF file, installed package or hub id
     temperature: float = 0.7    # of its sampling
     seed: int = 1337            # of its sampling: the answer to a prompt follows from it
-    tokens: int = 192           # an answer that is longer is cut, and then not used
+    tokens: int = 192           # an answer that is longer ends with its last whole sentence
 
 
 def is_selfmade(name):
@@ -90,14 +92,14 @@ def answers_file(request, folder):
         sign.update(f"{file.name} {file.stat().st_size}".encode())
         with file.open("rb") as weights:
             sign.update(weights.read(2**20))
-    for value in (request.temperature, request.seed, request.tokens, *prompts()):
+    for value in (request.temperature, request.seed, request.tokens, SENTENCES.pattern, *prompts()):
         sign.update(f"{value}\n".encode())
     label = file_name(Path(request.checkpoint).name)
     return Path(folder) / f"selfmade-{label}-{short_hash(sign.digest())}.jsonl"
 
 
 def read_answers(path):
-    """{prompt: answer, or None where it had no end} of a file of answers; a last line that was cut
+    """{prompt: answer, or None where there is none} of a file of answers; a last line that was cut
     short by a kill does not count."""
     found = {}
     if path.exists():
@@ -108,7 +110,7 @@ def read_answers(path):
 
 
 def conversations(request, path):
-    """(prompt, answer) of each prompt whose answer came to an end, read from the file `path` or
+    """(prompt, answer) of each prompt that has an answer, read from the file `path` or
     written now, and then there."""
     everything, found = prompts(), read_answers(path)
     teacher = None
@@ -149,8 +151,8 @@ def load_teacher(checkpoint):
 
 
 def ask(teacher, questions, request):
-    """{question: what the teacher answers, None if it came to no end}. An answer depends on the
-    question and the seed, not on who else is asked."""
+    """{question: what the teacher answers, None if it finishes no sentence}. An answer depends on
+    the question and the seed, not on who else is asked."""
     messages = [[{"role": "user", "content": question}] for question in questions]
     begins = [teacher.encode_chat(conversation) for conversation in messages]
     tokens = min(request.tokens, teacher.config.max_len - max(map(len, begins)))
@@ -162,5 +164,8 @@ def ask(teacher, questions, request):
     found = {}
     for question, begin, row in zip(questions, begins, rows):
         answer, _, ended = teacher.decode(row[len(begin):], chat=True)
-        found[question] = answer.strip() if ended else None
+        if not ended:
+            whole = SENTENCES.match(answer)
+            answer = whole[0] if whole else ""
+        found[question] = answer.strip() or None
     return found

