@@ -316,12 +316,16 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
     samples. The error is over the rows: of this estimate, for text like this.
 
     maskable        bool [N, T], what is scored given the rest: the answers of conversations. Nats
-                    and tokens are summed over all rows before they are divided. Raises ValueError
-                    if there is none.
+                    and tokens are summed over all rows before they are divided.
     attention_mask  bool [N, T], false for padding behind a row's end, which nobody sees.
     run_passes      the builtin map, or common.share, which divides the passes among processes.
+    Raises ValueError where there is no token to score, or for less than one sample.
     """
     N, config = len(tokens), config_of(model)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if not tokens.numel():
+        raise ValueError("there is no token to score")
     maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
     longest = tokens.shape[1]
     if attention_mask is not None:                      # padding is no text to score
@@ -479,8 +483,7 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
     seed          row b draws from the stream (seed, b).
     edit_threshold, edit_passes     see `edits`; None: the model's own, with a threshold.
     An autoregressive model is the case of blocks of one token; its masks have the id vocab_size.
-    Raises ValueError for a rule, a schedule, steps or a block_length that cannot be, or edits of an
-    autoregressive model.
+    Raises ValueError for arguments that cannot be, naming them, and for tokens that do not fit.
     sampling/engine.py does the same with batches and caches, and has more rules.
     """
     config, mask_id = config_of(model), canvas_mask_id(model)
@@ -493,8 +496,14 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
     if steps < 1 or block_length is not None and block_length < 1:
         raise ValueError(f"steps and block_length must be at least 1, got {steps} and "
                          f"{block_length}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if threshold is not None and (remasking != "low_confidence" or not 0 <= threshold <= 1):
+        raise ValueError("threshold needs low_confidence and must be between 0 and 1, got "
+                         f"{threshold} with {remasking}")
     if edit_threshold is not None and config.causal:
         raise ValueError("edit_threshold is not for autoregressive models")
+    check_canvas(config, tokens)
     how = Rules(temperature, remasking, threshold, schedule, edit_threshold, edit_passes,
                 tokens.device)
     block_length = own_block_length(config, block_length) or tokens.shape[1]
@@ -506,6 +515,18 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
         for block in blocks:
             denoise_block(model, x, block_of, block, math.ceil(steps / len(blocks)), how, generator)
     return canvas.to(tokens.device)
+
+
+def check_canvas(config, tokens):
+    """ValueError for tokens [B, T] outside the vocabulary, or more of them than the context has.
+    The canvas of an autoregressive model may hold vocab_size, which stands for a mask."""
+    outside = (tokens < 0) | (tokens >= config.vocab_size + int(config.causal))
+    if outside.any():
+        raise ValueError(f"token {int(tokens[outside][0])} is outside the vocabulary of "
+                         f"{config.vocab_size}")
+    if tokens.shape[1] > config.max_len:
+        raise ValueError(f"{tokens.shape[1]} tokens exceed the model's context of "
+                         f"{config.max_len}")
 
 
 @dataclass

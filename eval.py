@@ -29,6 +29,7 @@ from data.chat import open_dataset
 from data.loader import TokenDataset
 from data.prepare import prepare
 from diffusion import nelbo
+from evaluation.editing import bound_of_edits, texts_to_write
 from evaluation.evaluator import Evaluator
 from evaluation.harness import harness_model, run_tasks
 from pretrained.hub import tokenizer_folder
@@ -79,14 +80,22 @@ threads = 0                 # CPU threads; 0: torch's choice
 settings = common.override(globals(), read=__name__ == "__main__")
 
 
+# What only lm-eval's tasks have a use for, as it is when nobody has touched it.
+FOR_TASKS = {"num_fewshot": -1, "apply_chat_template": False, "estimator": "dealt"}
+
+
 # ---- the bound on a text -------------------------------------------------------------------------
 @dataclass
 class Bound:
     """What is known of a text."""
     value: float            # nats per token
     error: float            # its standard error
-    bits_per_byte: float
+    bytes_per_token: float
     tokens: int             # that were measured
+
+    @property
+    def bits_per_byte(self):
+        return self.value / math.log(2) / self.bytes_per_token
 
 
 def text_bound(evaluator):
@@ -97,20 +106,39 @@ def text_bound(evaluator):
     the weights are stored.
     """
     folder = common.first_on_rank_0(prepare, dataset, tokenizer_folder(checkpoint))
-    sampler, longest = evaluator.sampler, evaluator.max_len
+    sampler, corpus = evaluator.sampler, TokenDataset(folder)
+    longest = evaluator.max_len
+    if sampler.config.edits:
+        longest //= 2                       # on its way a text may be as long as both its ends
     length = seq_len
     if not length:
         length = longest if sampler.config.family == "unmask" else 1024
-    length = min(length, longest, len(TokenDataset(folder).val))
+    length = min(length, longest, len(corpus.val))
+    if sampler.config.edits:
+        texts = texts_to_write(sampler, corpus, length, max_tokens)
+        texts = texts[:limited(len(texts))]
+        value, error = bound_of_edits(sampler, texts, seed)
+        return Bound(value, error, corpus.bytes_per_token("val"), sum(map(len, texts)))
     data = open_dataset(dataset, folder, length, padding="hidden")
-    windows = max(2, max_tokens // length)              # one alone would have no error
-    batch = data.val_batch(windows).to(next(evaluator.model.parameters()).device)
+    batch = data.val_batch(max(2, max_tokens // length))        # one alone would have no error
+    batch = data.val_batch(limited(len(batch.tokens)))
+    batch = batch.to(next(evaluator.model.parameters()).device)
     value, error = nelbo(
         evaluator.model, batch.tokens, evaluator.num_samples or 1, seed, maskable=batch.maskable,
         attention_mask=batch.attention_mask, run_passes=common.share)
-    bytes_per_token = data.val_bytes_per_token(batch, sampler.tokenizer)
     tokens = batch.tokens.numel() if batch.maskable is None else int(batch.maskable.sum())
-    return Bound(value, error, value / math.log(2) / bytes_per_token, tokens)
+    if sampler.config.causal and batch.maskable is None:
+        tokens -= len(batch.tokens)                     # the first of a window is given
+    return Bound(value, error, data.val_bytes_per_token(batch, sampler.tokenizer), tokens)
+
+
+def limited(number):
+    """How many of so many windows, texts or conversations `limit` leaves: two at least."""
+    if limit >= 1:
+        number = min(number, int(limit))
+    elif limit:
+        number = math.ceil(number * limit)
+    return max(2, number)
 
 
 # ---- what is printed and written -----------------------------------------------------------------
@@ -156,6 +184,12 @@ def main():
         raise OSError(f"cannot write results to {output}: --output takes the name of a .json file "
                       "in a folder that exists and can be written to")
     benchmarks = [name for name in names if name != "nelbo"]
+    if "nelbo" in names and cfg_scale:
+        raise ValueError("cfg_scale is for tasks: the bound on a text has no prompt to guide it")
+    for name, plain in FOR_TASKS.items():
+        if not benchmarks and settings[name] != plain:
+            raise ValueError(f"{name} is for lm-eval's tasks: the bound on a text has no use for "
+                             "it")
     if benchmarks:
         evaluator = harness_model(settings)()
     else:

@@ -30,7 +30,8 @@ from passes import config_of, guided, in_blocks, mask_token_id, prediction_rows,
 
 
 def group_advantages(rewards, group_size, scale=False, leave_one_out=False):
-    """Advantages float [B] of rewards [B]; the answers of a prompt stand together, group_size each.
+    """Advantages float [B] of rewards [B], numbers of any type; the answers of a prompt stand
+    together, group_size each.
 
         A = r - mean(r of the group)                    (Dr. GRPO, arXiv 2503.20783)
         A = (r - mean) / (std + 1e-4)    with `scale`   (GRPO, 2402.03300; std with n - 1)
@@ -43,7 +44,9 @@ def group_advantages(rewards, group_size, scale=False, leave_one_out=False):
     if group_size < 2 and (scale or leave_one_out):
         raise ValueError("scale and leave_one_out compare the answers of a prompt: group_size must "
                          f"be at least 2, got {group_size}")
-    groups = rewards.view(-1, group_size)                                               # [P, G]
+    if not rewards.is_floating_point():     # 0 and 1 for wrong and right
+        rewards = rewards.float()
+    groups = rewards.reshape(-1, group_size)                                            # [P, G]
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if leave_one_out:                       # r - (sum - r) / (n - 1) = (r - mean) n / (n - 1)
         advantages = advantages * group_size / (group_size - 1)

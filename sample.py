@@ -85,6 +85,8 @@ device, *_ = common.init_process(device, threads)
 # ---- model ---------------------------------------------------------------------------------------
 sampler = Sampler.load(checkpoint, device, common.weights_dtype(device, dtype), adapter,
                        weights)
+for line in sampler.without_effect(settings):
+    print(f"note: {line}", file=sys.stderr)
 edits = sampler.edits or bool(edit) and sampler.config.edit_threshold is not None   # LLaDA2.1's
 if edit and not edits:
     raise ValueError(f"{checkpoint} fills masks and cannot edit a text: --edit is for models of "

@@ -153,6 +153,8 @@ frozen = None                               # the reference that the KL is measu
 if beta:                                    # a resumed run makes it anew: it never changed
     frozen = frozen_reference(model, reference, init_from, base, lora_rank, device)
 model.eval()                                # there is no dropout, and rollouts are half of the work
+_, canvas = asker.question("train", 0)
+asker.write([canvas], [seed], temperature)  # fail early: a setting that the sampler refuses
 
 # ---- optimizer -----------------------------------------------------------------------------------
 learning = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -44,11 +44,11 @@ FROM_PYTHON = ("pydocs", "pydocs_chat", "pystdlib")
 MAX_TOKENS = 100_000_000        # of a streamed data set, unless max_tokens says otherwise
 
 
-def prepare(dataset="tales", tokenizer="bpe", vocab_size=2048, max_tokens=None, root=None):
+def prepare(name_or_path="tales", tokenizer="bpe", vocab_size=2048, max_tokens=None, root=None):
     """The folder (a Path) of a prepared data set, for TokenDataset and Tokenizer.from_pretrained;
     made if need be.
 
-    dataset     a name in DATASETS, a text file or folder, or chat data as data/chat_sets.py
+    name_or_path    a name in DATASETS, a text file or folder, or chat data as data/chat_sets.py
                 describes it.
     tokenizer   "bpe" (learned from the training split, vocab_size ids), "byte", "gpt2", a
                 checkpoint's folder or GGUF file, or a Tokenizer. Sudoku grids bring their own, the
@@ -57,12 +57,12 @@ def prepare(dataset="tales", tokenizer="bpe", vocab_size=2048, max_tokens=None, 
     root        where prepared data sets are kept.
     Raises ValueError, FileNotFoundError or another OSError (off-line, disk full).
     """
-    if is_chat(dataset):
+    if is_chat(name_or_path):
         if max_tokens is not None:
             raise ValueError("max_tokens bounds text; of conversations take a part by "
-                             f"{dataset}[train:1000]")
-        return prepare_chat(dataset, tokenizer, root, vocab_size)
-    name, source, read = find_dataset(dataset)
+                             f"{name_or_path}[train:1000]")
+        return prepare_chat(name_or_path, tokenizer, root, vocab_size)
+    name, source, read = find_dataset(name_or_path)
     if max_tokens is not None and read not in STREAMED:
         raise ValueError(f"max_tokens bounds what is streamed, as tinystories; {name} is taken "
                          "whole")
@@ -274,7 +274,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog=describe_datasets(), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="NAME_OR_PATH",
+    parser.add_argument("name_or_path", metavar="NAME_OR_PATH",
                         help="a data set below, a text file or a folder of them")
     parser.add_argument("--tokenizer", default="bpe",
                         help="bpe (learned here), byte, gpt2, or a checkpoint's folder")

@@ -345,12 +345,14 @@ def run_reward(function, example, text, seconds):
             value = function(example, text)
     except OutOfTime:
         return 0.0, f"took longer than {seconds:g} s"
-    except Exception as error:  # noqa: BLE001  a reader's function may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a reader's function may raise anything
         return 0.0, f"raised {type(error).__name__}: {error}"
     try:
         value = float(value)
+    except OverflowError:                               # a whole number of 400 digits
+        return 0.0, "returned a number that is too large,"
     except (TypeError, ValueError):
-        return 0.0, f"returned {value!r}, which is no number,"
+        return 0.0, f"returned {repr(value)[:60]}, which is no number,"
     if not math.isfinite(value):
         return 0.0, f"returned {value},"
     return value, ""
@@ -417,7 +419,7 @@ def own_function(path, name):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001  it may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001  it may raise anything
         raise ValueError(f"{path} cannot be run ({type(error).__name__}: {error})") from None
     function = getattr(module, name, None)
     if not callable(function):

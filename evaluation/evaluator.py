@@ -64,6 +64,8 @@ class Evaluator:
         self.model, self.max_len = self.sampler.model.eval(), self.sampler.config.max_len
         self.passes, self.tokens = 0, 0     # that the model has seen
         self.notes = {}                     # what went not quite as asked: how often
+        for line in self.sampler.without_effect(settings):
+            self.note(line)
         self.answers = []                   # records of all that was scored
         # Every pass, for logits or for a loss, begins with the embedding.
         self.model.embed.register_forward_hook(self.count_pass)

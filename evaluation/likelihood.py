@@ -79,6 +79,10 @@ def check(config, requests, num_samples, estimator, cfg_scale):
     if longest > config.max_len:
         raise ValueError(f"{longest} tokens, prefix and target, exceed the context of "
                          f"{config.max_len}")
+    for request in requests:
+        for token in request.prefix + request.target:
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
 
 
 class Request:

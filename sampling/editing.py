@@ -41,7 +41,9 @@ def edit_and_show(sampler, settings, read):
         if count > 1:
             print(f"--- {number} of {count}")
         print(printable(sampler.tokenizer.decode(sample, skip_special_tokens=True)))
-    print(f"\n{summary(trace, samples)}")
+    given = sum(canvas.frozen)                          # tokens of each sample that stay
+    written = sum(max(len(sample) - given, 0) for sample in samples)
+    print(f"\n{summary(trace, written)}")
     if settings["html"]:
         trace.write_html(settings["html"], arguments)
         print(f"wrote {settings['html']}: open it in a browser")
@@ -56,8 +58,8 @@ def edit(model, canvases, on_step=None, **arguments):
                closed=[canvas.closed for canvas in canvases], on_step=on_step, **arguments)
 
 
-def summary(trace, samples):
-    """How many edits there were, and the speed of the run."""
+def summary(trace, new_tokens):
+    """How many edits there were, and the speed of the run that wrote so many tokens."""
     kinds = {"inserted": 0, "substituted": 0, "deleted": 0}
     for message in trace.messages:
         for cells in message.get("canvas", {}).values():
@@ -65,7 +67,7 @@ def summary(trace, samples):
                 if step == message["step"]:
                     kinds[kind] += 1
     counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-    return f"{counts}; {trace.report(sum(map(len, samples)))}"
+    return f"{counts}; {trace.report(new_tokens)}"
 
 
 def edit_arguments(sampler, settings):

@@ -40,10 +40,10 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=None, t
     """Continue each prompt by max_new_tokens: list of token lists -> list of token lists, prompt
     and completion.
 
-    Blocks of block_length (None: 32) are denoised from left to right, in `steps` steps over all
-    blocks together (LLaDA, section 2.4 and appendix B.4). Prompts may differ in length; each gets
-    what it would get alone. An empty prompt generates unconditionally. What the arguments mean and
-    which `more` there are: `Sampling`.
+    Blocks of block_length (None: 32, or all if those are fewer) are denoised from left to right, in
+    `steps` steps over all blocks together (LLaDA, section 2.4 and appendix B.4). Prompts may differ
+    in length; each gets what it would get alone. An empty prompt generates unconditionally. What
+    the arguments mean and which `more` there are: `Sampling`.
 
     A block-diffusion model uses its own block_length, blocks counted from the end of the prompt.
     LLaDA2 takes any (None: its own), counted from position 0, so that its first block may begin
@@ -57,7 +57,7 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=None, t
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     block_length = own_block_length(config, block_length)
     if block_length is None:
-        block_length = 32
+        block_length = min(32, max_new_tokens)
     in_blocks = config.causal or config.block_length
     if block_length < 1 or block_length > max_new_tokens and not in_blocks:
         raise ValueError(f"block_length must be between 1 and max_new_tokens = {max_new_tokens}, "
@@ -235,11 +235,32 @@ class Sampling:
             raise ValueError("minimum is for sampling with a threshold")
         if self.remask and (self.remasking != "ancestral" or config.causal):
             raise ValueError("remask needs remasking ancestral, and no autoregressive model")
+        if self.remask_schedule != "cap" and not self.remask:
+            raise ValueError("remask_schedule says how often remask masks tokens again: set remask")
+        if self.schedule is not None:
+            self.check_schedule(config)
+        if config.causal and (rules or self.defer):
+            raise ValueError(f"{(rules or ['defer'])[0]} is not for autoregressive models, which "
+                             "write one token a pass, from left to right")
         if self.cache in ("prefix", "dual") and exact:
             raise ValueError(f"cache {self.cache!r} is for bidirectional models; this one takes "
                              "'block'")
         if self.cfg_scale > 0 and (self.cache or exact):
             raise ValueError("cfg_scale works without a cache and for bidirectional models only")
+
+    def check_schedule(self, config):
+        """Nothing that is asked for may be without effect: who says how many tokens a step keeps?
+        LLaDA2's threshold keeps as many as the schedule says at least."""
+        decides = None
+        if config.causal:
+            decides = "an autoregressive model, which writes one token a pass,"
+        elif self.remasking == "ancestral":
+            decides = "remasking ancestral"
+        elif self.adaptive and self.minimum != 0:
+            decides = self.adaptive
+        if decides:
+            raise ValueError(f"schedule is how many tokens a step keeps, and {decides} decides "
+                             "that itself: leave one of them out")
 
     def check_editing(self, config):
         if self.threshold is None:

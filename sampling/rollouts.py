@@ -34,6 +34,9 @@ class Asker:
         if is_grid != (task.kind == "grid") or is_grid and sampler.grid != task.shape:
             raise ValueError(f"{sampler.name} writes {'grids' if is_grid else 'texts'}, which task "
                              f"{task.name} is not for")
+        if settings["system"] and task.kind != "chat":
+            raise ValueError(f"system is what stands before a question, and task {task.name} asks "
+                             "none: leave it empty")
         self.ends = set(sampler.ends)
         if task.kind == "chat":
             self.ends |= sampler.end_of_turn

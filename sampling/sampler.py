@@ -93,6 +93,10 @@ class Sampler:
         if weights == "int8" and adapter:
             raise ValueError("an adapter cannot be added to 8-bit weights: merge it into its base "
                              "first (finetune_llada.py --merge)")
+        is_adapter = (folder / "adapter_config.json").exists()
+        if is_adapter and adapter and Path(adapter).expanduser().resolve() == folder.resolve():
+            raise ValueError(f"{adapter} is an adapter and stands for its base with it: it would "
+                             "be added twice; leave --adapter away")
         if weights == "int8":
             model = load_int8(folder, device, dtype)
         else:
@@ -317,6 +321,22 @@ class Sampler:
         for name in ("suppress", "defer"):
             arguments[name] = self.named_tokens(name, s[name])
         return arguments
+
+    def without_effect(self, settings):
+        """Lines that say which of sample.py's or eval.py's settings this checkpoint does not use,
+        or a text that is filled or edited. What it cannot do at all is refused elsewhere."""
+        lines, own = [], own_block_length(self.config, None)
+        way = "one token after another" if self.config.causal else f"in blocks of {own} tokens"
+        asked = settings["block_length"]
+        if own and asked not in (0, own) and not self.config.blocks_from_start:
+            lines.append(f"block_length {asked} is not used: {self.name} writes {way}")
+        if self.config.causal and settings["steps"]:
+            lines.append(f"steps {settings['steps']} is not used: {self.name} writes {way}")
+        given = settings.get("infill") or settings.get("edit")
+        if settings["max_new_tokens"] and given:
+            lines.append(f"max_new_tokens {settings['max_new_tokens']} is not used: a text with "
+                         "gaps, or one to edit, is given whole")
+        return lines
 
     def samples_freely(self, gaps, chat):
         """Whether "auto" means drawing tokens, outside of chats: small models, as train_scratch.py

@@ -289,7 +289,7 @@ def test_prepared_once(book, tmp_path, monkeypatch):
 
 def test_pieces_that_were_learned_here_are_known_again(book, tmp_path):
     """A model's own tokenizer prepares nothing anew where it was learned; another one does."""
-    folder = prepare(book, "bpe", 300, root=tmp_path / "data")
+    folder = prepare(name_or_path=book, tokenizer="bpe", vocab_size=300, root=tmp_path / "data")
     model = tmp_path / "model"
     Tokenizer.from_pretrained(folder).save_pretrained(model)
     assert prepare(book, model, root=tmp_path / "data") == folder

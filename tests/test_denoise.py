@@ -1,4 +1,6 @@
 """The plain sampler, and the engine held to it: token for token, for every rule that both have."""
+import math
+
 import pytest
 import torch
 
@@ -100,9 +102,16 @@ def test_denoise_says_what_cannot_be():
     for wrong, words in ((dict(remasking="surest"), "remasking must be one of low_confidence"),
                          (dict(schedule="slow"), "schedule must be one of even, timesteps"),
                          (dict(steps=0), "steps and block_length must be at least 1, got 0"),
-                         (dict(block_length=-1), "must be at least 1, got 3 and -1")):
+                         (dict(block_length=-1), "must be at least 1, got 3 and -1"),
+                         (dict(temperature=-1.0), "temperature must not be negative, got -1.0"),
+                         (dict(temperature=math.nan), "temperature must not be negative, got nan"),
+                         (dict(threshold=1.5), "threshold needs low_confidence and must be betw"),
+                         (dict(threshold=0.5, remasking="random"), "threshold needs low_confiden"),
+                         (dict(tokens=canvas([1, 99], 3)), "token 99 is outside the vocabulary"),
+                         (dict(tokens=canvas([-1], 3)), "token -1 is outside the vocabulary"),
+                         (dict(tokens=canvas([1], 9999)), "exceed the model's context of")):
         with pytest.raises(ValueError, match=words):
-            denoise(random_model(), canvas([1], 3), **{"steps": 3, **wrong})
+            denoise(random_model(), **{"tokens": canvas([1], 3), "steps": 3, **wrong})
     autoregressive = random_model(causal=True, shift=True)
     with pytest.raises(ValueError, match="edit_threshold is not for autoregressive models"):
         denoise(autoregressive, canvas([1], 3), 3, threshold=0.5, edit_threshold=0.5)

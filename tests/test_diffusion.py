@@ -367,6 +367,11 @@ def test_a_loss_says_what_cannot_be():
     with pytest.raises(ValueError, match="mask must have the shape"):
         mask = torch.ones(2, 5, dtype=torch.bool)
         mdlm_loss(model, tokens_of((2, 4)), t=torch.ones(2), mask=mask)
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        nelbo(model, tokens_of((2, 4)), num_samples=0)
+    for nothing in (tokens_of((0, 4)), tokens_of((2, 0))):
+        with pytest.raises(ValueError, match="there is no token to score"):
+            nelbo(model, nothing)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -394,6 +394,11 @@ BAD = [
     (dict(remask=0.1), "remask needs"),
     (dict(remask=2.0, remasking="ancestral"), "remask must be"),
     (dict(remask_schedule="often"), "remask_schedule must be one of"),
+    (dict(remask_schedule="conf"), "remask_schedule says how often remask"),
+    (dict(schedule="timesteps", threshold=0.5), "schedule is how many .* and threshold decides"),
+    (dict(schedule="even", factor=1.0), "and factor decides that itself"),
+    (dict(schedule="even", entropy_bound=1.0), "and entropy_bound decides that itself"),
+    (dict(schedule="even", remasking="ancestral"), "and remasking ancestral decides that itself"),
     (dict(suppress=[40]), "outside the vocabulary"),
     (dict(defer=[-1]), "outside the vocabulary"),
     (dict(seed=[1, 2]), "one for each row, 1, got"),
@@ -418,3 +423,14 @@ def test_other_bad_arguments_are_named():
     with pytest.raises(TypeError):
         generate(model, [[1]], step=2)  # a misspelled option must not pass in silence
     assert generate(model, []) == []
+    reader = tiny(causal=True, shift=True)      # one token a pass, from left to right
+    for name, value in (("threshold", 0.5), ("factor", 1.0), ("entropy_bound", 1.0),
+                        ("alg_temp", 1.0), ("defer", [1]), ("schedule", "even")):
+        with pytest.raises(ValueError, match=f"{name} .*autoregressive model"):
+            generate(reader, [[1]], 4, **{name: value})
+
+
+def test_a_block_that_nobody_asked_for_is_never_too_long():
+    model = tiny(vocab_size=40)
+    assert generate(model, [[1, 2]], 8, 8) == generate(model, [[1, 2]], 8, 8, 8)
+    assert generate(model, [[1, 2]], 40, 40) == generate(model, [[1, 2]], 40, 40, 32)

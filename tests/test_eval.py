@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from scripts import run, run_parallel
+from scripts import ROOT, run, run_here, run_parallel
 from tiny import tiny_checkpoint
 
 from data.tokenizer import Tokenizer
@@ -245,6 +245,8 @@ def test_nelbo_of_a_text(settings, kind, tmp_path):
         f"{measured['bits_per_byte']:.3f} bits/byte"
     )
     assert kind in result.out and measured["tokens"] > 500
+    predicted = 63 if "causal" in settings else 64      # of a window: the first has no left context
+    assert measured["tokens"] % predicted == 0
     assert 3 < measured["nats_per_token"] < 12 and measured["bits_per_byte"] == pytest.approx(
         measured["nats_per_token"] / math.log(2), rel=0.01
     )
@@ -268,6 +270,18 @@ def test_the_last_line_of_a_recipe_is_that_of_eval(tmp_path):
     arguments = f"--checkpoint={tmp_path}/out", f"--dataset={text}", "--device=cpu", "--seed=5"
     assert run("eval.py", *arguments, "--max_tokens=512").out.splitlines()[-1] == line
     assert run("eval.py", *arguments).out.splitlines()[-1] != line, "another number of tokens"
+    assert run("eval.py", *arguments, "--limit=16").out.splitlines()[-1] == line    # windows of 32
+
+
+@pytest.mark.parametrize("setting, words", [
+    ("--cfg_scale=1", "cfg_scale is for tasks: the bound on a text has no prompt to guide it"),
+    ("--num_fewshot=2", "num_fewshot is for lm-eval's tasks"),
+    ("--estimator=llada", "estimator is for lm-eval's tasks"),
+])
+def test_a_setting_without_effect_on_a_bound_is_refused(setting, words, checkpoint, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = run_here("eval.py", f"--checkpoint={checkpoint}", "--device=cpu", setting)
+    assert (result.status, result.out) == (2, "") and words in result.err
 
 
 def test_nelbo_divides_its_passes(checkpoint, text):

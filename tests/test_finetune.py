@@ -445,6 +445,8 @@ def test_mistakes(tiny, base, unbroken, tmp_path):
             Sampler.load(checkpoint, adapter=adapter)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         Sampler.load(base, adapter=other)
+    with pytest.raises(ValueError, match="it would be added twice; leave --adapter away"):
+        Sampler.load(adapter, adapter=adapter)
     for arguments, words in (
         (dict(rank=-1), "lora_rank -1"),
         (dict(targets="q,w"), "'w'"),

@@ -141,6 +141,14 @@ def test_plan_says_what_a_step_takes():
 # Rollouts
 
 
+def test_what_the_system_says_needs_a_question():
+    task = Repeat()
+    task.name, task.kind = "beginnings", "text"
+    sampler = Sampler(learning_model(), Tokenizer.bytes(), "tiny")
+    with pytest.raises(ValueError, match="system .* and task beginnings asks none"):
+        Asker(sampler, task, SETTINGS | dict(system="Go on."))
+
+
 def test_rollouts_are_the_samplers_and_know_their_steps():
     """Answers are those of one prompt alone, and the steps are those in which tokens were
     written."""

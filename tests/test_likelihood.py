@@ -169,3 +169,6 @@ def test_log_likelihood_says_what_cannot_be(arguments, message):
         log_likelihood(tiny(), [[1]], [[2, 3]], **arguments)
     with pytest.raises(ValueError, match="exceed the context of 64"):
         log_likelihood(tiny(max_len=64), [[1] * 60], [[2] * 5])
+    for prefix, target in (([1], [2, 10**6]), ([-1], [2])):
+        with pytest.raises(ValueError, match="is outside the vocabulary of"):
+            log_likelihood(tiny(), [prefix], [target])

@@ -417,6 +417,13 @@ def test_padding_and_company_change_nothing():
     assert not found[:, 8:].any()
 
 
+def test_rewards_may_be_whole_numbers_in_any_memory():
+    solved = torch.tensor([[1, 0], [0, 0], [1, 1], [1, 0]])
+    expected = group_advantages(torch.tensor([1.0, 0, 1, 1]), 2, leave_one_out=True)
+    for rewards in (solved[:, 0], solved[:, 0].bool(), solved.float()[:, 0]):
+        assert torch.equal(group_advantages(rewards, 2, leave_one_out=True), expected)
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="7 rewards do not divide into groups of 2"):
         group_advantages(torch.zeros(7), 2)

@@ -163,6 +163,8 @@ def raises(prompt, answer, reference): return 1 / 0
 def words(prompt, answer, reference): return "good"
 def nothing(prompt, answer, reference): pass
 def infinite(prompt, answer, reference): return float("inf")
+def large(prompt, answer, reference): return 10**5000
+def leaves(prompt, answer, reference): raise SystemExit(3)
 def endless(prompt, answer, reference):
     while True:
         try:
@@ -180,7 +182,8 @@ def test_a_readers_own_function_and_what_can_go_wrong_with_it(tmp_path):
     assert judge(example(), "four").solved and judge(example(), "two").value == 0.75
     for name, words in (("raises", "raised ZeroDivisionError"), ("words", "returned 'good', which"),
                         ("nothing", "returned None, which is no number"),
-                        ("infinite", "returned inf,")):
+                        ("infinite", "returned inf,"), ("leaves", "raised SystemExit: 3"),
+                        ("large", "returned a number that is too large,")):
         found = Judge(f"{file}:{name}")(example(), "an answer")
         assert found.value == 0 and not found.solved
         assert words in found.failure and "the answer 'an answer'" in found.failure

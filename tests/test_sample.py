@@ -125,6 +125,25 @@ def test_autoregressive_and_block_diffusion_models(tmp_path):
     )
 
 
+def test_a_setting_without_effect_is_named(tmp_path):
+    """block_length and steps of a model that has its own way, max_new_tokens where gaps say it."""
+    asked = dict(block_length=8, steps=3, max_new_tokens=5, infill="")
+    reader = tiny_sampler(causal=True, shift=True, bos_token_id=256)
+    assert reader.without_effect(asked) == [
+        "block_length 8 is not used: tiny writes one token after another",
+        "steps 3 is not used: tiny writes one token after another",
+    ]
+    assert tiny_sampler(block_length=4).without_effect(asked) == [
+        "block_length 8 is not used: tiny writes in blocks of 4 tokens"
+    ]
+    assert tiny_sampler(block_length=8).without_effect(asked) == []
+    [line] = tiny_sampler().without_effect(asked | dict(infill="a[MASK]"))
+    assert line.startswith("max_new_tokens 5 is not used: a text with gaps")
+    tiny_checkpoint(tmp_path, block_length=4)
+    result = run("sample.py", f"--checkpoint={tmp_path}", "--max_new_tokens=8", "--block_length=8")
+    assert result.status == 0 and result.err.startswith("note: block_length 8 is not used")
+
+
 # ---- watching ------------------------------------------------------------------------------------
 def test_show_prints_a_line_a_step_where_there_is_no_terminal(checkpoint):
     out = sample(checkpoint, "--prompt=a\nb", "--max_new_tokens=6", "--show")
