@@ -112,6 +112,14 @@ def check(settings, at_least_1=(), not_negative=(), positive=(), **choices):
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}")
 
 
+def note_without_effect(where, **has_effect):
+    """Say of each setting that was given though has_effect[its name] is false that nothing reads it
+    `where`."""
+    for name, used in has_effect.items():
+        if not used and given(name, None) is not None and os.environ.get("RANK", "0") == "0":
+            print(f"note: {name} has no effect with {where}", file=sys.stderr)
+
+
 def seed_for(name, seed, *numbers):
     """The seed of the random numbers called `name`, 63 bits; numbers: the step, the row and what
     else tells streams apart.

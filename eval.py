@@ -80,10 +80,6 @@ threads = 0                 # CPU threads; 0: torch's choice
 settings = common.override(globals(), read=__name__ == "__main__")
 
 
-# What only lm-eval's tasks have a use for, as it is when nobody has touched it.
-FOR_TASKS = {"num_fewshot": -1, "apply_chat_template": False, "estimator": "dealt"}
-
-
 # ---- the bound on a text -------------------------------------------------------------------------
 @dataclass
 class Bound:
@@ -186,10 +182,9 @@ def main():
     benchmarks = [name for name in names if name != "nelbo"]
     if "nelbo" in names and cfg_scale:
         raise ValueError("cfg_scale is for tasks: the bound on a text has no prompt to guide it")
-    for name, plain in FOR_TASKS.items():
-        if not benchmarks and settings[name] != plain:
-            raise ValueError(f"{name} is for lm-eval's tasks: the bound on a text has no use for "
-                             "it")
+    asks = bool(benchmarks)
+    common.note_without_effect("the bound on a text", num_fewshot=asks, apply_chat_template=asks,
+                               estimator=asks)
     if benchmarks:
         evaluator = harness_model(settings)()
     else:

@@ -125,12 +125,9 @@ if not 0 <= edit_threshold <= 1:
 for name in ("schedule", "time_features", "max_weight", "per_token"):
     if editing != "flows" and common.given(name, None) is not None:
         raise ValueError(f"{name} is of --editing=flows: {editing} knows no time and no rates")
-has_effect = {"edit_threshold": editing != "flows", "num_masks": source == "masks",
-              "max_damage": source in ("damage", "mixed")}
-for name, used in has_effect.items():
-    if not used and common.given(name, None) is not None:
-        raise ValueError(f"{name} has no effect with editing {editing} and source {source}: leave "
-                         "it away")
+common.note_without_effect("editing flows", edit_threshold=editing != "flows")
+common.note_without_effect(f"source {source}", num_masks=source == "masks",
+                           max_damage=source in ("damage", "mixed"))
 if seq_len < 2:
     raise ValueError(f"seq_len must be at least 2, a token to begin with and one of text, got "
                      f"{seq_len}")

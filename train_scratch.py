@@ -102,12 +102,9 @@ if not (max_steps or max_minutes):
     raise ValueError("max_steps and max_minutes are both 0: say when to stop")
 if n_experts == 0 and (balance_loss or balance_rate):
     raise ValueError("balance_loss and balance_rate are for experts: set n_experts")
-has_effect = {"schedule": objective != "ar", "max_weight": objective != "ar",
-              "experts_per_token": n_experts > 0}
-for name, used in has_effect.items():
-    if not used and common.given(name, None) is not None:
-        raise ValueError(f"{name} has no effect with objective {objective} and n_experts "
-                         f"{n_experts}: leave it away")
+common.note_without_effect(f"objective {objective}", schedule=objective != "ar",
+                           max_weight=objective != "ar", block_length=objective == "bd3lm")
+common.note_without_effect("n_experts 0", experts_per_token=n_experts > 0)
 if objective == "ar" and seq_len < 2:
     raise ValueError("objective ar predicts each token from those before it: seq_len must be at "
                      "least 2")

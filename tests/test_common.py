@@ -82,6 +82,15 @@ def test_given(monkeypatch):
     assert common.given("other", "x") == "x" and common.given("init", "x") == "x"
 
 
+def test_a_setting_without_effect_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--schedule=cosine", "--size=2"])
+    common.note_without_effect("objective ar", schedule=False, size=True, other=False)
+    assert capsys.readouterr().err == "note: schedule has no effect with objective ar\n"
+    monkeypatch.setenv("RANK", "1")
+    common.note_without_effect("objective ar", schedule=False)
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argument", "name", "value"),
     [

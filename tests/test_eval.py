@@ -275,8 +275,6 @@ def test_the_last_line_of_a_recipe_is_that_of_eval(tmp_path):
 
 @pytest.mark.parametrize("setting, words", [
     ("--cfg_scale=1", "cfg_scale is for tasks: the bound on a text has no prompt to guide it"),
-    ("--num_fewshot=2", "num_fewshot is for lm-eval's tasks"),
-    ("--estimator=llada", "estimator is for lm-eval's tasks"),
 ])
 def test_a_setting_without_effect_on_a_bound_is_refused(setting, words, checkpoint, monkeypatch):
     monkeypatch.chdir(ROOT)

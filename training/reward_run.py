@@ -111,13 +111,11 @@ def check_settings(settings):
     if settings["reference"] and not settings["beta"]:
         raise ValueError("reference is what the KL is measured from, and beta=0 has none: set beta")
     estimator, objective = settings["estimator"], settings["objective"]
-    has_effect = {"trace_together": estimator == "trace", "bound_samples": estimator == "bound",
-                  "bound_sets": estimator == "bound", "clip": objective == "grpo",
-                  "clip_high": objective == "grpo"}
-    for name, used in has_effect.items():
-        if not used and common.given(name, None) is not None:
-            raise ValueError(f"{name} has no effect with estimator {estimator} and objective "
-                             f"{objective}: leave it away")
+    common.note_without_effect(
+        f"estimator {estimator}", trace_together=estimator == "trace",
+        bound_samples=estimator == "bound", bound_sets=estimator == "bound")
+    common.note_without_effect(
+        f"objective {objective}", clip=objective == "grpo", clip_high=objective == "grpo")
     needs_even_bounds = settings["objective"] == "spg"
     if needs_even_bounds and (settings["estimator"], settings["bound_sets"]) != ("bound", "even"):
         raise ValueError("objective spg is made of two bounds: it needs --estimator=bound and "
