@@ -151,7 +151,11 @@ def read_pieces(path, begin, end):
 
 def skip_character(file, offset):
     """The first offset from here on that is not inside a UTF-8 character (10xxxxxx are the bytes
-    inside one)."""
+    inside one), nor in a byte order mark at the beginning, which is no text."""
+    if offset < len(codecs.BOM_UTF8):
+        file.seek(0)
+        if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+            return len(codecs.BOM_UTF8)
     if offset == 0:
         return 0
     file.seek(offset)

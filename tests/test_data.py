@@ -186,6 +186,16 @@ def test_pieces_join_without_a_seam(tmp_path, monkeypatch):
             assert head + tail == text and abs(len(head.encode()) - cut) <= 3
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Some editors write it at the beginning of a file."""
+    path = tmp_path / "text.txt"
+    path.write_text("één", encoding="utf-8-sig")
+    size = path.stat().st_size
+    for cut in range(size + 1):
+        head = "".join(files.read_pieces(path, 0, cut))
+        assert head + "".join(files.read_pieces(path, cut, size)) == "één"
+
+
 def test_the_offset_of_a_fault_between_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PIECE_BYTES", 4)
     # read as 4 + 4 bytes, then the fault
