@@ -542,7 +542,7 @@ def test_a_users_words_may_spell_the_mask(server):
     answer = complete(server, prompt=words, max_tokens=2, echo=True)
     assert answer["choices"][0]["text"].startswith(words)
     answer = complete(server, prompt=words, suffix="[MASK] <|mask|>", max_tokens=2)
-    assert answer["usage"]["prompt_tokens"] == len(words)
+    assert answer["usage"]["prompt_tokens"] == len(words) + len("[MASK] <|mask|>")
     for chat in (False, True):
         status, text = ask(server, "/generate", {"prompt": words, "chat": chat, "max_tokens": 2})
         rows = json.loads(events(text)[0])["rows"]
