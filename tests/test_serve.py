@@ -272,6 +272,7 @@ def test_a_stream_waits_where_tokens_may_be_masked_again(server):
     assert not any(chunk["choices"][0]["text"] for chunk in chunks[:-1])
 
 
+@pytest.mark.filterwarnings("ignore:editing ended")
 @pytest.mark.parametrize("blocks", [{}, {"block_length": 8, "blocks_from_start": True}])
 def test_a_stream_waits_where_tokens_may_be_written_anew(blocks):
     """What was sent cannot be taken back, and LLaDA2.1 edits a block until nothing changes."""
