@@ -182,13 +182,12 @@ def main():
     benchmarks = [name for name in names if name != "nelbo"]
     if "nelbo" in names and cfg_scale:
         raise ValueError("cfg_scale is for tasks: the bound on a text has no prompt to guide it")
-    asks = bool(benchmarks)
-    common.note_without_effect("the bound on a text", num_fewshot=asks, apply_chat_template=asks,
-                               estimator=asks)
     if benchmarks:
         evaluator = harness_model(settings)()
     else:
         evaluator = Evaluator(settings)
+        common.note_without_effect("the bound on a text", num_fewshot=False,
+                                   apply_chat_template=False, estimator=False)
     results, bound = {}, None
     if "nelbo" in names:
         bound = text_bound(evaluator)
