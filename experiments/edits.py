@@ -58,7 +58,7 @@ from experiments.tales import gaps as find_gaps  # noqa: E402
 from experiments.tales import standard_error  # noqa: E402
 from experiments.timing import interleaved, machine, timed  # noqa: E402
 from model import Config, Transformer  # noqa: E402
-from sampling.editing import Canvas, begun, canvas_with_gaps, edit, with_masks  # noqa: E402
+from sampling.editing import Canvas, begun, canvas_with_gaps, continued, edit  # noqa: E402
 from sampling.sampler import Sampler  # noqa: E402
 
 WAYS = {        # settings of train_edits.py
@@ -306,7 +306,7 @@ def lengths(out, count="200", steps="8,16,32,64,128", minutes="20"):
 
 def written(way, sampler, count, steps, theirs):
     """Tales out of nothing; how their lengths in tokens differ from `theirs`."""
-    start = with_masks(sampler, begun(sampler, []), sampler.config.edit_masks)
+    start = continued(sampler, begun(sampler, []), 0)
     texts, passes = edited(sampler, [start] * count, steps, temperature=0.7)
     ours = [len(sampler.tokenizer.encode(text)) for text in texts]
     return {"way": way, "passes": passes, "tokens": statistics.mean(ours),
