@@ -174,7 +174,7 @@ def plot(logs, exact, path):
     axes = figure.subplots()
     for name, rows in logs.items():
         minutes = [row["elapsed_s"] / 60 for row in rows]
-        axes.plot(minutes, [row["val_nelbo"] for row in rows], label=name, lw=1.2)
+        axes.plot(minutes, [row["val_nelbo"] for row in rows], ".-", label=name, lw=1.2)
     axes.axhline(exact, color="black", lw=0.8, ls="--", label="the teacher, exact")
     axes.set(xlabel="minutes of training", ylabel="NELBO of held-out answers, nats per token")
     axes.grid(alpha=0.3)

@@ -264,7 +264,7 @@ def plot_curves(table, path):
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     panels = figure.subplots(1, 3)
     keys = {"solve_rate": "held-out solve rate", "reward": "reward of sampled answers",
-            "train_loss": "-log p per token of them, as estimated"}
+            "train_loss": "-log p per token, estimated"}
     for number, (name, runs) in enumerate(table.items()):
         for first, rows in enumerate(runs):
             for axes, (key, label) in zip(panels, keys.items()):
