@@ -36,6 +36,7 @@ from common import stream
 from passes import (
     block_nll,
     canvas_mask_id,
+    check_tokens,
     config_of,
     mask_token_id,
     masked_nll,
@@ -518,12 +519,8 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
 
 
 def check_canvas(config, tokens):
-    """ValueError for tokens [B, T] outside the vocabulary, or more of them than the context has.
-    The canvas of an autoregressive model may hold vocab_size, which stands for a mask."""
-    outside = (tokens < 0) | (tokens >= config.vocab_size + int(config.causal))
-    if outside.any():
-        raise ValueError(f"token {int(tokens[outside][0])} is outside the vocabulary of "
-                         f"{config.vocab_size}")
+    """ValueError for tokens [B, T] outside the vocabulary, or more of them than the context has."""
+    check_tokens(config, tokens.tolist(), is_canvas=True)
     if tokens.shape[1] > config.max_len:
         raise ValueError(f"{tokens.shape[1]} tokens exceed the model's context of "
                          f"{config.max_len}")

@@ -117,7 +117,8 @@ def text_bound(evaluator):
         return Bound(value, error, corpus.bytes_per_token("val"), sum(map(len, texts)))
     data = open_dataset(dataset, folder, length, padding="hidden")
     batch = data.val_batch(max(2, max_tokens // length))        # one alone would have no error
-    batch = data.val_batch(limited(len(batch.tokens)))
+    if limit:
+        batch = data.val_batch(limited(len(batch.tokens)))
     batch = batch.to(next(evaluator.model.parameters()).device)
     value, error = nelbo(
         evaluator.model, batch.tokens, evaluator.num_samples or 1, seed, maskable=batch.maskable,

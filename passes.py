@@ -170,6 +170,16 @@ def predict(model, x, where, block_of, device):
     return row_logits(model, x[None].to(device), rows.to(device), **how)
 
 
+def check_tokens(config, sequences, is_canvas=False):
+    """ValueError for a token outside the vocabulary in one of the lists. The canvas of an
+    autoregressive model may hold vocab_size, which stands for a mask."""
+    size = config.vocab_size + 1 if is_canvas and config.causal else config.vocab_size
+    for tokens in sequences:
+        for token in tokens:
+            if not 0 <= token < size:
+                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
+
+
 def guided(logits, without_prompt, cfg_scale):
     """Classifier-free guidance: the logits of a pass with the prompt masked, plus (1 + cfg_scale)
     times the difference that the prompt makes (LLaDA, 2502.09992, eq. 16)."""

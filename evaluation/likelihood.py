@@ -21,7 +21,15 @@ import torch
 import torch.nn.functional as F
 
 from common import stream
-from passes import config_of, guided, mask_token_id, masked_nll, prediction_rows, row_logits
+from passes import (
+    check_tokens,
+    config_of,
+    guided,
+    mask_token_id,
+    masked_nll,
+    prediction_rows,
+    row_logits,
+)
 
 
 @torch.no_grad()
@@ -79,10 +87,7 @@ def check(config, requests, num_samples, estimator, cfg_scale):
     if longest > config.max_len:
         raise ValueError(f"{longest} tokens, prefix and target, exceed the context of "
                          f"{config.max_len}")
-    for request in requests:
-        for token in request.prefix + request.target:
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
+    check_tokens(config, [request.prefix + request.target for request in requests])
 
 
 class Request:

@@ -17,7 +17,15 @@ import torch
 import kernels
 from diffusion import BLIND, REMASKING, STEP_SCHEDULES, entropy, low_confidence, streams
 from model import Transformer
-from passes import canvas_mask_id, config_of, guided, mask_token_id, own_block_length, row_logits
+from passes import (
+    canvas_mask_id,
+    check_tokens,
+    config_of,
+    guided,
+    mask_token_id,
+    own_block_length,
+    row_logits,
+)
 from sampling.cache import Cache
 from sampling.rules import (
     REMASK_SCHEDULES,
@@ -176,7 +184,8 @@ class Sampling:
     def check(self, config, sequences):
         """Raises ValueError for what cannot be, naming it."""
         self.check_ranges()
-        self.check_tokens(config, sequences)
+        check_tokens(config, sequences, is_canvas=True)
+        check_tokens(config, (self.suppress, self.defer))
         self.check_combinations(config)
         longest = max(map(len, sequences), default=0)
         if longest > config.max_len:
@@ -205,17 +214,6 @@ class Sampling:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got "
                                  f"{getattr(self, name)!r}")
-
-    def check_tokens(self, config, sequences):
-        # The canvas of an autoregressive model may hold vocab_size, which stands for a mask.
-        canvas_size = config.vocab_size + 1 if config.causal else config.vocab_size
-        sizes = [(tokens, canvas_size) for tokens in sequences]
-        sizes += [(tokens, config.vocab_size) for tokens in (self.suppress, self.defer)]
-        for tokens, size in sizes:
-            for token in tokens:
-                if not 0 <= token < size:
-                    raise ValueError(f"token {token} is outside the vocabulary of "
-                                     f"{config.vocab_size}")
 
     def check_combinations(self, config):
         rules = [name for name in ADAPTIVE if getattr(self, name) is not None]

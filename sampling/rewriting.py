@@ -29,7 +29,7 @@ from edits import (
     outgrown,
     protect,
 )
-from passes import config_of
+from passes import check_tokens, config_of
 from sampling.engine import row_streams
 
 
@@ -103,10 +103,7 @@ def check_values(config, sequences, temperature):
     """ValueError for a temperature that cannot be and a token outside the vocabulary."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must not be negative, got {temperature}")
-    for row in sequences:
-        for token in row:
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
+    check_tokens(config, sequences)
 
 
 def protections(sequences, prompt_lens=None, frozen=None, closed=None):
