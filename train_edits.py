@@ -75,7 +75,7 @@ look_beside = True          # two heads begin by looking at the token before and
 editing = "flows"           # flows (Edit Flows), tokens (LLaDA2.2), replace (LLaDA2.1)
 source = "mixed"            # x_0: nothing, masks, damage, gap; mixed: nothing, damage or gap
 num_masks = 32              # of source masks, however long the text is
-max_damage = 8              # random edits at most of source damage
+max_damage = 24             # random edits at most of source damage
 edit_threshold = 0.5        # of tokens, replace: sample.py edits where the model is surer than this
 # of flows
 schedule = "cubic"          # kappa_t: linear, cubic (dLLM), cube (t^3, Edit Flows), cosine

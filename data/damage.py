@@ -13,7 +13,7 @@ class SourceSettings:
     alphabet: list              # the tokens that damage may write
     mask_token_id: int | None   # of "masks"
     num_masks: int = 32         # of "masks"
-    max_damage: int = 8         # edits of "damage" at most
+    max_damage: int = 24        # edits of "damage" at most
 
 
 def alphabet_of(tokenizer, vocab_size):
@@ -82,8 +82,8 @@ def block_source(x_1, source, rng, how):
     """(x_0, share of it to mask) for a model that edits by tokens, whose text stands in a block.
 
     source  nothing: x_1, of which a random share is masked. damage: random edits, and at most a
-            fifth is masked. gap: a piece gives way to masks, to none or up to twice as many as it
-            had tokens. masks: all of it does, to how.num_masks. mixed: one of MIXTURE.
+            fifth is masked. gap: a piece is being filled in, see `half_filled`. masks: all of it
+            gives way to how.num_masks of them. mixed: one of MIXTURE.
     """
     if source == "mixed":
         source = rng.choice(MIXTURE)
@@ -93,6 +93,20 @@ def block_source(x_1, source, rng, how):
         return damage(x_1, rng, how), rng.random() / 5
     if source == "masks":
         return masks(x_1, rng, how), 0.0
+    return half_filled(x_1, rng, how), 0.0
+
+
+def half_filled(x_1, rng, how):
+    """x_1 with a gap as a sampler finds it on its way: in every second text nothing stands there
+    yet, in the others a random share of what is missing does. Instead of each run of missing tokens
+    there are masks, from none to twice as many."""
     begin, end = gap_place(x_1, rng)
-    number = rng.randint(0, 2 * (end - begin))
-    return x_1[:begin] + [how.mask_token_id] * number + x_1[end:], 0.0
+    share = rng.choice((0.0, rng.random()))
+    x_0, missing = x_1[:begin], 0
+    for token in x_1[begin:end]:
+        if rng.random() < share:
+            x_0 += [how.mask_token_id] * rng.randint(0, 2 * missing) + [token]
+            missing = 0
+        else:
+            missing += 1
+    return x_0 + [how.mask_token_id] * rng.randint(0, 2 * missing) + x_1[end:]

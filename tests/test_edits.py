@@ -558,6 +558,22 @@ def test_sources_leave_the_first_token():
             damage.damage(x_1, rng, how)
 
 
+def test_a_gap_on_its_way():
+    """Nothing stands there, or some of what is missing, and masks are too few or too many."""
+    rng, how = random.Random(0), damage.SourceSettings([1, 2, 3], 7)
+    x_1, lengths, is_empty = list(range(20, 50)), set(), []
+    for _ in range(200):
+        x_0 = damage.half_filled(x_1, rng, how)
+        shown = [token for token in x_0 if token != 7]
+        assert x_0[0] == 20 and shown == sorted(set(shown)) and set(shown) <= set(x_1)
+        missing = len(x_1) - len(shown)
+        assert len(x_0) - len(shown) <= 2 * missing
+        jumps = [b - a for a, b in zip(shown, shown[1:] + [50]) if b - a > 1]
+        is_empty.append(len(jumps) == 1)
+        lengths.add((missing > len(x_0) - len(shown)) - (missing < len(x_0) - len(shown)))
+    assert lengths == {-1, 0, 1} and 80 < sum(is_empty) < 150
+
+
 def test_work_ahead_is_the_same_work():
     ahead = Ahead(lambda n: n * n)
     assert [ahead(n) for n in (3, 4, 5, 9, 2)] == [9, 16, 25, 81, 4]
