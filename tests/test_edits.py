@@ -149,6 +149,19 @@ def test_texts_that_cannot_be_aligned():
         align_answer([1, 2, 3], [1, 3, 3], 2)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_alignments_of_tensors_are_those_of_lists(monkeypatch, plain):
+    """Two tensors of one token are no equal keys of a dict: [1, 2, 3] and [1, 2] had nothing in
+    common."""
+    monkeypatch.setattr(kernels, "PLAIN", plain)
+    x_0, x_1 = torch.tensor([1, 2, 3]), torch.tensor([1, 2])
+    assert align(x_0, x_1) == align((1, 2, 3), [1, 2]) == ([1, 2, 3], [1, 2, BLANK])
+    assert align_answer(x_0, (1, 2), 1) == ([1, 2, 3], [1, 2, BLANK])
+    assert common_tokens(x_0, x_1) == [(0, 0), (1, 1)]
+    with pytest.raises(ValueError, match=r"token ids are whole numbers, got \[1.5\]"):
+        align([1.5], [1])
+
+
 def test_a_prompt_is_never_edited():
     """The cheapest alignment of the whole would insert in front of it."""
     x_0, x_1 = [1, 2, 1, 3], [1, 2, 1, 2, 1, 3]
