@@ -506,7 +506,7 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors in our layout, and the tokenizer files of the
-        checkpoint that was loaded."""
+        checkpoint that was loaded. ValueError for a model with an adapter that is not merged."""
         from pretrained.export import save
         save(self, folder)
 
