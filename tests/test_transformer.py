@@ -258,6 +258,12 @@ def test_the_loss_can_be_differentiated_once():
 # masks and sizes
 
 
+def test_a_mask_of_numbers_to_be_added_is_refused():
+    """0 for what is seen would be read as false."""
+    with pytest.raises(ValueError, match="attention_mask is true, or 1, where a key may be seen"):
+        random_model()(random_tokens(2, 4), attention_mask=torch.zeros(2, 4))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
