@@ -278,12 +278,16 @@ def ar_loss(model, tokens):
 
 
 def times(t, shape, generator):
-    """t, or times drawn by `sample_t`. Raises ValueError for another shape."""
+    """t, or times drawn by `sample_t`. Raises ValueError for another shape, and for times at which
+    nothing is masked or more than everything."""
     if t is None:
         return sample_t(shape, generator)
     if t.shape != shape:
         raise ValueError(f"t must have shape {list(shape)}, one time a sequence or block, got "
                          f"{list(t.shape)}")
+    if not ((t > 0) & (t <= 1)).all():
+        raise ValueError(f"t must be above 0 and at most 1, got {t.min().item()} to "
+                         f"{t.max().item()}")
     return t
 
 

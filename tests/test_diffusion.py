@@ -364,6 +364,10 @@ def test_a_loss_says_what_cannot_be():
         block_loss(model, tokens_of((1, 10)), 4)
     with pytest.raises(ValueError, match="t must have shape"):
         mdlm_loss(model, tokens_of((2, 4)), t=torch.ones(3))
+    for t in (0.0, 1.5, -1.0, math.nan):                # weights that are infinite or mean nothing
+        for loss in (mdlm_loss, sft_loss, lambda *args, t: block_loss(*args, 2, t=t)):
+            with pytest.raises(ValueError, match="t must be above 0 and at most 1, got"):
+                loss(model, tokens_of((2, 4)), t=torch.tensor([1.0, t]))
     with pytest.raises(ValueError, match="mask must have the shape"):
         mask = torch.ones(2, 5, dtype=torch.bool)
         mdlm_loss(model, tokens_of((2, 4)), t=torch.ones(2), mask=mask)
