@@ -322,7 +322,7 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
 
     maskable        bool [N, T], what is scored given the rest: the answers of conversations. Nats
                     and tokens are summed over all rows before they are divided.
-    attention_mask  bool [N, T], false for padding behind a row's end, which nobody sees.
+    attention_mask  bool [N, T], false for padding, which nobody sees.
     run_passes      the builtin map, or common.share, which divides the passes among processes.
     Raises ValueError where there is no token to score, or for less than one sample.
     """
@@ -334,8 +334,10 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
     maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
     longest = tokens.shape[1]
     if attention_mask is not None:                      # padding is no text to score
-        longest = int(attention_mask.sum(1).max())
-        maskable = maskable & attention_mask.bool().cpu()
+        shown = attention_mask.bool().cpu()
+        longest, maskable = width_of(shown), maskable & shown
+        if config.causal:                               # nor does it predict the token behind it
+            maskable[:, 1:] &= shown[:, :-1]
     generator = stream("hidden tokens of nelbo", seed)
     draws = 1 if config.causal else num_samples
     passes = []                                         # (sample, rows, mask, weights) each
@@ -349,7 +351,7 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
         _, rows, mask, weights = one
         width, shown = longest, None
         if attention_mask is not None:                  # no wider than the longest of these rows
-            width = int(attention_mask[rows].sum(1).max())
+            width = width_of(attention_mask[rows])
             shown = attention_mask[rows, :width]
         nll = masked_nll(model, tokens[rows, :width], mask[:, :width], shown)
         return (nll * weights[:, :width].to(nll.device)).sum(1).double().cpu()
@@ -362,6 +364,12 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
         raise ValueError("there is no token to score")
     value = nats.sum() / (counts.sum() * draws)
     return value.item(), ratio_error(nats, counts, value)
+
+
+def width_of(shown):
+    """Of how many columns, from the first on, all is that is shown [B, T]; at least 1."""
+    columns = shown.bool().any(0).nonzero()
+    return int(columns.max()) + 1 if len(columns) else 1
 
 
 def hide(config, maskable, generator):

@@ -439,6 +439,20 @@ def test_a_block_sees_itself_noisy_and_the_blocks_before_it_clean(shift):
         assert (differs == may).all()
 
 
+@pytest.mark.parametrize("config", [{}, dict(block_length=4), dict(causal=True)])
+def test_padding_may_stand_in_front(config):
+    """RoPE knows distances alone, and blocks are counted from the left. With one token to score
+    nothing is drawn."""
+    model, tokens = tiny(**config), tokens_of((2, 3))
+    last = torch.tensor([False, False, True]).expand(2, 3)
+    padded, shown = F.pad(tokens, (4, 0), value=5), torch.arange(7).expand(2, 7) >= 4
+    want = pytest.approx(nelbo(model, tokens, maskable=last)[0], rel=1e-4)
+    assert nelbo(model, padded, maskable=F.pad(last, (4, 0)), attention_mask=shown)[0] == want
+    if model.config.causal:         # and padding does not predict the first token
+        want = pytest.approx(nelbo(model, tokens)[0], rel=1e-4)
+        assert nelbo(model, padded, attention_mask=shown)[0] == want
+
+
 def test_nelbo_of_a_block_model_and_of_an_autoregressive_one():
     tokens = tokens_of((200, 8))
     model = tiny(block_length=4)
