@@ -511,6 +511,8 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
                          f"{block_length}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must not be negative, got {temperature}")
+    if temperature < 1e-6:              # 0 in all that float32 can tell, and does not overflow
+        temperature = 0.0
     if threshold is not None and (remasking != "low_confidence" or not 0 <= threshold <= 1):
         raise ValueError("threshold needs low_confidence and must be between 0 and 1, got "
                          f"{threshold} with {remasking}")
