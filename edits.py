@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import kernels
 from common import stream
 from diffusion import look_up, sample_t, sample_tokens, streams
-from passes import config_of, ratio_error, token_ids
+from passes import check_tokens, config_of, ratio_error, token_ids
 
 BLANK = -1
 # The kinds of edit, in the order of the model's rates.
@@ -305,6 +305,11 @@ def edit_loss(model, z_0, z_1, t=None, u=None, schedule=None, max_weight=None, p
         t = 1 - sample_t((B,), generator)
     if u is None:
         u = torch.rand((B, Z), generator=generator)
+    if t.shape != (B,) or u.shape != (B, Z):
+        raise ValueError(f"t and u must have shapes {[B]} and {[B, Z]}, got {list(t.shape)} and "
+                         f"{list(u.shape)}")
+    if not ((t >= 0) & (t <= 1)).all():
+        raise ValueError(f"t must be between 0 and 1, got {t.min().item()} to {t.max().item()}")
     schedule = schedule or config_of(model).edit_schedule
     t, u = t.to(z_0.device)[:, None], u.to(z_0.device)                                  # [B, 1]
     z_t = blend(z_0, z_1, t, u, schedule)
@@ -508,10 +513,12 @@ def flow(model, tokens, tau, schedule=None, prompt_len=0, frozen=None, closed=No
     seed        of the stream (seed, 0), as row 0 of rewriting.py has it.
     uniform     uniform(step, length) -> [3, length] in place of the stream; for comparisons.
     on_step     called with (step, Written) after each step.
-    Raises ValueError for an empty row, a canvas that outgrows the context, a model without heads, a
-    tau that is not above 0.
+    Raises ValueError for an empty row, a token outside the vocabulary, a canvas that outgrows the
+    context, a model without heads, a tau that is not above 0.
     """
     check_editor(model)
+    tokens = token_ids(tokens)
+    check_tokens(config_of(model), [tokens])
     if not tokens:
         raise ValueError("there is nothing to edit: a row needs at least one token")
     stays, shuts = protect(len(tokens), prompt_len)

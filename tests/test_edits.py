@@ -314,6 +314,13 @@ def test_losses_that_cannot_be():
         edit_loss(model, *stack([align([], [1, 2])]), torch.zeros(1), torch.ones(1, 2))
     with pytest.raises(ValueError, match="z_0 and z_1 must have one shape"):
         edit_loss(model, torch.ones(1, 2).long(), torch.ones(1, 3).long())
+    pair, u = stack([align([1, 2], [1, 3])] * 2), torch.zeros(2, 2)
+    for t in (-0.5, 1.5, math.nan):
+        with pytest.raises(ValueError, match="t must be between 0 and 1, got"):
+            edit_loss(model, *pair, torch.tensor([0.5, t]), u)
+    for t, wrong in ((torch.zeros(2, 1), u), (torch.zeros(1), u), (torch.zeros(2), u[0])):
+        with pytest.raises(ValueError, match=r"t and u must have shapes \[2\] and \[2, 2\], got"):
+            edit_loss(model, *pair, t, wrong)
     with pytest.raises(ValueError, match="schedule must be one of linear, cubic"):
         edit_loss(model, *stack([align([1], [1, 2])]), schedule="square")
     shifted = tiny_editor(shift=True)
@@ -446,6 +453,9 @@ def test_a_text_may_vanish():
 def test_what_cannot_be_rewritten(change, words):
     with pytest.raises(ValueError, match=words):
         rewrite(tiny_editor(), **{"sequences": [[22, 1]], **change})
+    if change == dict(sequences=[[24]]):
+        with pytest.raises(ValueError, match=words):
+            flow(tiny_editor(), [24], 0.5)
 
 
 def test_rates_that_overflow():
