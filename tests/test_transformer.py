@@ -418,6 +418,8 @@ def test_first_loss_is_about_that_of_a_uniform_guess(tied):
     [
         (dict(dim=30, n_heads=4), "dim 30 does not divide into 4 heads"),
         (dict(n_heads=4, n_kv_heads=3), "4 heads cannot share 3"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_scaling must be None or of"),
+        (dict(rope_scaling="linear"), "rope_scaling must be None or of rope_type linear or"),
         (dict(positions="alibi"), "positions must be one of rope, learned, got 'alibi'"),
         (dict(step_schedule="fast"), "step_schedule must be one of even, timesteps, got 'fast'"),
         (dict(step_schedule=["even"]), "step_schedule must be one of even, timesteps"),
