@@ -278,12 +278,16 @@ def ar_loss(model, tokens):
 
 
 def times(t, shape, generator):
-    """t, or times drawn by `sample_t`. Raises ValueError for another shape."""
+    """t, or times drawn by `sample_t`. Raises ValueError for another shape, and for times at which
+    nothing is masked or more than everything."""
     if t is None:
         return sample_t(shape, generator)
     if t.shape != shape:
         raise ValueError(f"t must have shape {list(shape)}, one time a sequence or block, got "
                          f"{list(t.shape)}")
+    if not ((t > 0) & (t <= 1)).all():
+        raise ValueError(f"t must be above 0 and at most 1, got {t.min().item()} to "
+                         f"{t.max().item()}")
     return t
 
 
@@ -318,7 +322,7 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
 
     maskable        bool [N, T], what is scored given the rest: the answers of conversations. Nats
                     and tokens are summed over all rows before they are divided.
-    attention_mask  bool [N, T], false for padding behind a row's end, which nobody sees.
+    attention_mask  bool [N, T], false for padding, which nobody sees.
     run_passes      the builtin map, or common.share, which divides the passes among processes.
     Raises ValueError where there is no token to score, or for less than one sample.
     """
@@ -330,8 +334,10 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
     maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
     longest = tokens.shape[1]
     if attention_mask is not None:                      # padding is no text to score
-        longest = int(attention_mask.sum(1).max())
-        maskable = maskable & attention_mask.bool().cpu()
+        shown = attention_mask.bool().cpu()
+        longest, maskable = width_of(shown), maskable & shown
+        if config.causal:                               # nor does it predict the token behind it
+            maskable[:, 1:] &= shown[:, :-1]
     generator = stream("hidden tokens of nelbo", seed)
     draws = 1 if config.causal else num_samples
     passes = []                                         # (sample, rows, mask, weights) each
@@ -345,7 +351,7 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
         _, rows, mask, weights = one
         width, shown = longest, None
         if attention_mask is not None:                  # no wider than the longest of these rows
-            width = int(attention_mask[rows].sum(1).max())
+            width = width_of(attention_mask[rows])
             shown = attention_mask[rows, :width]
         nll = masked_nll(model, tokens[rows, :width], mask[:, :width], shown)
         return (nll * weights[:, :width].to(nll.device)).sum(1).double().cpu()
@@ -358,6 +364,12 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
         raise ValueError("there is no token to score")
     value = nats.sum() / (counts.sum() * draws)
     return value.item(), ratio_error(nats, counts, value)
+
+
+def width_of(shown):
+    """Of how many columns, from the first on, all is that is shown [B, T]; at least 1."""
+    columns = shown.bool().any(0).nonzero()
+    return int(columns.max()) + 1 if len(columns) else 1
 
 
 def hide(config, maskable, generator):
@@ -499,6 +511,8 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
                          f"{block_length}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must not be negative, got {temperature}")
+    if temperature < 1e-6:              # 0 in all that float32 can tell, and does not overflow
+        temperature = 0.0
     if threshold is not None and (remasking != "low_confidence" or not 0 <= threshold <= 1):
         raise ValueError("threshold needs low_confidence and must be between 0 and 1, got "
                          f"{threshold} with {remasking}")

@@ -16,7 +16,7 @@ import torch
 import kernels
 from diffusion import Loss
 from edits import Written
-from passes import config_of, weighted_nll
+from passes import config_of, token_ids, weighted_nll
 
 
 @dataclass
@@ -48,6 +48,7 @@ def common_tokens(x_0, x_1):
     """The longest common subsequence of two lists, as the list of its places (i, j), x_0[i] ==
     x_1[j], in rising order. Of several it is the one that is found from the end by leaving out
     tokens of x_1 before those of x_0."""
+    x_0, x_1 = token_ids(x_0), token_ids(x_1)
     if not kernels.PLAIN:
         return kernels.common_tokens(x_0, x_1)
     longest = [[0] * (len(x_1) + 1)]        # [i][j]: of the first i tokens and the first j

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import kernels
 from common import stream
 from diffusion import look_up, sample_t, sample_tokens, streams
-from passes import config_of, ratio_error
+from passes import check_tokens, config_of, ratio_error, token_ids
 
 BLANK = -1
 # The kinds of edit, in the order of the model's rates.
@@ -90,10 +90,11 @@ def align(x_0, x_1, substitution=1, gap=1):
     one to the other cost least (Needleman and Wunsch 1970): `substitution` for another token, `gap`
     for an insertion or a deletion.
 
-    x_0 and x_1 are lists of token ids; an empty one is all gaps. Of several cheapest alignments it
-    is the one that, read from the end, prefers a pair before a deletion before an insertion, as
-    dLLM has it. Raises ValueError for a negative id.
+    x_0 and x_1 are lists of token ids, or tensors [T]; an empty one is all gaps. Of several
+    cheapest alignments it is the one that, read from the end, prefers a pair before a deletion
+    before an insertion, as dLLM has it. Raises ValueError for a negative id or what is no id.
     """
+    x_0, x_1 = token_ids(x_0), token_ids(x_1)
     for name, tokens in (("x_0", x_0), ("x_1", x_1)):
         if any(token < 0 for token in tokens):
             raise ValueError(f"{name} holds a negative token id: {BLANK} stands for a gap")
@@ -138,6 +139,7 @@ def costs(x_0, x_1, substitution, gap):
 def align_answer(x_0, x_1, prompt_len):
     """`align` of two texts that begin with the same prompt_len tokens, of which none is edited; in
     the cheapest alignment of the whole one might be. Raises ValueError where they differ."""
+    x_0, x_1 = token_ids(x_0), token_ids(x_1)
     prompt = x_1[:prompt_len]
     if x_0[:prompt_len] != prompt or len(prompt) < prompt_len:
         raise ValueError(f"the first {prompt_len} tokens of x_0 and x_1 differ: a prompt is given "
@@ -303,6 +305,11 @@ def edit_loss(model, z_0, z_1, t=None, u=None, schedule=None, max_weight=None, p
         t = 1 - sample_t((B,), generator)
     if u is None:
         u = torch.rand((B, Z), generator=generator)
+    if t.shape != (B,) or u.shape != (B, Z):
+        raise ValueError(f"t and u must have shapes {[B]} and {[B, Z]}, got {list(t.shape)} and "
+                         f"{list(u.shape)}")
+    if not ((t >= 0) & (t <= 1)).all():
+        raise ValueError(f"t must be between 0 and 1, got {t.min().item()} to {t.max().item()}")
     schedule = schedule or config_of(model).edit_schedule
     t, u = t.to(z_0.device)[:, None], u.to(z_0.device)                                  # [B, 1]
     z_t = blend(z_0, z_1, t, u, schedule)
@@ -506,10 +513,12 @@ def flow(model, tokens, tau, schedule=None, prompt_len=0, frozen=None, closed=No
     seed        of the stream (seed, 0), as row 0 of rewriting.py has it.
     uniform     uniform(step, length) -> [3, length] in place of the stream; for comparisons.
     on_step     called with (step, Written) after each step.
-    Raises ValueError for an empty row, a canvas that outgrows the context, a model without heads, a
-    tau that is not above 0.
+    Raises ValueError for an empty row, a token outside the vocabulary, a canvas that outgrows the
+    context, a model without heads, a tau that is not above 0.
     """
     check_editor(model)
+    tokens = token_ids(tokens)
+    check_tokens(config_of(model), [tokens])
     if not tokens:
         raise ValueError("there is nothing to edit: a row needs at least one token")
     stays, shuts = protect(len(tokens), prompt_len)

@@ -366,7 +366,8 @@ class Transformer(nn.Module):
         cache           keys and values of T positions to write to and to attend to
                         (sampling/cache.py); None: attend to `tokens`.
         positions       int64 [S] or [B, S]; None: 0, 1, 2...
-        Raises ValueError for more positions than a model with learned ones has.
+        Raises ValueError for more positions than a model with learned ones has, and for a mask of
+        numbers to be added.
         """
         return self.head(self.hidden(tokens, attention_mask, select, cache, positions))
 
@@ -451,6 +452,9 @@ class Transformer(nn.Module):
                 raise ValueError("a BlockMask cannot be combined with local attention: pass a bool "
                                  "mask")
             return (attention_mask, None), False
+        if attention_mask is not None and attention_mask.is_floating_point():
+            raise ValueError("attention_mask is true, or 1, where a key may be seen; numbers that "
+                             "are to be added to the scores, 0 and -inf, would say the opposite")
         given = None if attention_mask is None else attention_mask.bool()
         has_order = given is not None and given.dim() == 3      # in place of the model's own
         if has_order and not config.local_window:
@@ -506,7 +510,7 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors in our layout, and the tokenizer files of the
-        checkpoint that was loaded."""
+        checkpoint that was loaded. ValueError for a model with an adapter that is not merged."""
         from pretrained.export import save
         save(self, folder)
 

@@ -9,6 +9,7 @@ Shapes: B batch, T positions, V vocabulary, N tokens that are asked about.
 """
 import functools
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -170,12 +171,21 @@ def predict(model, x, where, block_of, device):
     return row_logits(model, x[None].to(device), rows.to(device), **how)
 
 
+def token_ids(tokens):
+    """A list of int of a list of token ids or a tensor [T]: two tensors of one token are no equal
+    keys of a dict. Raises ValueError for what is no whole number."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise ValueError(f"token ids are whole numbers, got {tokens!r:.80}") from None
+
+
 def check_tokens(config, sequences, is_canvas=False):
-    """ValueError for a token outside the vocabulary in one of the lists. The canvas of an
-    autoregressive model may hold vocab_size, which stands for a mask."""
+    """ValueError for a token outside the vocabulary, or what is no token, in one of the lists. The
+    canvas of an autoregressive model may hold vocab_size, which stands for a mask."""
     size = config.vocab_size + 1 if is_canvas and config.causal else config.vocab_size
     for tokens in sequences:
-        for token in tokens:
+        for token in token_ids(tokens):
             if not 0 <= token < size:
                 raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
 

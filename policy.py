@@ -30,8 +30,8 @@ from passes import config_of, guided, in_blocks, mask_token_id, prediction_rows,
 
 
 def group_advantages(rewards, group_size, scale=False, leave_one_out=False):
-    """Advantages float [B] of rewards [B], numbers of any type; the answers of a prompt stand
-    together, group_size each.
+    """Advantages float [B] of rewards [B], a tensor or a list, numbers of any type; the answers of
+    a prompt stand together, group_size each.
 
         A = r - mean(r of the group)                    (Dr. GRPO, arXiv 2503.20783)
         A = (r - mean) / (std + 1e-4)    with `scale`   (GRPO, 2402.03300; std with n - 1)
@@ -39,6 +39,7 @@ def group_advantages(rewards, group_size, scale=False, leave_one_out=False):
 
     Raises ValueError where groups do not divide the answers or are too small to compare.
     """
+    rewards = torch.as_tensor(rewards)
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
     if group_size < 2 and (scale or leave_one_out):
@@ -289,6 +290,15 @@ def policy_terms(logps, old, ref, advantages, clip=0.2, beta=0.0, clip_high=None
     return Terms(loss + beta * kl, kl, clipped)
 
 
+def check_shapes(shape, advantages, **tensors):
+    """ValueError unless advantages are [B] and all of the tensors, None aside, are of this shape,
+    [B, T]: others would be repeated until they fit, and the sum would be of something else."""
+    wanted = {"advantages": list(shape[:1]), **dict.fromkeys(tensors, list(shape))}
+    for name, tensor in {"advantages": advantages, **tensors}.items():
+        if tensor is not None and list(tensor.shape) != wanted[name]:
+            raise ValueError(f"{name} must have shape {wanted[name]}, got {list(tensor.shape)}")
+
+
 MEANS = ("tokens", "answers", "constant")
 
 
@@ -312,7 +322,9 @@ def token_weights(answer, mean="tokens"):
 def policy_loss(logps, old, ref, advantages, answer, clip=0.2, beta=0.0, clip_high=None,
                 ratio_cap=None, mean="tokens"):
     """The loss of GRPO, a scalar: the mean of `policy_terms` over all answer tokens, or another
-    one, see `token_weights`. logps, old, ref float [B, T]; advantages [B]; answer bool [B, T]."""
+    one, see `token_weights`. logps, old, ref float [B, T]; advantages [B]; answer bool [B, T].
+    Raises ValueError for other shapes."""
+    check_shapes(logps.shape, advantages, answer=answer, old=old, ref=ref)
     answer = answer.bool()
     # What stands outside of the answers may be anything, even nan.
     logps = torch.where(answer, logps, 0)
@@ -339,7 +351,9 @@ def wd1_weights(advantages, negative=True):
 
 def wd1_loss(logps, advantages, answer, negative=True):
     """wd1's loss, a scalar: sum over answers of `wd1_weights` times log p; no ratio, no clipping,
-    no length. logps float [B, T]; advantages [B]; answer bool [B, T]."""
+    no length. logps float [B, T]; advantages [B]; answer bool [B, T]. Raises ValueError for other
+    shapes."""
+    check_shapes(logps.shape, advantages, answer=answer)
     totals = torch.where(answer.bool(), logps, 0).sum(1)                                # [B]
     return (wd1_weights(advantages, negative).to(totals) * totals).sum()
 
@@ -368,6 +382,7 @@ def spg_terms(found, weight, advantages, mix=0.5, beta=1.5):
 
 def spg_loss(found, weight, advantages, answer, mix=0.5, beta=1.5, mean="tokens"):
     """SPG's loss, a scalar: the mean of `spg_terms` over all answer tokens, or another one, see
-    `token_weights`."""
+    `token_weights`. Raises ValueError for shapes that do not fit."""
+    check_shapes(found.shape[1:], advantages, answer=answer)
     terms = spg_terms(found, weight, advantages, mix, beta)
     return (token_weights(answer, mean).to(terms) * terms).sum()

@@ -107,7 +107,7 @@ def prepare_chat(dataset, tokenizer, root=None, vocab_size=2048):
         tokenizer.note_missing_template()
         tokenizer.add_chat_tokens()
         # The template is the tokenizer's as much as its vocabulary is.
-        content = f"{tokenizer.backend.to_str()}{tokenizer.chat_templates}"
+        content = f"{contents(tokenizer)}{tokenizer.chat_templates}"
         tokenizer_name = short_hash(content.encode())
     folder = prepared_root(root) / f"{name}-{tokenizer_name}"
     generator = generator_of(part.name for part in parts)
@@ -163,7 +163,7 @@ def find_tokenizer(tokenizer, vocab_size):
     """(name, the Tokenizer, or "bpe" for one still to be learned) of a tokenizer, its name or a
     checkpoint's folder. FileNotFoundError for none of these."""
     if isinstance(tokenizer, Tokenizer):
-        return short_hash(tokenizer.backend.to_str().encode()), tokenizer
+        return short_hash(contents(tokenizer).encode()), tokenizer
     tokenizer = str(tokenizer)
     if tokenizer == "bpe":
         check_vocab_size(vocab_size)             # now, not after a download
@@ -178,8 +178,16 @@ def find_tokenizer(tokenizer, vocab_size):
         raise FileNotFoundError(f"no tokenizer called {tokenizer!r}{hint} (take bpe, byte, gpt2 or "
                                 "the folder of a checkpoint)")
     loaded = Tokenizer.from_pretrained(folder)
-    content = short_hash(loaded.backend.to_str().encode())
+    content = short_hash(contents(loaded).encode())
     return f"{file_name(folder.resolve().name)}-{content}", loaded
+
+
+def contents(tokenizer):
+    """What a tokenizer makes of a text, as text: its vocabulary and rules, and which of its tokens
+    end a text, pad and mask. A base and its chat model often differ in the latter alone."""
+    roles = (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
+             tokenizer.bos_token_id)
+    return f"{tokenizer.backend.to_str()}{roles}"
 
 
 def digits_tokenizer(name, tokenizer, vocab_size):
@@ -237,7 +245,7 @@ def holds_text(folder, generator):
 
 def same_pieces(folder, tokenizer):
     """Whether a data set was prepared with an equal tokenizer."""
-    return Tokenizer.from_pretrained(folder).backend.to_str() == tokenizer.backend.to_str()
+    return contents(Tokenizer.from_pretrained(folder)) == contents(tokenizer)
 
 
 def holds_conversations(folder, generator):

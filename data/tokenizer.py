@@ -114,6 +114,8 @@ class Tokenizer:
         all ids: the 256 bytes, the pieces, and last the 4 special tokens; a small corpus may yield
         fewer. ValueError below 260."""
         check_vocab_size(vocab_size)
+        if isinstance(texts, str):      # letter by letter there is nothing to learn
+            raise ValueError("a tokenizer learns from a list of texts, or whatever yields some")
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIAL_TOKENS), min_frequency=2, show_progress=False,
@@ -198,7 +200,9 @@ class Tokenizer:
 
     def encode_batch(self, texts, add_special_tokens=False, parse_special=False, parse_mask=True):
         """The ids of many texts, on all cores: list of list of int. ValueError for what is not
-        Unicode text."""
+        Unicode text, and for a single one, whose letters would be taken for texts."""
+        if isinstance(texts, str):
+            raise ValueError("encode_batch takes a list of texts: encode takes one")
         texts = list(texts)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("only str can be encoded, one by one or in a list")

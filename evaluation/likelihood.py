@@ -29,6 +29,7 @@ from passes import (
     masked_nll,
     prediction_rows,
     row_logits,
+    token_ids,
 )
 
 
@@ -51,7 +52,9 @@ def log_likelihood(model, prefixes, targets, num_samples=128, seed=0, estimator=
     Raises ValueError for arguments that cannot be, naming them.
     """
     config, device = config_of(model), next(model.parameters()).device
-    requests = [Request(list(p), list(t)) for p, t in zip(prefixes, targets, strict=True)]
+    requests = []
+    for prefix, target in zip(prefixes, targets, strict=True):
+        requests.append(Request(token_ids(prefix), token_ids(target)))
     check(config, requests, num_samples, estimator, cfg_scale)
     for i, request in enumerate(requests):
         number = zlib.crc32(repr((request.prefix, request.target)).encode())

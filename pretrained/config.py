@@ -162,6 +162,9 @@ def interpret(family, raw):
             values["eos_token_ids"] = tokens if len(tokens) > 1 else None
             origin["eos_token_ids"] = origin[field]
         values[field] = translate(field, value)
+    if "local_rope_theta" in family.keys and flat.get("local_rope_theta", 0) is None:
+        values["local_rope_theta"] = values["rope_theta"]       # null: that of the global layers
+        origin["local_rope_theta"] = "as rope_theta"
     read_experts(family, values)
     if family.offset and type(values["max_len"]) is type(values["pad_token_id"]) is int:
         values["position_offset"] = values["pad_token_id"] + 1

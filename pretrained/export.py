@@ -22,12 +22,14 @@ TOKENIZER_FILES = (
 def save(model, folder, state=None):
     """See Transformer.save_pretrained. state: the model's tensors where the model itself holds but
     a part of them (FSDP2)."""
+    refuse_adapter(model)
     save_model(model, folder, state)
     copy_from_source(model, folder, TOKENIZER_FILES)
 
 
 def export(model, folder, gguf=False):
     """See Transformer.export_pretrained."""
+    refuse_adapter(model)
     if gguf is not False:
         from pretrained.gguf_writer import check_kind, write_gguf
         return write_gguf(model, folder, check_kind(gguf))
@@ -45,6 +47,15 @@ def export(model, folder, gguf=False):
     write_checkpoint(folder, config, tensors)
     # The family's own code, which some folders hold, is copied and never run.
     copy_from_source(model, folder, (*TOKENIZER_FILES, "*.py"))
+
+
+def refuse_adapter(model):
+    """ValueError for a model with an adapter beside its matrices, for which no layout has a
+    name."""
+    if any(name.endswith(".lora_A") for name, _ in model.named_parameters()):
+        raise ValueError("this model has an adapter, which would be left out: add it to the "
+                         "weights with training.lora.merge_lora, or write it alone with "
+                         "save_adapter")
 
 
 def copy_from_source(model, folder, patterns):

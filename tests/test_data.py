@@ -309,6 +309,22 @@ def test_pieces_that_were_learned_here_are_known_again(book, tmp_path):
     assert TokenDataset(other).vocab_size < TokenDataset(folder).vocab_size
 
 
+def test_a_tokenizer_with_another_end_of_text_prepares_anew(book, tmp_path):
+    """A base and its chat model share all tokens and differ in which of them ends a text."""
+    kinds, found = [Tokenizer.bytes(), Tokenizer.bytes()], []
+    kinds[1].roles = {**kinds[1].roles, "eos_token": "<|im_end|>"}
+    kinds[1].save_pretrained(tmp_path / "chat")
+    kinds[1] = Tokenizer.from_pretrained(tmp_path / "chat")
+    talk = tmp_path / "talk.jsonl"
+    talk.write_text("".join(f'{{"prompt": "{n}", "response": "so"}}\n' for n in range(40)))
+    for dataset in (book, str(talk)):
+        for tokenizer in kinds:
+            folder = prepare(dataset, tokenizer, root=tmp_path / "data")
+            found.append(TokenDataset(folder).eos_token_id)
+            assert Tokenizer.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id
+    assert found == [256, 259, 256, 259]
+
+
 def test_who_changes_a_generator_is_given_new_texts(tmp_path, monkeypatch):
     folder = prepare("sudoku4", root=tmp_path)
     made = (folder / "train.bin").stat().st_mtime_ns

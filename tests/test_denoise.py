@@ -96,6 +96,12 @@ def test_a_rule_decides_what_is_kept_first(name):
     assert sorted(best) == first[0].revealed[0].nonzero()[:, 0].tolist()
 
 
+def test_a_temperature_next_to_zero_is_zero():
+    """Where logits / temperature overflows, a token behind the vocabulary was drawn."""
+    model, tokens = random_model(), canvas([1], 6)
+    assert torch.equal(denoise(model, tokens, 6, 1e-40), denoise(model, tokens, 6))
+
+
 def test_denoise_says_what_cannot_be():
     with pytest.raises(ValueError, match="this model has no mask token"):
         denoise(random_model(mask_token_id=None), canvas([1], 3), 3)

@@ -364,6 +364,10 @@ def test_a_loss_says_what_cannot_be():
         block_loss(model, tokens_of((1, 10)), 4)
     with pytest.raises(ValueError, match="t must have shape"):
         mdlm_loss(model, tokens_of((2, 4)), t=torch.ones(3))
+    for t in (0.0, 1.5, -1.0, math.nan):                # weights that are infinite or mean nothing
+        for loss in (mdlm_loss, sft_loss, lambda *args, t: block_loss(*args, 2, t=t)):
+            with pytest.raises(ValueError, match="t must be above 0 and at most 1, got"):
+                loss(model, tokens_of((2, 4)), t=torch.tensor([1.0, t]))
     with pytest.raises(ValueError, match="mask must have the shape"):
         mask = torch.ones(2, 5, dtype=torch.bool)
         mdlm_loss(model, tokens_of((2, 4)), t=torch.ones(2), mask=mask)
@@ -433,6 +437,20 @@ def test_a_block_sees_itself_noisy_and_the_blocks_before_it_clean(shift):
         )
         assert not (differs & ~may).any(), (position, differs)
         assert (differs == may).all()
+
+
+@pytest.mark.parametrize("config", [{}, dict(block_length=4), dict(causal=True)])
+def test_padding_may_stand_in_front(config):
+    """RoPE knows distances alone, and blocks are counted from the left. With one token to score
+    nothing is drawn."""
+    model, tokens = tiny(**config), tokens_of((2, 3))
+    last = torch.tensor([False, False, True]).expand(2, 3)
+    padded, shown = F.pad(tokens, (4, 0), value=5), torch.arange(7).expand(2, 7) >= 4
+    want = pytest.approx(nelbo(model, tokens, maskable=last)[0], rel=1e-4)
+    assert nelbo(model, padded, maskable=F.pad(last, (4, 0)), attention_mask=shown)[0] == want
+    if model.config.causal:         # and padding does not predict the first token
+        want = pytest.approx(nelbo(model, tokens)[0], rel=1e-4)
+        assert nelbo(model, padded, attention_mask=shown)[0] == want
 
 
 def test_nelbo_of_a_block_model_and_of_an_autoregressive_one():

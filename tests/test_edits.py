@@ -149,6 +149,19 @@ def test_texts_that_cannot_be_aligned():
         align_answer([1, 2, 3], [1, 3, 3], 2)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_alignments_of_tensors_are_those_of_lists(monkeypatch, plain):
+    """Two tensors of one token are no equal keys of a dict: [1, 2, 3] and [1, 2] had nothing in
+    common."""
+    monkeypatch.setattr(kernels, "PLAIN", plain)
+    x_0, x_1 = torch.tensor([1, 2, 3]), torch.tensor([1, 2])
+    assert align(x_0, x_1) == align((1, 2, 3), [1, 2]) == ([1, 2, 3], [1, 2, BLANK])
+    assert align_answer(x_0, (1, 2), 1) == ([1, 2, 3], [1, 2, BLANK])
+    assert common_tokens(x_0, x_1) == [(0, 0), (1, 1)]
+    with pytest.raises(ValueError, match=r"token ids are whole numbers, got \[1.5\]"):
+        align([1.5], [1])
+
+
 def test_a_prompt_is_never_edited():
     """The cheapest alignment of the whole would insert in front of it."""
     x_0, x_1 = [1, 2, 1, 3], [1, 2, 1, 2, 1, 3]
@@ -301,6 +314,13 @@ def test_losses_that_cannot_be():
         edit_loss(model, *stack([align([], [1, 2])]), torch.zeros(1), torch.ones(1, 2))
     with pytest.raises(ValueError, match="z_0 and z_1 must have one shape"):
         edit_loss(model, torch.ones(1, 2).long(), torch.ones(1, 3).long())
+    pair, u = stack([align([1, 2], [1, 3])] * 2), torch.zeros(2, 2)
+    for t in (-0.5, 1.5, math.nan):
+        with pytest.raises(ValueError, match="t must be between 0 and 1, got"):
+            edit_loss(model, *pair, torch.tensor([0.5, t]), u)
+    for t, wrong in ((torch.zeros(2, 1), u), (torch.zeros(1), u), (torch.zeros(2), u[0])):
+        with pytest.raises(ValueError, match=r"t and u must have shapes \[2\] and \[2, 2\], got"):
+            edit_loss(model, *pair, t, wrong)
     with pytest.raises(ValueError, match="schedule must be one of linear, cubic"):
         edit_loss(model, *stack([align([1], [1, 2])]), schedule="square")
     shifted = tiny_editor(shift=True)
@@ -433,6 +453,9 @@ def test_a_text_may_vanish():
 def test_what_cannot_be_rewritten(change, words):
     with pytest.raises(ValueError, match=words):
         rewrite(tiny_editor(), **{"sequences": [[22, 1]], **change})
+    if change == dict(sequences=[[24]]):
+        with pytest.raises(ValueError, match=words):
+            flow(tiny_editor(), [24], 0.5)
 
 
 def test_rates_that_overflow():

@@ -404,6 +404,7 @@ BAD = [
     (dict(seed=[1, 2]), "one for each row, 1, got"),
     (dict(top_p=math.nan), "top_p"),
     (dict(entropy_bound=math.nan), "entropy_bound"),
+    (dict(prompts=[[1.5, 2.0]]), "token ids are whole numbers"),
 ]
 
 

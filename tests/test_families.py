@@ -157,6 +157,7 @@ VARIANTS = {
         dict(global_attn_every_n_layers=1, hidden_activation="silu"),
         dict(global_rope_theta=500000.0, local_rope_theta=100.0, norm_eps=0.001),
         dict(classifier_activation="relu", hidden_activation="gelu_new", num_hidden_layers=2),
+        dict(global_rope_theta=500.0, local_rope_theta=None),   # none of their own: the global one
     ],
     "gpt2": [
         dict(),

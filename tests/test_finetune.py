@@ -517,6 +517,25 @@ def test_merging_and_the_formula():
     )
 
 
+def test_an_adapter_is_never_lost_in_silence(tmp_path):
+    """The published layout would have the matrices without it; a second one would take the places
+    of the first, with its alpha."""
+    base = tiny_of_family("llama", Tokenizer.bytes(), 64, dim=32, n_layers=1, n_heads=2)
+    base.export_pretrained(tmp_path / "base")
+    adapted = randomize(add_lora(base, 2, 4, targets="q"))
+    save_adapter(adapted, tmp_path / "adapter", tmp_path / "base")
+    for write in (adapted.save_pretrained, adapted.export_pretrained):
+        with pytest.raises(ValueError, match="has an adapter, which would be left out"):
+            write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="has an adapter already: merge that into it"):
+        load_adapter(adapted, tmp_path / "adapter")
+    tokens = torch.arange(9)[None]
+    twice = load_adapter(merge_lora(adapted), tmp_path / "adapter")
+    once = load_adapter(Transformer.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert not torch.allclose(twice(tokens), once(tokens), atol=1e-3)
+
+
 def test_peft_loads_our_adapter_and_we_load_peft_s(tmp_path):
     import peft
     import transformers

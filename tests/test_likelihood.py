@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MASK, ragged_sequences, tiny
+from models import MASK, ragged_sequences, tiny, tokens_of
 
 import diffusion
 from evaluation.likelihood import ESTIMATORS, guided_nll, log_likelihood
@@ -154,6 +154,14 @@ def test_padding_changes_no_likelihood(config):
                 cfg_scale,
             )
             torch.testing.assert_close(together[b, : len(row)], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_a_tensor_are_those_of_a_list():
+    """The sets that are hidden are drawn by the tokens, whatever they came in."""
+    model, prefix, target = tiny(), tokens_of((3,)), tokens_of((8,), seed=1)
+    lists = log_likelihood(model, [prefix.tolist()], [target.tolist()], num_samples=8)
+    assert log_likelihood(model, [prefix], [target], num_samples=8) == lists
+    assert log_likelihood(model, prefix[None], target.numpy()[None], num_samples=8) == lists
 
 
 @pytest.mark.parametrize(

@@ -420,7 +420,7 @@ def test_padding_and_company_change_nothing():
 def test_rewards_may_be_whole_numbers_in_any_memory():
     solved = torch.tensor([[1, 0], [0, 0], [1, 1], [1, 0]])
     expected = group_advantages(torch.tensor([1.0, 0, 1, 1]), 2, leave_one_out=True)
-    for rewards in (solved[:, 0], solved[:, 0].bool(), solved.float()[:, 0]):
+    for rewards in (solved[:, 0], solved[:, 0].bool(), solved.float()[:, 0], [1, 0, 1, 1]):
         assert torch.equal(group_advantages(rewards, 2, leave_one_out=True), expected)
 
 
@@ -431,4 +431,17 @@ def test_what_cannot_be_compared_is_refused():
         group_advantages(torch.zeros(7), 1, leave_one_out=True)
     with pytest.raises(ValueError, match="mean must be one of tokens, answers, constant"):
         token_weights(torch.ones(1, 2), "median")
+    logps, A, answer = torch.randn(4, 5), torch.randn(4), torch.ones(4, 5, dtype=torch.bool)
+    for wrong in (A[:, None], A[:1], logps):
+        with pytest.raises(ValueError, match=r"advantages must have shape \[4\], got"):
+            policy_loss(logps, None, None, wrong, answer)
+        with pytest.raises(ValueError, match=r"advantages must have shape \[4\], got"):
+            wd1_loss(logps, wrong, answer)
+        with pytest.raises(ValueError, match=r"advantages must have shape \[4\], got"):
+            spg_loss(logps[None], answer[None].float(), wrong, answer)
+    for name, wrong in (("answer", dict(answer=answer[0])), ("old", dict(old=logps[:, :1])),
+                        ("ref", dict(ref=logps[0]))):
+        with pytest.raises(ValueError, match=rf"{name} must have shape \[4, 5\], got"):
+            policy_loss(**{"logps": logps, "old": None, "ref": None, "advantages": A,
+                           "answer": answer, **wrong})
     assert not group_advantages(torch.full((6,), 0.3), 3, scale=True).abs().max() > 1e-3

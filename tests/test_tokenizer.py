@@ -84,6 +84,13 @@ def test_special_tokens(ours):
     assert ours.add_mask_token() == ours.mask_token_id == ours.vocab_size - 3
 
 
+def test_a_single_text_is_not_taken_for_many_of_a_letter():
+    with pytest.raises(ValueError, match="learns from a list of texts"):
+        Tokenizer.train("once upon a time " * 99, 300)
+    with pytest.raises(ValueError, match="encode_batch takes a list of texts: encode takes one"):
+        Tokenizer.bytes().encode_batch("once")
+
+
 def test_training_counts_all_ids(bpe):
     assert bpe.vocab_size == 340
     # the same every time

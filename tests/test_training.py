@@ -190,6 +190,8 @@ def test_make_folder(tmp_path):
     ):
         with pytest.raises((OSError, ValueError), match="cannot write to out_dir|null byte"):
             make_folder(bad)
+    with pytest.raises(ValueError, match="out_dir is empty"):      # not the folder one stands in
+        make_folder("")
     errors = []
 
     def many_times():  # all ranks of a run make the folder at once

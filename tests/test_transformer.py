@@ -258,6 +258,12 @@ def test_the_loss_can_be_differentiated_once():
 # masks and sizes
 
 
+def test_a_mask_of_numbers_to_be_added_is_refused():
+    """0 for what is seen would be read as false."""
+    with pytest.raises(ValueError, match="attention_mask is true, or 1, where a key may be seen"):
+        random_model()(random_tokens(2, 4), attention_mask=torch.zeros(2, 4))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
@@ -412,6 +418,8 @@ def test_first_loss_is_about_that_of_a_uniform_guess(tied):
     [
         (dict(dim=30, n_heads=4), "dim 30 does not divide into 4 heads"),
         (dict(n_heads=4, n_kv_heads=3), "4 heads cannot share 3"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_scaling must be None or of"),
+        (dict(rope_scaling="linear"), "rope_scaling must be None or of rope_type linear or"),
         (dict(positions="alibi"), "positions must be one of rope, learned, got 'alibi'"),
         (dict(step_schedule="fast"), "step_schedule must be one of even, timesteps, got 'fast'"),
         (dict(step_schedule=["even"]), "step_schedule must be one of even, timesteps"),

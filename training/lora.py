@@ -426,7 +426,7 @@ def setting_of(settings, kind, theirs):
 
 def load_adapter(model, folder):
     """Put the adapter in `folder` on `model`, ours or PEFT's. Returns the model, adapted.
-    ValueError if it belongs to another.
+    ValueError if it belongs to another, or `model` has one already.
 
     The adapter of a run on a 4-bit base was trained on what NF4 leaves of the weights: `model`,
     which has the original ones, is rounded to that first.
@@ -435,6 +435,9 @@ def load_adapter(model, folder):
     settings = read_settings(folder)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}")
+    if lora_layers(model):          # its matrices would be replaced where both have some
+        raise ValueError(f"this model has an adapter already: merge that into it (merge_lora) "
+                         f"before {folder} is added")
     places = published_modules(model)
     if settings.get("base_bits") == 4:
         nf4.round_to_nf4(model)

@@ -12,6 +12,8 @@ from training.files import check_match, local_part
 
 def make_folder(out_dir):
     """Create out_dir and see that it can be written to, before hours of work depend on it."""
+    if not str(out_dir).strip():
+        raise ValueError("out_dir is empty: choose a folder with --out_dir=...")
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
