@@ -15,6 +15,7 @@ import math
 import operator
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -345,17 +346,27 @@ def run_reward(function, example, text, seconds):
             value = function(example, text)
     except OutOfTime:
         return 0.0, f"took longer than {seconds:g} s"
-    except (Exception, SystemExit) as error:  # noqa: BLE001  a reader's function may raise anything
-        return 0.0, f"raised {type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  a reader's function may raise anything
+        return 0.0, f"raised {type(error).__name__}: {spelled(error, str)}"
     try:
         value = float(value)
     except OverflowError:                               # a whole number of 400 digits
         return 0.0, "returned a number that is too large,"
-    except (TypeError, ValueError):
-        return 0.0, f"returned {repr(value)[:60]}, which is no number,"
+    except Exception:  # noqa: BLE001  and so may what it returns
+        return 0.0, f"returned {spelled(value, repr)[:60]}, which is no number,"
     if not math.isfinite(value):
         return 0.0, f"returned {value},"
     return value, ""
+
+
+def spelled(thing, how):
+    """how(thing), str or repr; where a class of the reader's own cannot even do that, its name."""
+    try:
+        return how(thing)
+    except Exception:  # noqa: BLE001
+        return f"a {type(thing).__name__}"
 
 
 def shortened(text):
@@ -366,22 +377,36 @@ def shortened(text):
 @contextlib.contextmanager
 def time_limit(seconds):
     """Raises OutOfTime in what runs under it for longer. By an alarm of the system: on Windows, and
-    in a thread, there is no limit."""
+    in a thread, there is no limit.
+
+    A bare `except:` catches OutOfTime as well, and a loop around it would go on for ever. So the
+    next line of the functions that were at work, which is in that `except:`, raises it again.
+    """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not hasattr(signal, "SIGALRM") or not in_main_thread:
         yield
         return
 
-    def ring(*_):
+    def stop(_, event, __):
+        if event == "line":
+            raise OutOfTime
+        return stop
+
+    def ring(_, frame):
+        sys.settrace(lambda *_: None)                   # what is called from now on is left alone
+        while frame is not None and frame.f_code is not run_reward.__code__:
+            frame.f_trace = stop
+            frame = frame.f_back
         raise OutOfTime
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before, tracer = signal.signal(signal.SIGALRM, ring), sys.gettrace()
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        sys.settrace(tracer)
 
 
 def read_factor(text, part):

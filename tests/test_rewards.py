@@ -159,6 +159,13 @@ def test_a_reward_that_nobody_knows(name, words):
 
 
 BROKEN = """
+import time
+
+class Odd(Exception):
+    def __float__(self): raise RuntimeError("no number")
+    def __repr__(self): raise RuntimeError("no text")
+    __str__ = __repr__
+
 def raises(prompt, answer, reference): return 1 / 0
 def words(prompt, answer, reference): return "good"
 def nothing(prompt, answer, reference): pass
@@ -171,6 +178,17 @@ def endless(prompt, answer, reference):
             reference += "x"
         except Exception:
             pass
+def stubborn(prompt, answer, reference):
+    begin = time.time()
+    while time.time() < begin + 2:
+        try:
+            time.sleep(0.01)
+        except:
+            pass
+    return 1.0
+def odd(prompt, answer, reference): return Odd()
+def raises_odd(prompt, answer, reference): raise Odd
+def gives_up(prompt, answer, reference): raise GeneratorExit("tired")
 def length(prompt, answer, reference): return len(answer) / 4
 """
 
@@ -183,8 +201,12 @@ def test_a_readers_own_function_and_what_can_go_wrong_with_it(tmp_path):
     for name, words in (("raises", "raised ZeroDivisionError"), ("words", "returned 'good', which"),
                         ("nothing", "returned None, which is no number"),
                         ("infinite", "returned inf,"), ("leaves", "raised SystemExit: 3"),
-                        ("large", "returned a number that is too large,")):
-        found = Judge(f"{file}:{name}")(example(), "an answer")
+                        ("large", "returned a number that is too large,"),
+                        ("odd", "returned a Odd, which is no number"),
+                        ("raises_odd", "raised Odd: a Odd"),
+                        ("gives_up", "raised GeneratorExit: tired"),
+                        ("stubborn", "took longer than 0.3 s")):
+        found = Judge(f"{file}:{name}", seconds=0.3)(example(), "an answer")
         assert found.value == 0 and not found.solved
         assert words in found.failure and "the answer 'an answer'" in found.failure
     judge, begin = Judge(f"{file}:endless", seconds=0.1), time.perf_counter()
