@@ -306,6 +306,8 @@ def test_gym_refuses_what_it_does_not_know():
                         ("gym:chain_sum:min_terms=9", "cannot be made")):
         with pytest.raises(ValueError, match=words):
             find_task(name)
+    with pytest.raises(ValueError, match="max_digits=2.5 cannot be made"):
+        find_task("gym:chain_sum:max_digits=2.5").example("train", 0)
 
 
 def test_gym_as_a_task_of_lm_evals():
