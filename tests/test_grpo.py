@@ -365,3 +365,6 @@ def test_a_file_of_prompts_and_answers(tmp_path):
     file.write_bytes(b'{"prompt": "a", "answer": "\xff"}')
     with pytest.raises(ValueError, match="sums.jsonl, line 1 is not JSON"):
         find_task(str(file))
+    file.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "\\ud800", "answer": "b"}')
+    with pytest.raises(ValueError, match="sums.jsonl, line 2 has a text that is not Unicode"):
+        find_task(str(file))
