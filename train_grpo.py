@@ -146,14 +146,14 @@ autocast = common.autocast(device, "float32" if lora_rank else dtype)
 sampler = Sampler(model, text, init_from)   # it finds the special tokens that config.json lacks
 settings["seq_len"] = min(seq_len, config.max_len)
 asker = Asker(sampler, asked, settings)
-asker.question("train", 0)                  # fail early: an answer longer than the context
+example, canvas = asker.question("train", 0)    # fail early: an answer longer than the context
 asker.question("val", 0)
+judge.check(example)                        # fail early: a reward that is for other tasks
 
 frozen = None                               # the reference that the KL is measured from
 if beta:                                    # a resumed run makes it anew: it never changed
     frozen = frozen_reference(model, reference, init_from, base, lora_rank, device)
 model.eval()                                # there is no dropout, and rollouts are half of the work
-_, canvas = asker.question("train", 0)
 asker.write([canvas], [seed], temperature)  # fail early: a setting that the sampler refuses
 
 # ---- optimizer -----------------------------------------------------------------------------------

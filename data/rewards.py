@@ -266,9 +266,10 @@ SPELLINGS = [("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac"
 
 @dataclass(frozen=True)
 class Named:
-    """A reward and the value of an answer that is right."""
+    """A reward, the value of an answer that is right, and what it reads of an Example's facts."""
     function: Callable
     full: float
+    reads: tuple = ()
 
 
 REWARDS = {
@@ -280,9 +281,9 @@ REWARDS = {
     "strict_format": Named(strict_format, 0.5),
     "soft_format": Named(soft_format, 0.5),
     "xmlcount": Named(xmlcount, 0.5),
-    "sudoku": Named(sudoku, 1.0),
-    "units": Named(units, 1.0),
-    "countdown": Named(countdown, 1.0),
+    "sudoku": Named(sudoku, 1.0, ("puzzle", "solution")),
+    "units": Named(units, 1.0, ("puzzle",)),
+    "countdown": Named(countdown, 1.0, ("numbers", "target")),
     "math": Named(math_correctness, 2.0),
     "boxed": Named(boxed, 1.0),
 }
@@ -319,7 +320,7 @@ class Judge:
     def __init__(self, names="", own=None, seconds=5.0):
         self.parts, self.seconds = [], seconds
         self.failed, self.last_failure = 0, ""          # in a row
-        for part in (names or "task").split("+"):
+        for part in split_names(names or "task"):
             factor, _, name = part.strip().rpartition("*")
             self.parts.append((read_factor(factor, part), name, find_reward(name.strip(), own)))
 
@@ -337,6 +338,23 @@ class Judge:
         self.failed = 0
         total = sum(factor * value for (factor, _, _), value in zip(self.parts, values))
         return Score(total, values[0] >= self.parts[0][2].full - 1e-6)
+
+
+    def check(self, example):
+        """ValueError where a reward reads what the task does not say of its questions."""
+        for _, name, reward in self.parts:
+            missing = [fact for fact in reward.reads if fact not in example.facts]
+            if missing:
+                raise ValueError(f"the reward {name} reads {' and '.join(reward.reads)} of a "
+                                 f"question, and this task has no {missing[0]}")
+
+
+def split_names(names):
+    """The parts of a sum of rewards; the name of a file that is there may hold a + itself."""
+    file = names.rpartition(":")[0]
+    if file.endswith(".py") and Path(file).expanduser().is_file():
+        return [names]
+    return names.split("+")
 
 
 def run_reward(function, example, text, seconds):
@@ -431,6 +449,8 @@ def find_reward(name, own=None):
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return Named(own_function(Path(file).expanduser(), function), 1.0)
+    if name.endswith(".py"):
+        raise ValueError(f"reward says the file {name} and no function of it: take {name}:NAME")
     near = difflib.get_close_matches(name, ["task", *REWARDS], 1, 0)[0]
     raise ValueError(f"no reward called {name!r}; did you mean {near!r}? (there are task, "
                      f"{', '.join(REWARDS)}, and FILE.py:function)")

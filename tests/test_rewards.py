@@ -213,6 +213,10 @@ def test_a_readers_own_function_and_what_can_go_wrong_with_it(tmp_path):
     failures = [judge(example(), "an answer").failure for _ in range(50)]
     assert time.perf_counter() - begin < 5              # after PATIENCE answers it is not asked
     assert all("took longer than 0.1 s" in failure for failure in failures)
+    folder = tmp_path / "c++"                           # a + is no sum in the name of a file
+    folder.mkdir()
+    (folder / "mine.py").write_text(BROKEN)
+    assert Judge(f"{folder}/mine.py:length")(example(), "four").value == 1
     with pytest.raises(ValueError, match="has no function called 'other'"):
         find_reward(f"{file}:other")
     file.write_text("import nothing_at_all")
