@@ -994,6 +994,9 @@ def test_sample_corrects(orders, tmp_path, monkeypatch):
             ("--cache=prefix", "takes steps, threshold, edit_threshold, temperature and seed"),
             ("--max_new_tokens=99", "1 tokens of prompt and 99 new ones exceed the block of 32"),
             ("--threshold=2", "threshold must be between 0 and 1, got 2.0"),
+            ("--infill=a [MASK:0]", "[MASK:0] asks for 0 masks: between 1 and the context of 32"),
+            ("--infill=a [MASK:99999999999]", "asks for 99999999999 masks"),
+            ("--edit=a [MASK] b", "the text to edit contains [MASK] at character 2: use --infill"),
             ("--chat", "neither --chat nor --serve")):
         result = run_here("sample.py", f"--checkpoint={tmp_path}", "--device=cpu", arguments)
         assert result.status == 2 and result.out == "" and words in result.err, result
