@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import kernels
 from common import stream
 from diffusion import look_up, sample_t, sample_tokens, streams
-from passes import config_of, ratio_error
+from passes import check_tokens, config_of, ratio_error
 
 BLANK = -1
 # The kinds of edit, in the order of the model's rates.
@@ -506,12 +506,15 @@ def flow(model, tokens, tau, schedule=None, prompt_len=0, frozen=None, closed=No
     seed        of the stream (seed, 0), as row 0 of rewriting.py has it.
     uniform     uniform(step, length) -> [3, length] in place of the stream; for comparisons.
     on_step     called with (step, Written) after each step.
-    Raises ValueError for an empty row, a canvas that outgrows the context, a model without heads, a
-    tau that is not above 0.
+    Raises ValueError for an empty row, a token outside the vocabulary, a canvas that outgrows the
+    context, a model without heads, a tau or a temperature that cannot be.
     """
     check_editor(model)
     if not tokens:
         raise ValueError("there is nothing to edit: a row needs at least one token")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    check_tokens(config_of(model), [tokens])
     stays, shuts = protect(len(tokens), prompt_len)
     frozen = stays if frozen is None else frozen
     closed = shuts if closed is None else closed

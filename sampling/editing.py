@@ -1,5 +1,6 @@
 """What sample.py does with a model that edits (train_edits.py): texts in, edits, texts out."""
 import sys
+import warnings
 from dataclasses import dataclass
 
 from edit_tokens import edit_block
@@ -32,11 +33,15 @@ def edit_and_show(sampler, settings, read):
     watch = terminal.draw if settings["show"] else None
     trace = EditTrace(sampler, [canvas.tokens] * count, watch)
     try:
-        samples = edit(sampler.model, [canvas] * count, on_step=trace, **arguments)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            samples = edit(sampler.model, [canvas] * count, on_step=trace, **arguments)
     except KeyboardInterrupt:
         print("\nstopped")
         sys.exit(130)
     terminal.clear()
+    for line in dict.fromkeys(str(warning.message) for warning in told):
+        print(f"note: {line}", file=sys.stderr)
     for number, sample in enumerate(samples, 1):
         if count > 1:
             print(f"--- {number} of {count}")

@@ -435,6 +435,13 @@ def test_what_cannot_be_rewritten(change, words):
         rewrite(tiny_editor(), **{"sequences": [[22, 1]], **change})
 
 
+def test_what_the_plain_sampler_refuses_as_well():
+    with pytest.raises(ValueError, match="token 99 is outside the vocabulary of"):
+        flow(tiny_editor(), [22, 99], 0.5)
+    with pytest.raises(ValueError, match="temperature must not be negative, got -1"):
+        flow(tiny_editor(), [22], 0.5, temperature=-1)
+
+
 def test_rates_that_overflow():
     model = tiny_editor()
     with torch.no_grad():
@@ -577,6 +584,20 @@ def checkpoint(tmp_path_factory):
     bytes_editor().save_pretrained(folder)
     Tokenizer.bytes().save_pretrained(folder)
     return folder
+
+
+def test_sample_says_in_a_line_that_a_text_has_grown_too_long(tmp_path, monkeypatch):
+    """Not in the two of Python's warnings, with a file and a number."""
+    monkeypatch.chdir(ROOT)
+    model = bytes_editor()
+    with torch.no_grad():
+        model.rate_head.weight.zero_()
+        model.rate_head.bias.copy_(torch.tensor([-20.0, -20.0, 5.0]))
+    model.save_pretrained(tmp_path)
+    Tokenizer.bytes().save_pretrained(tmp_path)
+    result = sample(tmp_path, "--edit=abc", "--num_samples=2", "--steps=16")
+    assert result.status == 0, result
+    assert re.fullmatch(r"(note: the text has grown to \d+ tokens, past [^\n]*\n)+", result.err)
 
 
 def test_a_trace_tells_insertions_from_substitutions_and_deletions():
