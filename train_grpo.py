@@ -133,6 +133,8 @@ config = model.config
 if config.causal:
     raise ValueError(f"{init_from} is an autoregressive model ({config.family}): convert_ar.py "
                      "makes a diffusion model of it")
+if config.edits or config.delete_token_id is not None:
+    raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
 if lora_rank:
     add_lora(model, lora_rank, lora_alpha, 0.0, lora_targets)
     published_modules(model)                # fail early: a family without names for its adapters

@@ -671,10 +671,12 @@ def test_mistakes_with_a_model_that_edits(arguments, words, checkpoint, monkeypa
 
 def test_what_is_for_masks_refuses_a_model_that_edits(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    result = run_here("finetune_llada.py", f"--init_from={checkpoint}", f"--out_dir={tmp_path}",
-                      f"--dataset={text}", "--device=cpu", "--dtype=float32")
-    words = "inserts, deletes and substitutes: see train_edits.py"
-    assert result.status == 2 and words in result.err, result
+    for script, data in (("finetune_llada.py", f"--dataset={text}"),
+                         ("convert_bert.py", f"--dataset={text}"), ("train_grpo.py", "--beta=0")):
+        result = run_here(script, f"--init_from={checkpoint}", f"--out_dir={tmp_path}", data,
+                          "--device=cpu", "--dtype=float32")
+        words = "inserts, deletes and substitutes: see train_edits.py"
+        assert result.status == 2 and words in result.err, result
 
 
 def test_a_model_of_masks_cannot_edit_a_text(monkeypatch):
