@@ -186,6 +186,7 @@ def answer(split, numbers, copies, temperature):
     seeds = [common.seed_for(f"{split} answer", seed, step, row) for row in mine]
     rollouts = asker.write([questions[row][1] for row in mine], seeds, temperature)
     failures = []
+    judge.forgive()
     for row, rollout in zip(mine, rollouts):
         score = judge(questions[row][0], rollout.text)
         rollout.reward, rollout.solved = score.value, score.solved

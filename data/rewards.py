@@ -298,6 +298,9 @@ class Score:
     failure: str = ""
 
 
+TOO_LONG = "took longer than"
+
+
 class OutOfTime(BaseException):
     """A reward took too long; no `except Exception` of a reader's function stops it."""
 
@@ -311,34 +314,38 @@ class Judge:
     seconds  that one answer may take.
 
     A reward that raises, returns no number or takes too long counts 0, and its Score says why. When
-    PATIENCE answers in a row have failed it is not asked again. Raises ValueError for a name that
-    nobody knows and FileNotFoundError for a file that is not there.
+    it took too long for PATIENCE answers in a row it is not asked again before `forgive`. Raises
+    ValueError for a name that nobody knows and FileNotFoundError for a file that is not there.
     """
 
     PATIENCE = 8
 
     def __init__(self, names="", own=None, seconds=5.0):
         self.parts, self.seconds = [], seconds
-        self.failed, self.last_failure = 0, ""          # in a row
+        self.late, self.last_failure = 0, ""            # too long so often in a row
         for part in split_names(names or "task"):
             factor, _, name = part.strip().rpartition("*")
             self.parts.append((read_factor(factor, part), name, find_reward(name.strip(), own)))
 
     def __call__(self, example, text):
-        if self.failed >= self.PATIENCE:
+        if self.late >= self.PATIENCE:
             return Score(0.0, False, self.last_failure)
         values = []
         for _, name, reward in self.parts:
             value, problem = run_reward(reward.function, example, text, self.seconds)
             if problem:
-                self.failed += 1
+                self.late = self.late + 1 if problem.startswith(TOO_LONG) else 0
                 self.last_failure = f"the reward {name or 'task'} {problem} for {shortened(text)}"
                 return Score(0.0, False, self.last_failure)
             values.append(value)
-        self.failed = 0
+        self.late = 0
         total = sum(factor * value for (factor, _, _), value in zip(self.parts, values))
         return Score(total, values[0] >= self.parts[0][2].full - 1e-6)
 
+
+    def forgive(self):
+        """A new step begins: ask again."""
+        self.late = 0
 
     def check(self, example):
         """ValueError where a reward reads what the task does not say of its questions."""
@@ -363,7 +370,7 @@ def run_reward(function, example, text, seconds):
         with time_limit(seconds):
             value = function(example, text)
     except OutOfTime:
-        return 0.0, f"took longer than {seconds:g} s"
+        return 0.0, f"{TOO_LONG} {seconds:g} s"
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  a reader's function may raise anything

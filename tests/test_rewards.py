@@ -189,6 +189,7 @@ def stubborn(prompt, answer, reference):
 def odd(prompt, answer, reference): return Odd()
 def raises_odd(prompt, answer, reference): raise Odd
 def gives_up(prompt, answer, reference): raise GeneratorExit("tired")
+def picky(prompt, answer, reference): return {"four": 1.0}[answer]
 def length(prompt, answer, reference): return len(answer) / 4
 """
 
@@ -209,6 +210,9 @@ def test_a_readers_own_function_and_what_can_go_wrong_with_it(tmp_path):
         found = Judge(f"{file}:{name}", seconds=0.3)(example(), "an answer")
         assert found.value == 0 and not found.solved
         assert words in found.failure and "the answer 'an answer'" in found.failure
+    judge = Judge(f"{file}:picky")      # all answers to one question may be such
+    assert all("raised KeyError" in judge(example(), "two").failure for _ in range(20))
+    assert judge(example(), "four").value == 1
     judge, begin = Judge(f"{file}:endless", seconds=0.1), time.perf_counter()
     failures = [judge(example(), "an answer").failure for _ in range(50)]
     assert time.perf_counter() - begin < 5              # after PATIENCE answers it is not asked
