@@ -109,6 +109,8 @@ if not _tiny:                       # before a data set is prepared for nothing
     if source.causal:
         raise ValueError(f"{init_from} is an autoregressive model ({source.family}): convert_ar.py "
                          "converts it")
+    if source.edits:
+        raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
     if source.family not in ("bert", "roberta", "modernbert", "unmask") or source.block_length:
         raise ValueError(f"{init_from} is no BERT, RoBERTa or ModernBERT but a diffusion model "
                          f"({source.family}): see finetune_llada.py")

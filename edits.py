@@ -514,13 +514,15 @@ def flow(model, tokens, tau, schedule=None, prompt_len=0, frozen=None, closed=No
     uniform     uniform(step, length) -> [3, length] in place of the stream; for comparisons.
     on_step     called with (step, Written) after each step.
     Raises ValueError for an empty row, a token outside the vocabulary, a canvas that outgrows the
-    context, a model without heads, a tau that is not above 0.
+    context, a model without heads, a tau or a temperature that cannot be.
     """
     check_editor(model)
     tokens = token_ids(tokens)
     check_tokens(config_of(model), [tokens])
     if not tokens:
         raise ValueError("there is nothing to edit: a row needs at least one token")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
     stays, shuts = protect(len(tokens), prompt_len)
     frozen = stays if frozen is None else frozen
     closed = shuts if closed is None else closed

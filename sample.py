@@ -114,7 +114,7 @@ def read(text):
         name = text.removeprefix("FILE:")
         data = Path(name).read_bytes()
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")     # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 at byte {error.start}") from None
 

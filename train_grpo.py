@@ -133,6 +133,8 @@ config = model.config
 if config.causal:
     raise ValueError(f"{init_from} is an autoregressive model ({config.family}): convert_ar.py "
                      "makes a diffusion model of it")
+if config.edits or config.delete_token_id is not None:
+    raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
 if lora_rank:
     add_lora(model, lora_rank, lora_alpha, 0.0, lora_targets)
     published_modules(model)                # fail early: a family without names for its adapters
@@ -146,14 +148,14 @@ autocast = common.autocast(device, "float32" if lora_rank else dtype)
 sampler = Sampler(model, text, init_from)   # it finds the special tokens that config.json lacks
 settings["seq_len"] = min(seq_len, config.max_len)
 asker = Asker(sampler, asked, settings)
-asker.question("train", 0)                  # fail early: an answer longer than the context
+example, canvas = asker.question("train", 0)    # fail early: an answer longer than the context
 asker.question("val", 0)
+judge.check(example)                        # fail early: a reward that is for other tasks
 
 frozen = None                               # the reference that the KL is measured from
 if beta:                                    # a resumed run makes it anew: it never changed
     frozen = frozen_reference(model, reference, init_from, base, lora_rank, device)
 model.eval()                                # there is no dropout, and rollouts are half of the work
-_, canvas = asker.question("train", 0)
 asker.write([canvas], [seed], temperature)  # fail early: a setting that the sampler refuses
 
 # ---- optimizer -----------------------------------------------------------------------------------
@@ -184,6 +186,7 @@ def answer(split, numbers, copies, temperature):
     seeds = [common.seed_for(f"{split} answer", seed, step, row) for row in mine]
     rollouts = asker.write([questions[row][1] for row in mine], seeds, temperature)
     failures = []
+    judge.forgive()
     for row, rollout in zip(mine, rollouts):
         score = judge(questions[row][0], rollout.text)
         rollout.reward, rollout.solved = score.value, score.solved

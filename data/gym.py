@@ -56,8 +56,14 @@ class Gym:
             raise ValueError(f"{self.text} cannot be made: {reason}") from None
 
     def entry(self, number):
-        """A question as the package has it: {"question", "answer", "metadata"}."""
-        return self.chunk(number // CHUNK)[number % CHUNK]
+        """A question as the package has it: {"question", "answer", "metadata"}. ValueError for an
+        option that only shows here that it cannot be, such as max_digits=2.5."""
+        questions = self.chunk(number // CHUNK)
+        try:
+            return questions[number % CHUNK]
+        except Exception as error:  # noqa: BLE001  of any kind, as above
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{self.text} cannot be made: {reason}") from None
 
     def entry_of(self, split, number):
         """The n-th question of a split. ValueError where the task has too few different ones."""

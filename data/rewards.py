@@ -15,6 +15,7 @@ import math
 import operator
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -265,9 +266,10 @@ SPELLINGS = [("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac"
 
 @dataclass(frozen=True)
 class Named:
-    """A reward and the value of an answer that is right."""
+    """A reward, the value of an answer that is right, and what it reads of an Example's facts."""
     function: Callable
     full: float
+    reads: tuple = ()
 
 
 REWARDS = {
@@ -279,9 +281,9 @@ REWARDS = {
     "strict_format": Named(strict_format, 0.5),
     "soft_format": Named(soft_format, 0.5),
     "xmlcount": Named(xmlcount, 0.5),
-    "sudoku": Named(sudoku, 1.0),
-    "units": Named(units, 1.0),
-    "countdown": Named(countdown, 1.0),
+    "sudoku": Named(sudoku, 1.0, ("puzzle", "solution")),
+    "units": Named(units, 1.0, ("puzzle",)),
+    "countdown": Named(countdown, 1.0, ("numbers", "target")),
     "math": Named(math_correctness, 2.0),
     "boxed": Named(boxed, 1.0),
 }
@@ -294,6 +296,9 @@ class Score:
     value: float
     solved: bool
     failure: str = ""
+
+
+TOO_LONG = "took longer than"
 
 
 class OutOfTime(BaseException):
@@ -309,33 +314,54 @@ class Judge:
     seconds  that one answer may take.
 
     A reward that raises, returns no number or takes too long counts 0, and its Score says why. When
-    PATIENCE answers in a row have failed it is not asked again. Raises ValueError for a name that
-    nobody knows and FileNotFoundError for a file that is not there.
+    it took too long for PATIENCE answers in a row it is not asked again before `forgive`. Raises
+    ValueError for a name that nobody knows and FileNotFoundError for a file that is not there.
     """
 
     PATIENCE = 8
 
     def __init__(self, names="", own=None, seconds=5.0):
         self.parts, self.seconds = [], seconds
-        self.failed, self.last_failure = 0, ""          # in a row
-        for part in (names or "task").split("+"):
+        self.late, self.last_failure = 0, ""            # too long so often in a row
+        for part in split_names(names or "task"):
             factor, _, name = part.strip().rpartition("*")
             self.parts.append((read_factor(factor, part), name, find_reward(name.strip(), own)))
 
     def __call__(self, example, text):
-        if self.failed >= self.PATIENCE:
+        if self.late >= self.PATIENCE:
             return Score(0.0, False, self.last_failure)
         values = []
         for _, name, reward in self.parts:
             value, problem = run_reward(reward.function, example, text, self.seconds)
             if problem:
-                self.failed += 1
+                self.late = self.late + 1 if problem.startswith(TOO_LONG) else 0
                 self.last_failure = f"the reward {name or 'task'} {problem} for {shortened(text)}"
                 return Score(0.0, False, self.last_failure)
             values.append(value)
-        self.failed = 0
+        self.late = 0
         total = sum(factor * value for (factor, _, _), value in zip(self.parts, values))
         return Score(total, values[0] >= self.parts[0][2].full - 1e-6)
+
+
+    def forgive(self):
+        """A new step begins: ask again."""
+        self.late = 0
+
+    def check(self, example):
+        """ValueError where a reward reads what the task does not say of its questions."""
+        for _, name, reward in self.parts:
+            missing = [fact for fact in reward.reads if fact not in example.facts]
+            if missing:
+                raise ValueError(f"the reward {name} reads {' and '.join(reward.reads)} of a "
+                                 f"question, and this task has no {missing[0]}")
+
+
+def split_names(names):
+    """The parts of a sum of rewards; the name of a file that is there may hold a + itself."""
+    file = names.rpartition(":")[0]
+    if file.endswith(".py") and Path(file).expanduser().is_file():
+        return [names]
+    return names.split("+")
 
 
 def run_reward(function, example, text, seconds):
@@ -344,18 +370,28 @@ def run_reward(function, example, text, seconds):
         with time_limit(seconds):
             value = function(example, text)
     except OutOfTime:
-        return 0.0, f"took longer than {seconds:g} s"
-    except (Exception, SystemExit) as error:  # noqa: BLE001  a reader's function may raise anything
-        return 0.0, f"raised {type(error).__name__}: {error}"
+        return 0.0, f"{TOO_LONG} {seconds:g} s"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  a reader's function may raise anything
+        return 0.0, f"raised {type(error).__name__}: {spelled(error, str)}"
     try:
         value = float(value)
     except OverflowError:                               # a whole number of 400 digits
         return 0.0, "returned a number that is too large,"
-    except (TypeError, ValueError):
-        return 0.0, f"returned {repr(value)[:60]}, which is no number,"
+    except Exception:  # noqa: BLE001  and so may what it returns
+        return 0.0, f"returned {spelled(value, repr)[:60]}, which is no number,"
     if not math.isfinite(value):
         return 0.0, f"returned {value},"
     return value, ""
+
+
+def spelled(thing, how):
+    """how(thing), str or repr; where a class of the reader's own cannot even do that, its name."""
+    try:
+        return how(thing)
+    except Exception:  # noqa: BLE001
+        return f"a {type(thing).__name__}"
 
 
 def shortened(text):
@@ -366,22 +402,36 @@ def shortened(text):
 @contextlib.contextmanager
 def time_limit(seconds):
     """Raises OutOfTime in what runs under it for longer. By an alarm of the system: on Windows, and
-    in a thread, there is no limit."""
+    in a thread, there is no limit.
+
+    A bare `except:` catches OutOfTime as well, and a loop around it would go on for ever. So the
+    next line of the functions that were at work, which is in that `except:`, raises it again.
+    """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not hasattr(signal, "SIGALRM") or not in_main_thread:
         yield
         return
 
-    def ring(*_):
+    def stop(_, event, __):
+        if event == "line":
+            raise OutOfTime
+        return stop
+
+    def ring(_, frame):
+        sys.settrace(lambda *_: None)                   # what is called from now on is left alone
+        while frame is not None and frame.f_code is not run_reward.__code__:
+            frame.f_trace = stop
+            frame = frame.f_back
         raise OutOfTime
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before, tracer = signal.signal(signal.SIGALRM, ring), sys.gettrace()
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        sys.settrace(tracer)
 
 
 def read_factor(text, part):
@@ -406,6 +456,8 @@ def find_reward(name, own=None):
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return Named(own_function(Path(file).expanduser(), function), 1.0)
+    if name.endswith(".py"):
+        raise ValueError(f"reward says the file {name} and no function of it: take {name}:NAME")
     near = difflib.get_close_matches(name, ["task", *REWARDS], 1, 0)[0]
     raise ValueError(f"no reward called {name!r}; did you mean {near!r}? (there are task, "
                      f"{', '.join(REWARDS)}, and FILE.py:function)")

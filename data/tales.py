@@ -88,7 +88,7 @@ def parse_arguments():
 
 def check_file(path):
     """Print a line for each tale of a file, and a summary. ValueError if there is none."""
-    texts = [text.strip() for text in re.split(r"\n\s*\n", Path(path).read_text(encoding="utf-8"))]
+    texts = [text.strip() for text in re.split(r"\n\s*\n", Path(path).read_text("utf-8-sig"))]
     checks = [check(text) for text in texts if text]
     if not checks:
         raise ValueError(f"there is no tale in {path}")

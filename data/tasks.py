@@ -13,6 +13,7 @@ held-out ones are fixed, and in no training.
 import difflib
 import json
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -187,6 +188,9 @@ def jsonl(path):
             if not isinstance(row, dict) or not isinstance(row.get(name), str):
                 raise ValueError(f'{path}, line {place} has no "{name}", a text: a line is '
                                  '{"prompt": "...", "answer": "..."}')
+            if re.search("[\ud800-\udfff]", row[name]):
+                raise ValueError(f"{path}, line {place} has a text that is not Unicode: it holds "
+                                 "half of a surrogate pair")
         examples.append(Example(row["prompt"], row["answer"], row))
     if not examples:
         raise ValueError(f"{path} is empty")

@@ -1,5 +1,6 @@
 """What sample.py does with a model that edits (train_edits.py): texts in, edits, texts out."""
 import sys
+import warnings
 from dataclasses import dataclass
 
 from edit_tokens import edit_block
@@ -32,11 +33,15 @@ def edit_and_show(sampler, settings, read):
     watch = terminal.draw if settings["show"] else None
     trace = EditTrace(sampler, [canvas.tokens] * count, watch)
     try:
-        samples = edit(sampler.model, [canvas] * count, on_step=trace, **arguments)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            samples = edit(sampler.model, [canvas] * count, on_step=trace, **arguments)
     except KeyboardInterrupt:
         print("\nstopped")
         sys.exit(130)
     terminal.clear()
+    for line in dict.fromkeys(str(warning.message) for warning in told):
+        print(f"note: {line}", file=sys.stderr)
     for number, sample in enumerate(samples, 1):
         if count > 1:
             print(f"--- {number} of {count}")
@@ -111,18 +116,24 @@ def make_canvas(sampler, settings, read):
         text = read(settings["edit"])
         if not text.strip():
             raise ValueError("the text to edit is empty: leave --edit out to write a new one")
+        refuse_gap(text, "the text to edit")
         tokens = begun(sampler, sampler.tokenizer.encode(text) + sampler.tail)
         stays = [True] + [False] * (len(tokens) - 1)
         return Canvas(tokens, stays, [False] * len(tokens))
     if settings["infill"]:
         return canvas_with_gaps(sampler, read(settings["infill"]))
     text = read(settings["prompt"])
-    gap = GAP.search(text)
-    if gap:
-        raise ValueError(f"the prompt contains {gap[0]} at character {gap.start()}: use --infill "
-                         "to fill it")
+    refuse_gap(text, "the prompt")
     tokens = begun(sampler, sampler.tokenizer.encode(text))
     return continued(sampler, tokens, settings["max_new_tokens"])
+
+
+def refuse_gap(text, name):
+    """ValueError for a text with a gap where none is filled."""
+    gap = GAP.search(text)
+    if gap:
+        raise ValueError(f"{name} contains {gap[0]} at character {gap.start()}: use --infill to "
+                         "fill it")
 
 
 def continued(sampler, tokens, max_new_tokens):
@@ -167,6 +178,9 @@ def canvas_with_gaps(sampler, text):
         if gap[1] and sampler.config.edits:
             raise ValueError(f"{gap[0]} says how long a gap is, and {sampler.name} finds that out: "
                              "write [MASK]")
+        if gap[1] and not 1 <= int(gap[1]) <= sampler.config.max_len:
+            raise ValueError(f"{gap[0]} asks for {int(gap[1])} masks: between 1 and the context of "
+                             f"{sampler.config.max_len} are possible")
     counts = [int(gap[1] or GAP_MASKS) for gap in gaps] + [0]
     for end, begin, count in zip(ends, begins, counts):
         before = text[position:end]

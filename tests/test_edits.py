@@ -458,6 +458,13 @@ def test_what_cannot_be_rewritten(change, words):
             flow(tiny_editor(), [24], 0.5)
 
 
+def test_what_the_plain_sampler_refuses_as_well():
+    with pytest.raises(ValueError, match="token 99 is outside the vocabulary of"):
+        flow(tiny_editor(), [22, 99], 0.5)
+    with pytest.raises(ValueError, match="temperature must not be negative, got -1"):
+        flow(tiny_editor(), [22], 0.5, temperature=-1)
+
+
 def test_rates_that_overflow():
     model = tiny_editor()
     with torch.no_grad():
@@ -618,6 +625,20 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+def test_sample_says_in_a_line_that_a_text_has_grown_too_long(tmp_path, monkeypatch):
+    """Not in the two of Python's warnings, with a file and a number."""
+    monkeypatch.chdir(ROOT)
+    model = bytes_editor()
+    with torch.no_grad():
+        model.rate_head.weight.zero_()
+        model.rate_head.bias.copy_(torch.tensor([-20.0, -20.0, 5.0]))
+    model.save_pretrained(tmp_path)
+    Tokenizer.bytes().save_pretrained(tmp_path)
+    result = sample(tmp_path, "--edit=abc", "--num_samples=2", "--steps=16")
+    assert result.status == 0, result
+    assert re.fullmatch(r"(note: the text has grown to \d+ tokens, past [^\n]*\n)+", result.err)
+
+
 def test_a_trace_tells_insertions_from_substitutions_and_deletions():
     sampler = Sampler(bytes_editor(), Tokenizer.bytes())
     row = [256, *b"abc"]
@@ -689,10 +710,12 @@ def test_mistakes_with_a_model_that_edits(arguments, words, checkpoint, monkeypa
 
 def test_what_is_for_masks_refuses_a_model_that_edits(checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    result = run_here("finetune_llada.py", f"--init_from={checkpoint}", f"--out_dir={tmp_path}",
-                      f"--dataset={text}", "--device=cpu", "--dtype=float32")
-    words = "inserts, deletes and substitutes: see train_edits.py"
-    assert result.status == 2 and words in result.err, result
+    for script, data in (("finetune_llada.py", f"--dataset={text}"),
+                         ("convert_bert.py", f"--dataset={text}"), ("train_grpo.py", "--beta=0")):
+        result = run_here(script, f"--init_from={checkpoint}", f"--out_dir={tmp_path}", data,
+                          "--device=cpu", "--dtype=float32")
+        words = "inserts, deletes and substitutes: see train_edits.py"
+        assert result.status == 2 and words in result.err, result
 
 
 def test_a_model_of_masks_cannot_edit_a_text(monkeypatch):
@@ -1033,6 +1056,9 @@ def test_sample_corrects(orders, tmp_path, monkeypatch):
             ("--cache=prefix", "takes steps, threshold, edit_threshold, temperature and seed"),
             ("--max_new_tokens=99", "1 tokens of prompt and 99 new ones exceed the block of 32"),
             ("--threshold=2", "threshold must be between 0 and 1, got 2.0"),
+            ("--infill=a [MASK:0]", "[MASK:0] asks for 0 masks: between 1 and the context of 32"),
+            ("--infill=a [MASK:99999999999]", "asks for 99999999999 masks"),
+            ("--edit=a [MASK] b", "the text to edit contains [MASK] at character 2: use --infill"),
             ("--chat", "neither --chat nor --serve")):
         result = run_here("sample.py", f"--checkpoint={tmp_path}", "--device=cpu", arguments)
         assert result.status == 2 and result.out == "" and words in result.err, result

@@ -1,6 +1,8 @@
 """train_grpo.py: a model learns what it is rewarded for, a resumed run is the same run, and what it
 is built of: tasks, rollouts, adapters that step aside."""
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -17,11 +19,13 @@ from data.sudoku import is_solved
 from data.tasks import Example, find_task
 from data.tokenizer import Tokenizer
 from evaluation.likelihood import sharp_sets
+from model import Transformer
 from passes import masked_nll
 from policy import bound, logps_of, trace
 from sampling.rollouts import Asker, collate
 from sampling.sampler import Sampler
 from training.lora import add_lora, init_lora, without_adapters
+from training.reward_run import frozen_reference
 
 SETTINGS = dict(seq_len=96, max_new_tokens=6, system="", rollout_size=4, steps=3, block_length=0,
                 remasking="low_confidence", threshold=0.0, cache="none", cfg_scale=0.0)
@@ -124,6 +128,21 @@ def test_a_reward_that_always_fails_ends_the_run(name, words, small, published, 
                              "--reward_seconds=0.01", f"--init_from={published('llada')}"))
     assert result.status == 2
     assert result.err.count("error: ") == 1 and words in result.err
+
+
+def test_a_reference_must_have_the_policys_tokens(published, tmp_path):
+    """Two checkpoints of one size may have learned other tokenizers."""
+    ours, other = published("llada"), tmp_path / "other"
+    shutil.copytree(ours, other)
+    file = other / "tokenizer.json"
+    words = json.loads(file.read_text())
+    vocab = words["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(words))
+    model = Transformer.from_pretrained(ours)
+    assert frozen_reference(model, str(ours), "policy", ours, 0, "cpu") is not None
+    with pytest.raises(ValueError, match="not the policy's base: its tokenizer has other tokens"):
+        frozen_reference(model, str(other), "policy", ours, 0, "cpu")
 
 
 def test_plan_says_what_a_step_takes():
@@ -306,6 +325,8 @@ def test_gym_refuses_what_it_does_not_know():
                         ("gym:chain_sum:min_terms=9", "cannot be made")):
         with pytest.raises(ValueError, match=words):
             find_task(name)
+    with pytest.raises(ValueError, match="max_digits=2.5 cannot be made"):
+        find_task("gym:chain_sum:max_digits=2.5").example("train", 0)
 
 
 def test_gym_as_a_task_of_lm_evals():
@@ -362,4 +383,7 @@ def test_a_file_of_prompts_and_answers(tmp_path):
     assert find_task(str(file)).example("train", 0).prompt.startswith("a\u2028")
     file.write_bytes(b'{"prompt": "a", "answer": "\xff"}')
     with pytest.raises(ValueError, match="sums.jsonl, line 1 is not JSON"):
+        find_task(str(file))
+    file.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "\\ud800", "answer": "b"}')
+    with pytest.raises(ValueError, match="sums.jsonl, line 2 has a text that is not Unicode"):
         find_task(str(file))

@@ -159,6 +159,13 @@ def test_a_reward_that_nobody_knows(name, words):
 
 
 BROKEN = """
+import time
+
+class Odd(Exception):
+    def __float__(self): raise RuntimeError("no number")
+    def __repr__(self): raise RuntimeError("no text")
+    __str__ = __repr__
+
 def raises(prompt, answer, reference): return 1 / 0
 def words(prompt, answer, reference): return "good"
 def nothing(prompt, answer, reference): pass
@@ -171,6 +178,18 @@ def endless(prompt, answer, reference):
             reference += "x"
         except Exception:
             pass
+def stubborn(prompt, answer, reference):
+    begin = time.time()
+    while time.time() < begin + 2:
+        try:
+            time.sleep(0.01)
+        except:
+            pass
+    return 1.0
+def odd(prompt, answer, reference): return Odd()
+def raises_odd(prompt, answer, reference): raise Odd
+def gives_up(prompt, answer, reference): raise GeneratorExit("tired")
+def picky(prompt, answer, reference): return {"four": 1.0}[answer]
 def length(prompt, answer, reference): return len(answer) / 4
 """
 
@@ -183,14 +202,25 @@ def test_a_readers_own_function_and_what_can_go_wrong_with_it(tmp_path):
     for name, words in (("raises", "raised ZeroDivisionError"), ("words", "returned 'good', which"),
                         ("nothing", "returned None, which is no number"),
                         ("infinite", "returned inf,"), ("leaves", "raised SystemExit: 3"),
-                        ("large", "returned a number that is too large,")):
-        found = Judge(f"{file}:{name}")(example(), "an answer")
+                        ("large", "returned a number that is too large,"),
+                        ("odd", "returned a Odd, which is no number"),
+                        ("raises_odd", "raised Odd: a Odd"),
+                        ("gives_up", "raised GeneratorExit: tired"),
+                        ("stubborn", "took longer than 0.3 s")):
+        found = Judge(f"{file}:{name}", seconds=0.3)(example(), "an answer")
         assert found.value == 0 and not found.solved
         assert words in found.failure and "the answer 'an answer'" in found.failure
+    judge = Judge(f"{file}:picky")      # all answers to one question may be such
+    assert all("raised KeyError" in judge(example(), "two").failure for _ in range(20))
+    assert judge(example(), "four").value == 1
     judge, begin = Judge(f"{file}:endless", seconds=0.1), time.perf_counter()
     failures = [judge(example(), "an answer").failure for _ in range(50)]
     assert time.perf_counter() - begin < 5              # after PATIENCE answers it is not asked
     assert all("took longer than 0.1 s" in failure for failure in failures)
+    folder = tmp_path / "c++"                           # a + is no sum in the name of a file
+    folder.mkdir()
+    (folder / "mine.py").write_text(BROKEN)
+    assert Judge(f"{folder}/mine.py:length")(example(), "four").value == 1
     with pytest.raises(ValueError, match="has no function called 'other'"):
         find_reward(f"{file}:other")
     file.write_text("import nothing_at_all")

@@ -67,7 +67,8 @@ def test_gaps_are_filled_and_the_rest_is_kept(checkpoint):
 
 
 def test_a_prompt_from_a_file(checkpoint, tmp_path):
-    (tmp_path / "prompt.txt").write_text("From a file,\ntwo lines")
+    # Begun with a byte order mark, as some editors do.
+    (tmp_path / "prompt.txt").write_text("\ufeffFrom a file,\ntwo lines", encoding="utf-8")
     assert sample(
         checkpoint, f"--prompt=FILE:{tmp_path}/prompt.txt", "--max_new_tokens=4"
     ).startswith("From a file,\ntwo lines")

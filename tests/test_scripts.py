@@ -189,6 +189,11 @@ MISTAKES = {
          "writes texts, which task sudoku6 is not for"),
         ("--task=FOLDER/robot.jsonl", 'robot.jsonl, line 1 has no "prompt", a text'),
         ("--task=FOLDER/mute.jsonl", 'mute.jsonl, line 2 has no "answer", a text'),
+        ("--reward=countdown --init_from=LLADA", "the reward countdown reads numbers and target of "
+         "a question, and this task has no numbers"),
+        ("--reward=FOLDER/bad.py", "bad.py and no function of it: take"),
+        ("--reward_seconds=inf", "reward_seconds must be at most 1e6, got inf"),
+        ("--beta2=1 --init_from=LLADA", "beta2 must be at least 0 and below 1, got 1.0"),
         ("--reward=exakt", "no reward called 'exakt'; did you mean 'exact'?"),
         ("--reward=task", "the task has no reward of its own"),
         ("--reward=nowhere.py:f", "there is no nowhere.py"),

@@ -291,7 +291,8 @@ def test_mistakes_with_grids(tmp_path):
 
 def test_a_puzzle_in_and_a_grid_out(trained, tmp_path):
     folder, _ = trained
-    (tmp_path / "puzzle.txt").write_text("1 . | 3 4\n3 4 | . 2\n----+----\n2 1 | 4 .\n4 . | 2 1\n")
+    puzzle = "\ufeff1 . | 3 4\r\n3 4 | . 2\r\n----+----\r\n2 1 | 4 .\r\n4 . | 2 1\r\n"
+    (tmp_path / "puzzle.txt").write_bytes(puzzle.encode())      # as editors of Windows write it
     out = sample(folder, f"--infill=FILE:{tmp_path}/puzzle.txt", "--show").out
     shown = re.findall(r"step \d\n((?:.*\n){5})\n", out)
     assert [text.count(".") for text in shown] == [3, 2, 1, 0], "a grid a step"

@@ -5,6 +5,7 @@ import copy
 import torch
 
 import common
+from data.tokenizer import Tokenizer
 from policy import ESTIMATORS, MEANS
 from pretrained.hub import model_folder
 from pretrained.load import fill, open_checkpoint
@@ -106,6 +107,8 @@ def check_settings(settings):
     if settings["group_size"] < 2:
         raise ValueError(f"group_size must be at least 2, got {settings['group_size']}: an answer "
                          "is compared with the others of its question")
+    if settings["reward_seconds"] > 1e6:
+        raise ValueError(f"reward_seconds must be at most 1e6, got {settings['reward_seconds']}")
     if not (settings["max_steps"] or settings["max_minutes"]):
         raise ValueError("max_steps and max_minutes are both 0: say when to stop")
     if settings["reference"] and not settings["beta"]:
@@ -141,5 +144,10 @@ def frozen_reference(model, reference, init_from, base, lora_rank, device):
         raise ValueError(f"reference={reference} is not the policy's base: a {theirs.family} of "
                          f"{theirs.vocab_size} tokens, and {init_from} is a {ours.family} of "
                          f"{ours.vocab_size}")
+    words = [Tokenizer.from_pretrained(folder).backend.get_vocab()
+             for folder in (model_folder(reference), base)]
+    if words[0] != words[1]:
+        raise ValueError(f"reference={reference} is not the policy's base: its tokenizer has other "
+                         f"tokens than that of {init_from}")
     fill(frozen, weights, device, torch.float32)
     return frozen.requires_grad_(False).eval()
