@@ -104,8 +104,9 @@ common.check(
     at_least_1=["n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum",
                 "eval_sequences", "final_eval_sequences"],
     positive=["learning_rate", "muon_lr", "epochs"],
-    not_negative=["max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes",
+    not_negative=["max_weight", "weight_decay", "grad_clip", "max_steps", "max_minutes",
                   "eval_interval", "sample_tokens", "anneal_steps"],
+    below_1=["warmup", "beta2"],
     objective=["mdlm", "bd3lm"], optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
     raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")

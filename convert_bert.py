@@ -92,8 +92,9 @@ common.check(
     at_least_1=["n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum",
                 "eval_sequences", "final_eval_sequences"],
     positive=["learning_rate", "muon_lr", "epochs"],
-    not_negative=["max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes",
+    not_negative=["max_weight", "weight_decay", "grad_clip", "max_steps", "max_minutes",
                   "eval_interval", "sample_tokens"],
+    below_1=["warmup", "beta2"],
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
