@@ -55,7 +55,8 @@ def parse_setting(argument, defaults):
         raise ValueError(f"expected --name=value, got {argument!r}")
     name, equals, text = argument.removeprefix("--").partition("=")
     if name not in defaults:
-        near = difflib.get_close_matches(name, defaults, 1, 0)
+        near = [longer for longer in defaults if longer.startswith(name)]       # --temp=0.5
+        near += difflib.get_close_matches(name, defaults, 1, 0)
         raise ValueError(f"no setting called {name!r}; did you mean {near[0]!r}? (--help lists "
                          "all)")
     default = defaults[name]
