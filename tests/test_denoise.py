@@ -70,6 +70,20 @@ def test_infill_of_a_batch_equals_the_plain_sampler(kind, remasking):
     assert infill(model, rows.tolist(), 6, 6, **how) == plain.tolist()
 
 
+@pytest.mark.parametrize("schedule", ["even", "timesteps"])
+def test_blocks_from_the_start_may_hold_given_tokens(schedule):
+    """LLaDA2's schedule divides all positions of a block, and its masks alone are left: in the
+    first block and in the later ones."""
+    model = random_model(3, block_length=5, blocks_from_start=True, step_schedule=schedule)
+    rows = torch.randint(0, 38, (3, 17), generator=torch.Generator().manual_seed(1))
+    rows[0, 2:9] = MASK
+    rows[1, [0, 5, 11, 16]] = MASK
+    rows[2, 3:] = MASK
+    for steps in (6, 12, 24):
+        plain = denoise(model, rows, steps, block_length=5)
+        assert infill(model, rows.tolist(), steps, 5) == plain.tolist()
+
+
 def test_an_autoregressive_model_is_the_case_of_blocks_of_one():
     model = random_model(3, causal=True, mask_token_id=None)
     masks = torch.full((1, 12), 40)
