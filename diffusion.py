@@ -26,7 +26,6 @@ CPU, so that every device draws the same masks.
 """
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -417,7 +416,8 @@ REMASKING = {"low_confidence": low_confidence, "entropy": entropy, "margin": mar
              "random": low_confidence, "ancestral": low_confidence}
 # These two choose positions blindly, by uniform numbers, before the model is asked: "random" as
 # many as the schedule says, "ancestral" each with probability (t - s) / t, which samples the
-# reverse process (MDLM, eq. 7; Dream's "origin"). The function in the table is for display alone.
+# reverse process (MDLM, eq. 7; Dream's "origin"). The function in the table chooses nothing: it is
+# shown as the confidence, and ReMDM's "conf" (sampling/engine.py) reads it.
 BLIND = ("random", "ancestral")
 
 
@@ -482,31 +482,20 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
                   schedule says); None: the model's own, with "low_confidence".
     schedule      how many a step keeps: a key of STEP_SCHEDULES; None: the model's own.
     seed          row b draws from the stream (seed, b).
-    edit_threshold, edit_passes     see `edits`; None: the model's own, with a threshold.
+    edit_threshold, edit_passes     see `rewrites`; None: the model's own, with a threshold.
     An autoregressive model is the case of blocks of one token; its masks have the id vocab_size.
     Raises ValueError for arguments that cannot be, naming them, and for tokens that do not fit.
     sampling/engine.py does the same with batches and caches, and has more rules.
     """
     config, mask_id = config_of(model), canvas_mask_id(model)
-    if threshold is None and remasking == "low_confidence":
-        threshold = config.threshold
-    if edit_threshold is None and threshold is not None:
-        edit_threshold = config.edit_threshold
-    schedule = look_up(STEP_SCHEDULES, schedule or config.step_schedule, "schedule")
-    look_up(REMASKING, remasking, "remasking")
+    how = Rules(temperature, remasking, threshold, schedule or config.step_schedule, edit_threshold,
+                edit_passes, tokens.device)
+    how.take_habits(config)
+    how.check(config)
     if steps < 1 or block_length is not None and block_length < 1:
         raise ValueError(f"steps and block_length must be at least 1, got {steps} and "
                          f"{block_length}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if threshold is not None and (remasking != "low_confidence" or not 0 <= threshold <= 1):
-        raise ValueError("threshold needs low_confidence and must be between 0 and 1, got "
-                         f"{threshold} with {remasking}")
-    if edit_threshold is not None and config.causal:
-        raise ValueError("edit_threshold is not for autoregressive models")
     check_canvas(config, tokens)
-    how = Rules(temperature, remasking, threshold, schedule, edit_threshold, edit_passes,
-                tokens.device)
     block_length = own_block_length(config, block_length) or tokens.shape[1]
     begin = 0 if config.blocks_from_start else prompt_len
     block_of = (torch.arange(tokens.shape[1]) - begin) // block_length                  # [T]
@@ -532,10 +521,30 @@ class Rules:
     temperature: float
     remasking: str
     threshold: float | None
-    schedule: Callable
+    schedule: str
     edit_threshold: float | None
     edit_passes: int
     device: torch.device        # where the model is
+
+    def take_habits(self, config):
+        """What was left out is as the model has it."""
+        if self.threshold is None and self.remasking == "low_confidence":
+            self.threshold = config.threshold
+        if self.edit_threshold is None and self.threshold is not None:
+            self.edit_threshold = config.edit_threshold
+
+    def check(self, config):
+        """Raises ValueError for what cannot be, naming it."""
+        look_up(STEP_SCHEDULES, self.schedule, "schedule")
+        look_up(REMASKING, self.remasking, "remasking")
+        threshold, remasking = self.threshold, self.remasking
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if threshold is not None and (remasking != "low_confidence" or not 0 <= threshold <= 1):
+            raise ValueError("threshold needs low_confidence and must be between 0 and 1, got "
+                             f"{threshold} with {remasking}")
+        if self.edit_threshold is not None and config.causal:
+            raise ValueError("edit_threshold is not for autoregressive models")
 
 
 def denoise_block(model, x, block_of, block, steps, how, generator):
@@ -561,7 +570,7 @@ def denoise_block(model, x, block_of, block, steps, how, generator):
         if one_a_step:
             count = 1
         elif how.remasking != "ancestral" and not last:
-            count = how.schedule(start, len(where), step, steps)
+            count = STEP_SCHEDULES[how.schedule](start, len(where), step, steps)
         if how.remasking in BLIND and count:
             where = choose_blindly(where, count, step, steps, how.remasking, generator)
             count = len(where)
@@ -579,11 +588,11 @@ def denoise_block(model, x, block_of, block, steps, how, generator):
         if how.threshold is not None:
             count = max(count, int((score >= how.threshold).sum()))
         keep = best(score, count)
-        anew, tokens_anew = edits(model, x, own, block_of, how)
+        anew, tokens_anew = rewrites(model, x, own, block_of, how)
         x[where[keep]] = chosen[keep]
         x[anew] = tokens_anew
     for _ in range(how.edit_passes):                    # the block is full: is all of it good?
-        anew, tokens_anew = edits(model, x, own, block_of, how)
+        anew, tokens_anew = rewrites(model, x, own, block_of, how)
         x[anew] = tokens_anew
         if not len(anew):
             break
@@ -601,7 +610,7 @@ def choose_blindly(where, count, step, steps, remasking, generator):
     return where[u < (t - s) / t]
 
 
-def edits(model, x, inside, block_of, how):
+def rewrites(model, x, inside, block_of, how):
     """(positions, tokens) [N] that are written anew in a row x [T], where another token than the
     one that stands there is predicted with more than edit_threshold (LLaDA2.1); None: none.
 
