@@ -154,7 +154,8 @@ def mdlm_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=No
     answers in chat data).
     t           float [B]; None: drawn by `sample_t`.
     mask        bool [B, T]; None: drawn with probability 1 - alpha_t.
-    max_weight  clips the weight of `loss`, not of `nelbo`: less noise from times near 0.
+    max_weight  clips the weight of `loss`, not of `nelbo`: less noise from times near 0. None or 0:
+                it is not clipped.
     Raises ValueError where shapes or the mask token do not fit.
     """
     B, T = tokens.shape
@@ -240,7 +241,7 @@ def llada2_loss(model, tokens, block_length, maskable=None, t=None, mask=None, c
         x_t, mask = torch.cat((x_t, other)), torch.cat((mask, rest))                    # [2B, T]
         tokens, maskable = tokens.repeat(2, 1), maskable.repeat(2, 1)
         t, each = torch.cat((t, 1 - t)), torch.cat((each, 1 - each))
-    weights = weight(each.clamp(min=1e-3))
+    weights = weight(each.clamp(min=1e-3))              # 1 - t may be 0
     used = torch.ones_like(weights) / mask.sum().clamp(min=1)
     if bound:
         used = weights / maskable.sum().clamp(min=1)
@@ -352,7 +353,7 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
     nats = torch.zeros(N, draws, dtype=torch.float64)
     for (sample, rows, _, _), estimate in zip(passes, run_passes(bound, passes)):
         nats[rows, sample] = estimate
-    counts = counts.double()
+    counts = counts.double()                            # of each row, the same in every draw
     if not counts.sum():
         raise ValueError("there is no token to score")
     value = nats.sum() / (counts.sum() * draws)
@@ -370,9 +371,10 @@ def hide(config, maskable, generator):
     groups = F.pad(maskable, (0, -T % block)).view(B, -1, block)        # [B, blocks, block]
     size = groups.sum(-1)                                               # L, [B, blocks]
     k = (evenly_spread(size.shape, generator) * size).long().clamp(max=size - 1) + 1
+    # The k lowest of random numbers, among which 2.0 comes last: what is not maskable.
     order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0)
     mask = (order.argsort(-1).argsort(-1) < k[..., None]) & groups
-    weights = (size / k).nan_to_num()[..., None].expand(groups.shape)
+    weights = (size / k).nan_to_num()[..., None].expand(groups.shape)   # 0 / 0: nothing is maskable
     return mask.reshape(B, -1)[:, :T], weights.reshape(B, -1)[:, :T], maskable.sum(1)
 
 
