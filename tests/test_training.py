@@ -319,6 +319,8 @@ def test_what_each_optimizer_gets():
     assert len(matrices | others) == sum(p.requires_grad for p in model.parameters())
     assert id(model.embed.weight) in others and id(model.head.weight) in others
     (both,) = make_optimizers(model, "adamw", 1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match="optimizer must be one of muon, adamw, got 'lion'"):
+        make_optimizers(model, "lion", 1e-3)
     assert [group["weight_decay"] for group in both.param_groups] == [0.0, 0.1]
 
 

@@ -74,7 +74,10 @@ def make_optimizers(model, kind, learning_rate, muon_lr=0.0, beta2=0.99, weight_
     embedding_lr: AdamW's for the token embedding, unless it is tied to the head; None: as the
     others. AdamW moves every number by about its learning rate, however large the number is. So
     embeddings that begin as N(0, 1) need a rate some thirty times that of a head of N(0, 0.02^2).
+    Raises ValueError for another kind.
     """
+    if kind not in ("muon", "adamw"):
+        raise ValueError(f"optimizer must be one of muon, adamw, got {kind!r}")
     in_blocks, table = set(model.blocks.parameters()), model.embed.weight
     matrices, embedding, others = [], [], []
     for p in model.parameters():
