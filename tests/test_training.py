@@ -1,5 +1,6 @@
 """training/: optimizers, the learning rate, state and log that survive a kill."""
 
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from training.optimizers import (
     orthogonal,
     set_learning_rate,
 )
+from training.run import Run
 from training.state import load_state, load_training, make_folder, save_state, save_training
 
 # ---------------------------------------------------------------- learning rate
@@ -304,6 +306,13 @@ def test_wandb_gets_the_rows_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     with pytest.raises(ImportError, match="--wandb=mine needs a package .* pip install wandb"):
         Log(tmp_path / "log.jsonl", wandb="mine")
+
+
+def test_what_a_run_says_goes_through_a_pipe_at_once(monkeypatch):
+    """`python train_scratch.py | tee log` shows the samples when they are made."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    Run.say(types.SimpleNamespace(main=True), "step 200: a sample")
+    assert sys.stdout.buffer.getvalue() == b"step 200: a sample\n"
 
 
 def test_what_each_optimizer_gets():
