@@ -420,7 +420,7 @@ class Engine:
 
     def step(self, work):
         """One denoising step of the rows at work: choose positions, predict, keep, write."""
-        turn = self.begin(work)
+        turn = self.turn_of(work)
         asked = turn.open | turn.written
         looked = bool(asked.any())
         if looked:
@@ -439,7 +439,7 @@ class Engine:
         if self.how.on_step is not None and looked:
             self.report(turn)
 
-    def begin(self, work):
+    def turn_of(self, work):
         """The Turn of these rows: at which positions the model is asked."""
         rows = torch.tensor([row.index for row in work])                                # [A]
         block = torch.tensor([row.block for row in work])                               # [A]
