@@ -68,7 +68,7 @@ dim = 128                   # width
 # optimizer
 batch_size = 16 if _tiny else 48        # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
-optimizer = "muon" if _tiny else "adamw"    # muon: AdamW for embeddings, head and norms
+optimizer = "muon" if _tiny else "adamw"    # muon takes AdamW for embeddings, head, norms
 learning_rate = 3e-3 if _tiny else 1e-4     # AdamW's peak
 muon_lr = 0.02              # Muon's peak
 weight_decay = 0.0          # of the blocks' matrices
