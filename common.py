@@ -55,7 +55,8 @@ def parse_setting(argument, defaults):
         raise ValueError(f"expected --name=value, got {argument!r}")
     name, equals, text = argument.removeprefix("--").partition("=")
     if name not in defaults:
-        near = difflib.get_close_matches(name, defaults, 1, 0)
+        near = [longer for longer in defaults if longer.startswith(name)]       # --temp=0.5
+        near += difflib.get_close_matches(name, defaults, 1, 0)
         raise ValueError(f"no setting called {name!r}; did you mean {near[0]!r}? (--help lists "
                          "all)")
     default = defaults[name]
@@ -93,9 +94,9 @@ def describe_settings(file, defaults):
                 yield f"  --{name}={defaults[name]}".ljust(33) + " " + comment
 
 
-def check(settings, at_least_1=(), not_negative=(), positive=(), **choices):
-    """ValueError for the first setting that is out of range, each argument a list of names;
-    choices: name=(what it may be, ...)."""
+def check(settings, at_least_1=(), not_negative=(), positive=(), below_1=(), **choices):
+    """ValueError for the first setting that is out of range, each argument a list of names; those
+    of below_1 must not be negative either. choices: name=(what it may be, ...)."""
     for name in at_least_1:
         if not settings[name] >= 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
@@ -105,6 +106,9 @@ def check(settings, at_least_1=(), not_negative=(), positive=(), **choices):
     for name in positive:
         if not settings[name] > 0:
             raise ValueError(f"{name} must be positive, got {settings[name]}")
+    for name in below_1:
+        if not 0 <= settings[name] < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {settings[name]}")
     if not 0 <= settings["seed"] < 2**32:
         raise ValueError(f"seed must be from 0 to 2**32 - 1, got {settings['seed']}")
     for name, allowed in choices.items():

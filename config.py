@@ -17,6 +17,41 @@ def gelu_tanh(x):
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
 
 
+# What a field may hold follows from its annotation, but for these.
+CHOICES = {
+    "positions": ("rope", "learned"), "norm": ("rms", "layer"), "activation": tuple(ACTIVATIONS),
+    "head_activation": tuple(ACTIVATIONS), "router": ("softmax", "sigmoid"),
+    "router_bias": ("none", "choice", "weight"), "step_schedule": ("even", "timesteps"),
+    "edit_schedule": ("linear", "cubic", "cube", "cosine")}
+SIZES = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_len", "global_every",
+         "experts_per_token", "router_groups", "router_top_groups")     # at least 1
+
+
+def fits_field(name, kind, value):
+    """(whether the field `name` of Config, annotated as `kind`, may have this value; what it must
+    be, in words)."""
+    is_number = type(value) in (int, float)     # isinstance would take True for a number
+    if name in CHOICES:
+        return value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
+    if kind is bool:
+        return type(value) is bool, "true or false"
+    if kind in (int, int | None):
+        low = 1 if name in SIZES else 0
+        fits = type(value) is int and low <= value <= 10**9
+        return fits, f"a whole number from {low} to 10**9"
+    if name == "rope_share":
+        return is_number and 0 < value <= 1, "between 0 and 1, 0 excluded"
+    if kind == float | None:                    # a probability
+        return is_number and 0 <= value <= 1, "between 0 and 1"
+    if kind is float:
+        return is_number and 0 < value < 1e18, "a positive number"
+    if kind is dict:
+        return isinstance(value, dict), "a dict"
+    if name == "dense_layers":
+        return isinstance(value, list | tuple), "a list"
+    return True, ""         # family: pretrained/ knows the names; eos_token_ids: see check_ends
+
+
 @dataclass
 class Config:
     """Everything that distinguishes one supported model from another.
@@ -173,35 +208,15 @@ class Config:
         self.set_ends([token, *others])
 
     def check_fields(self):
-        """Each value must be what its annotation above says, a size at least 1."""
-        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_len",
-                 "global_every", "experts_per_token", "router_groups", "router_top_groups")
-        choices = {"positions": ("rope", "learned"), "norm": ("rms", "layer"),
-                   "activation": tuple(ACTIVATIONS), "head_activation": tuple(ACTIVATIONS),
-                   "router": ("softmax", "sigmoid"), "router_bias": ("none", "choice", "weight"),
-                   "step_schedule": ("even", "timesteps"),
-                   "edit_schedule": ("linear", "cubic", "cube", "cosine")}
+        """Each value must be what its annotation above says, a size at least 1. None is allowed
+        where it is the default."""
         for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if field.type in (int | None, float | None) and value is None:
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
                 continue
-            if field.type in (int, int | None):
-                low = int(name in sizes)
-                if type(value) is not int or not low <= value <= 10**9:
-                    raise ValueError(f"{name} must be a whole number from {low} to 10**9, got "
-                                     f"{value!r}")
-            if field.type is float and (type(value) not in (int, float) or not 0 < value < 1e18):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-            is_share = name == "rope_share" or field.type == float | None
-            if is_share and (type(value) not in (int, float) or not 0 <= value <= 1):
-                raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{name} must be true or false, got {value!r}")
-            is_other = not isinstance(value, (field.type, tuple, type(None)))
-            if name in ("dense_layers", "published") and is_other:
-                raise ValueError(f"{name} must be a {field.type.__name__}, got {value!r}")
-            if name in choices and value not in choices[name]:
-                raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {value!r}")
+            fits, wanted = fits_field(field.name, field.type, value)
+            if not fits:
+                raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
 
     def is_local(self, layer):
         return self.local_window > 0 and layer % self.global_every != 0

@@ -68,7 +68,7 @@ dim = 128                   # width
 # optimizer
 batch_size = 16 if _tiny else 48        # sequences a step and process
 grad_accum = 1              # steps of batch_size sequences before each update
-optimizer = "muon" if _tiny else "adamw"    # muon: AdamW for embeddings, head and norms
+optimizer = "muon" if _tiny else "adamw"    # muon takes AdamW for embeddings, head, norms
 learning_rate = 3e-3 if _tiny else 1e-4     # AdamW's peak
 muon_lr = 0.02              # Muon's peak
 weight_decay = 0.0          # of the blocks' matrices
@@ -92,8 +92,9 @@ common.check(
     at_least_1=["n_layers", "n_heads", "dim", "seq_len", "batch_size", "grad_accum",
                 "eval_sequences", "final_eval_sequences"],
     positive=["learning_rate", "muon_lr", "epochs"],
-    not_negative=["max_weight", "weight_decay", "grad_clip", "warmup", "max_steps", "max_minutes",
+    not_negative=["max_weight", "weight_decay", "grad_clip", "max_steps", "max_minutes",
                   "eval_interval", "sample_tokens"],
+    below_1=["warmup", "beta2"],
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32

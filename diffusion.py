@@ -26,7 +26,6 @@ CPU, so that every device draws the same masks.
 """
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -155,7 +154,8 @@ def mdlm_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=No
     answers in chat data).
     t           float [B]; None: drawn by `sample_t`.
     mask        bool [B, T]; None: drawn with probability 1 - alpha_t.
-    max_weight  clips the weight of `loss`, not of `nelbo`: less noise from times near 0.
+    max_weight  clips the weight of `loss`, not of `nelbo`: less noise from times near 0. None or 0:
+                it is not clipped.
     Raises ValueError where shapes or the mask token do not fit.
     """
     B, T = tokens.shape
@@ -241,7 +241,7 @@ def llada2_loss(model, tokens, block_length, maskable=None, t=None, mask=None, c
         x_t, mask = torch.cat((x_t, other)), torch.cat((mask, rest))                    # [2B, T]
         tokens, maskable = tokens.repeat(2, 1), maskable.repeat(2, 1)
         t, each = torch.cat((t, 1 - t)), torch.cat((each, 1 - each))
-    weights = weight(each.clamp(min=1e-3))
+    weights = weight(each.clamp(min=1e-3))              # 1 - t may be 0
     used = torch.ones_like(weights) / mask.sum().clamp(min=1)
     if bound:
         used = weights / maskable.sum().clamp(min=1)
@@ -359,7 +359,7 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
     nats = torch.zeros(N, draws, dtype=torch.float64)
     for (sample, rows, _, _), estimate in zip(passes, run_passes(bound, passes)):
         nats[rows, sample] = estimate
-    counts = counts.double()
+    counts = counts.double()                            # of each row, the same in every draw
     if not counts.sum():
         raise ValueError("there is no token to score")
     value = nats.sum() / (counts.sum() * draws)
@@ -383,9 +383,10 @@ def hide(config, maskable, generator):
     groups = F.pad(maskable, (0, -T % block)).view(B, -1, block)        # [B, blocks, block]
     size = groups.sum(-1)                                               # L, [B, blocks]
     k = (evenly_spread(size.shape, generator) * size).long().clamp(max=size - 1) + 1
+    # The k lowest of random numbers, among which 2.0 comes last: what is not maskable.
     order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0)
     mask = (order.argsort(-1).argsort(-1) < k[..., None]) & groups
-    weights = (size / k).nan_to_num()[..., None].expand(groups.shape)
+    weights = (size / k).nan_to_num()[..., None].expand(groups.shape)   # 0 / 0: nothing is maskable
     return mask.reshape(B, -1)[:, :T], weights.reshape(B, -1)[:, :T], maskable.sum(1)
 
 
@@ -429,7 +430,8 @@ REMASKING = {"low_confidence": low_confidence, "entropy": entropy, "margin": mar
              "random": low_confidence, "ancestral": low_confidence}
 # These two choose positions blindly, by uniform numbers, before the model is asked: "random" as
 # many as the schedule says, "ancestral" each with probability (t - s) / t, which samples the
-# reverse process (MDLM, eq. 7; Dream's "origin"). The function in the table is for display alone.
+# reverse process (MDLM, eq. 7; Dream's "origin"). The function in the table chooses nothing: it is
+# shown as the confidence, and ReMDM's "conf" (sampling/engine.py) reads it.
 BLIND = ("random", "ancestral")
 
 
@@ -494,33 +496,20 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
                   schedule says); None: the model's own, with "low_confidence".
     schedule      how many a step keeps: a key of STEP_SCHEDULES; None: the model's own.
     seed          row b draws from the stream (seed, b).
-    edit_threshold, edit_passes     see `edits`; None: the model's own, with a threshold.
+    edit_threshold, edit_passes     see `rewrites`; None: the model's own, with a threshold.
     An autoregressive model is the case of blocks of one token; its masks have the id vocab_size.
     Raises ValueError for arguments that cannot be, naming them, and for tokens that do not fit.
     sampling/engine.py does the same with batches and caches, and has more rules.
     """
     config, mask_id = config_of(model), canvas_mask_id(model)
-    if threshold is None and remasking == "low_confidence":
-        threshold = config.threshold
-    if edit_threshold is None and threshold is not None:
-        edit_threshold = config.edit_threshold
-    schedule = look_up(STEP_SCHEDULES, schedule or config.step_schedule, "schedule")
-    look_up(REMASKING, remasking, "remasking")
+    how = Rules(temperature, remasking, threshold, schedule or config.step_schedule, edit_threshold,
+                edit_passes, tokens.device)
+    how.take_habits(config)
+    how.check(config)
     if steps < 1 or block_length is not None and block_length < 1:
         raise ValueError(f"steps and block_length must be at least 1, got {steps} and "
                          f"{block_length}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if temperature < 1e-6:              # 0 in all that float32 can tell, and does not overflow
-        temperature = 0.0
-    if threshold is not None and (remasking != "low_confidence" or not 0 <= threshold <= 1):
-        raise ValueError("threshold needs low_confidence and must be between 0 and 1, got "
-                         f"{threshold} with {remasking}")
-    if edit_threshold is not None and config.causal:
-        raise ValueError("edit_threshold is not for autoregressive models")
     check_canvas(config, tokens)
-    how = Rules(temperature, remasking, threshold, schedule, edit_threshold, edit_passes,
-                tokens.device)
     block_length = own_block_length(config, block_length) or tokens.shape[1]
     begin = 0 if config.blocks_from_start else prompt_len
     block_of = (torch.arange(tokens.shape[1]) - begin) // block_length                  # [T]
@@ -546,10 +535,34 @@ class Rules:
     temperature: float
     remasking: str
     threshold: float | None
-    schedule: Callable
+    schedule: str
     edit_threshold: float | None
     edit_passes: int
     device: torch.device        # where the model is
+
+    def __post_init__(self):
+        if 0 < self.temperature < 1e-6:     # 0 in all that float32 can tell, and does not overflow
+            self.temperature = 0.0
+
+    def take_habits(self, config):
+        """What was left out is as the model has it."""
+        if self.threshold is None and self.remasking == "low_confidence":
+            self.threshold = config.threshold
+        if self.edit_threshold is None and self.threshold is not None:
+            self.edit_threshold = config.edit_threshold
+
+    def check(self, config):
+        """Raises ValueError for what cannot be, naming it."""
+        look_up(STEP_SCHEDULES, self.schedule, "schedule")
+        look_up(REMASKING, self.remasking, "remasking")
+        threshold, remasking = self.threshold, self.remasking
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if threshold is not None and (remasking != "low_confidence" or not 0 <= threshold <= 1):
+            raise ValueError("threshold needs low_confidence and must be between 0 and 1, got "
+                             f"{threshold} with {remasking}")
+        if self.edit_threshold is not None and config.causal:
+            raise ValueError("edit_threshold is not for autoregressive models")
 
 
 def denoise_block(model, x, block_of, block, steps, how, generator):
@@ -575,7 +588,7 @@ def denoise_block(model, x, block_of, block, steps, how, generator):
         if one_a_step:
             count = 1
         elif how.remasking != "ancestral" and not last:
-            count = how.schedule(start, len(where), step, steps)
+            count = STEP_SCHEDULES[how.schedule](start, len(where), step, steps)
         if how.remasking in BLIND and count:
             where = choose_blindly(where, count, step, steps, how.remasking, generator)
             count = len(where)
@@ -593,11 +606,11 @@ def denoise_block(model, x, block_of, block, steps, how, generator):
         if how.threshold is not None:
             count = max(count, int((score >= how.threshold).sum()))
         keep = best(score, count)
-        anew, tokens_anew = edits(model, x, own, block_of, how)
+        anew, tokens_anew = rewrites(model, x, own, block_of, how)
         x[where[keep]] = chosen[keep]
         x[anew] = tokens_anew
     for _ in range(how.edit_passes):                    # the block is full: is all of it good?
-        anew, tokens_anew = edits(model, x, own, block_of, how)
+        anew, tokens_anew = rewrites(model, x, own, block_of, how)
         x[anew] = tokens_anew
         if not len(anew):
             break
@@ -615,7 +628,7 @@ def choose_blindly(where, count, step, steps, remasking, generator):
     return where[u < (t - s) / t]
 
 
-def edits(model, x, inside, block_of, how):
+def rewrites(model, x, inside, block_of, how):
     """(positions, tokens) [N] that are written anew in a row x [T], where another token than the
     one that stands there is predicted with more than edit_threshold (LLaDA2.1); None: none.
 

@@ -247,6 +247,14 @@ def keys_ahead(positions, cache):
     return ahead[:, None] if ahead.dim() == 3 else ahead
 
 
+def in_order(mask, ahead):
+    """The keys of a mask, bool or None for all of them, that do not stand behind the query; `ahead`
+    as `keys_ahead` has it."""
+    if mask is None:
+        return ahead <= 0
+    return mask & (ahead <= 0) | (ahead == 0)       # a query that sees nothing would become NaN
+
+
 def time_waves(t, size):
     """cos and sin of 1000 t at size / 2 frequencies from 1 to 1/10000, [B, size] for t [B]: what
     diffusion models are told of the time (Ho et al. 2020, arXiv 2006.11239, appendix B)."""
@@ -446,37 +454,38 @@ class Transformer(nn.Module):
         """((mask of the global layers, mask of the local layers), causal), as `kernels.attend`
         takes them: None or bool broadcastable to [B, H, S, T]; `causal` stands for the mask of a
         causal model that needs no other."""
-        config = self.config
+        window = self.config.local_window
         if isinstance(attention_mask, BlockMask):
-            if config.local_window:
+            if window:
                 raise ValueError("a BlockMask cannot be combined with local attention: pass a bool "
                                  "mask")
             return (attention_mask, None), False
-        if attention_mask is not None and attention_mask.is_floating_point():
+        is_number = attention_mask is not None and attention_mask.is_floating_point()
+        if is_number and (attention_mask < 0).any():
             raise ValueError("attention_mask is true, or 1, where a key may be seen; numbers that "
                              "are to be added to the scores, 0 and -inf, would say the opposite")
-        given = None if attention_mask is None else attention_mask.bool()
-        has_order = given is not None and given.dim() == 3      # in place of the model's own
-        if has_order and not config.local_window:
-            return (kernels.tiled(given), None), False
-        causal = config.causal and not has_order
-        if causal and given is None and cache is None and not config.local_window:
+        # Whoever gives a mask with a row for each query [B, S, T] says who sees whom, in place of
+        # the model's own order. A mask of keys [B, T] leaves that order as it is.
+        has_order = attention_mask is not None and attention_mask.dim() == 3
+        causal = self.config.causal and not has_order
+        if has_order and not window:
+            return (kernels.tiled(attention_mask.bool()), None), False
+        if causal and not window and attention_mask is None and cache is None:
             return (None, None), True
-        mask = None
-        if given is not None:
-            mask = given[:, None] if has_order else given[:, None, None]        # [B, 1, 1 or S, T]
-        if not (causal or config.local_window):
+        mask = None                                                     # [B, 1, 1 or S, T]
+        if attention_mask is not None:
+            mask = attention_mask.bool()
+            mask = mask[:, None] if has_order else mask[:, None, None]
+        if not causal and not window:
             return (mask, None), False
         ahead = keys_ahead(positions, cache)
-        if causal and mask is None:
-            mask = ahead <= 0
-        elif causal:
-            mask = mask & (ahead <= 0) | (ahead == 0)         # a row that sees nothing would be NaN
+        if causal:
+            mask = in_order(mask, ahead)
         if cache is not None and mask is not None:
             mask = kernels.unless_all(mask)
-        if not config.local_window:
+        if not window:
             return (mask, None), False
-        near = ahead.abs() <= config.local_window // 2
+        near = ahead.abs() <= window // 2
         return (mask, near if mask is None else mask & near), False
 
     def ropes(self, positions):

@@ -112,7 +112,10 @@ def read(text):
     name, data = "the prompt", os.fsencode(text)
     if text.startswith("FILE:"):
         name = text.removeprefix("FILE:")
-        data = Path(name).read_bytes()
+        try:
+            data = Path(name).read_bytes()
+        except OSError as error:
+            raise OSError(f"cannot read {name}: {error.strerror}") from None
     try:
         return data.decode("utf-8").removeprefix("\ufeff")     # a byte order mark is no text
     except UnicodeDecodeError as error:

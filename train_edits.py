@@ -111,8 +111,9 @@ common.check(
     at_least_1=["n_layers", "n_heads", "dim", "batch_size", "grad_accum", "num_masks",
                 "max_damage", "eval_tokens", "final_eval_tokens"],
     positive=["learning_rate", "embedding_lr", "muon_lr"],
-    not_negative=["time_features", "max_weight", "weight_decay", "grad_clip", "warmup", "max_steps",
+    not_negative=["time_features", "max_weight", "weight_decay", "grad_clip", "max_steps",
                   "max_minutes", "eval_interval", "sample_tokens"],
+    below_1=["warmup", "beta2"],
     editing=["flows", "tokens", "replace"], source=list(SOURCES), schedule=list(FLOW_SCHEDULES),
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):

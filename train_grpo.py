@@ -273,13 +273,14 @@ while run.goes_on():
                     ref.append(logps_of(frozen, some, shown, **scoring))
 
     # Updates. Weights belong to the whole step: losses of parts of it add up.
-    counts, shares = token_weights(answers.answer, mean), token_weights(answers.answer)  # [B, T]
+    loss_weights = token_weights(answers.answer, mean)                                  # [B, T]
+    log_weights = token_weights(answers.answer)         # the mean over all tokens, for kl, clipped
     for_wd1 = wd1_weights(advantages)                                                   # [B]
     kl = clipped = 0.0
     for update, seen in enumerate(views):
         for i, rows in enumerate(passes, update * len(passes)):
             some, shown = answers.rows(rows).to(device), seen.rows(rows).to(device)
-            A, weight = advantages[rows].to(device), counts[rows].to(device)
+            A, weight = advantages[rows].to(device), loss_weights[rows].to(device)
             with autocast:
                 found = view_logps(model, some, shown, **scoring)                       # [K, b, T]
             logps = (shown.weight * found).sum(0)                                       # [b, T]
@@ -293,8 +294,8 @@ while run.goes_on():
                 loss = (weight * (spg_terms(found, shown.weight, A) + beta * terms.kl)).sum()
             (loss * world_size).backward()              # the mean over processes is the sum again
             run.count(Loss(loss, -logps, shown.weight.sum().item(), some.answer, None))
-            kl += (shares[rows].to(device) * terms.kl).sum().item() / inner_updates
-            clipped += (shares[rows].to(device) * terms.clipped).sum().item() / inner_updates
+            kl += (log_weights[rows].to(device) * terms.kl).sum().item() / inner_updates
+            clipped += (log_weights[rows].to(device) * terms.clipped).sum().item() / inner_updates
         average_gradients(model)
         clip_gradients(model, grad_clip)
         for o in optimizers:

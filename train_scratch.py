@@ -94,8 +94,8 @@ common.check(
                 "final_eval_tokens"],
     positive=["learning_rate", "embedding_lr", "muon_lr"],
     not_negative=["n_experts", "balance_loss", "balance_rate", "max_weight", "weight_decay",
-                  "grad_clip", "warmup", "max_steps", "max_minutes", "eval_interval",
-                  "sample_tokens"],
+                  "grad_clip", "max_steps", "max_minutes", "eval_interval", "sample_tokens"],
+    below_1=["warmup", "beta2"],
     objective=["mdlm", "bd3lm", "ar"], positions=["rope", "learned"], schedule=list(SCHEDULES),
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):
@@ -120,7 +120,7 @@ text = Tokenizer.from_pretrained(data_folder)
 T = data.document_length or seq_len     # documents that all have one length are not cut
 if objective == "bd3lm" and (block_length < 1 or T % block_length):
     raise ValueError(f"block_length {block_length} does not divide seq_len {T}")
-val_tokens = max(eval_tokens, final_eval_tokens, 2 * T)
+val_tokens = max(eval_tokens, final_eval_tokens, 2 * T)     # one sequence alone has no error
 val_windows = data.windows("val", T, val_tokens)                                    # [N, T]
 data.batch("train", batch_size, T, seed, 0)         # fail early: less text than one sequence
 things = hidden_things(data.val, text, T) if dataset == "tales" else None
@@ -150,7 +150,7 @@ must_match = {name: settings[name] for name in (
     "experts_per_token", "tokenizer", "optimizer", "weight_decay", "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
-flops = flops_per_token(model, T, head_share=1.0 if left_to_right else 0.5)
+flops = flops_per_token(model, T, head_share=1.0 if left_to_right else 0.5)     # half are masked
 run = Run(settings, model, optimizers, text, device, must_match, flops)
 
 
@@ -177,7 +177,7 @@ def show_sample():
     canvas = torch.full((1, length), canvas_mask_id(model))
     if config.bos_token_id is not None:                 # a text begins where another has ended
         canvas[0, 0] = config.bos_token_id
-    elif left_to_right:
+    elif left_to_right:                                 # something must stand before the first
         canvas[0, 0] = val_windows[0, 0]
     ids = denoise(model, canvas.to(device), length, temperature=1.0, remasking="random",
                   seed=run.step)[0]
@@ -204,7 +204,7 @@ while run.goes_on():
         run.log(*values, factor, **look_back())
         if sample_tokens and run.main:
             show_sample()
-        run.bar.begin_window()
+        run.bar.begin_window()                  # the speed shown leaves out what that took
     if run.finished:
         break
     set_learning_rate(optimizers, factor)

@@ -164,8 +164,11 @@ def parse_line(line, where):
         return checked(exchange(row["prompt"], row["response"]), where)
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
+        hint = ""
+        if isinstance(row.get("text"), str):            # as many data sets of plain text have it
+            hint = ": a .jsonl holds conversations, plain texts go into .txt files"
         raise ValueError(f'{where} has neither "messages", a list, nor "prompt" and "response", '
-                         "two texts")
+                         f"two texts{hint}")
     return checked(messages, where)
 
 

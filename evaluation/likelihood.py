@@ -191,32 +191,40 @@ def guided_nll(model, tokens, mask, attention_mask, given, cfg_scale):
 
 @dataclass
 class Design:
-    """Sets of hidden tokens and what to make of the answers. Each group of sets is an estimate by
-    itself, independent of the others."""
-    masks: torch.Tensor         # bool [M, L]: the different sets
-    row: torch.Tensor           # int64 [n]: which of them each sample is
-    weights: torch.Tensor       # float64 [n]: of a sample's nll in the estimate of its group
-    group: torch.Tensor         # int64 [n]
-    control: torch.Tensor = None    # float64 [groups, L]: weights of the nll with all hidden
-    exact: bool = False
+    """n samples, each a set of hidden tokens, and what to make of the model's answers.
+
+    Samples that hide the same tokens are asked once: `masks` has the M different sets. With nll(s)
+    the nats of all tokens that sample s hides, in the pass that hides them,
+
+        estimate of a group = sum over its samples s of weights_s * nll(s)
+                              + sum over tokens i of control_i * nll_i with all tokens hidden
+
+    estimates -log p, each group by itself and independently of the others.
+    """
+    masks: torch.Tensor         # bool [M, L]: true is hidden
+    set_of: torch.Tensor        # int64 [n]: the row of `masks` that a sample is
+    weights: torch.Tensor       # float64 [n]
+    group: torch.Tensor         # int64 [n]: the group that a sample belongs to
+    control: torch.Tensor = None    # float64 [groups, L]; needs sample 0 to hide all; None: zeros
+    exact: bool = False         # the one group has all sets there are: no error
 
     def estimate(self, nll):
         """(-log p, its standard error) from nll float64 [M, L], 0 where nothing was hidden."""
         groups = torch.zeros(int(self.group.max()) + 1, dtype=torch.float64)
-        groups.index_add_(0, self.group, nll.sum(1)[self.row] * self.weights)
-        if self.control is not None:                    # sample 0 hides all
-            groups = groups + self.control @ nll[self.row[0]]
+        groups.index_add_(0, self.group, nll.sum(1)[self.set_of] * self.weights)
+        if self.control is not None:
+            groups = groups + self.control @ nll[self.set_of[0]]
         if len(groups) == 1:
             return groups[0].item(), 0.0 if self.exact else math.nan
         return groups.mean().item(), groups.std().item() / math.sqrt(len(groups))
 
     def token_weights(self):
-        """float64 [M, L]: what the nll of each token counts in the estimate, which is a sum."""
+        """float64 [M, L]: what each entry of nll counts in the mean over groups."""
         groups = int(self.group.max()) + 1
         counted = torch.zeros(self.masks.shape, dtype=torch.float64)
-        counted.index_add_(0, self.row, self.weights[:, None].expand(-1, self.masks.shape[1]))
+        counted.index_add_(0, self.set_of, self.weights[:, None].expand(-1, self.masks.shape[1]))
         if self.control is not None:
-            counted[self.row[0]] += self.control.sum(0)
+            counted[self.set_of[0]] += self.control.sum(0)
         return counted * self.masks / groups
 
 
@@ -229,7 +237,7 @@ def choose_sets(L, n, estimator, generator, chain_rule=False, given=True):
         zero = torch.zeros(1, dtype=torch.int64)
         return Design(masks, zero, torch.ones(1, dtype=torch.float64), zero, exact=True)
     design = ESTIMATORS[estimator](L, n, generator)
-    design.masks, design.row = design.masks.unique(dim=0, return_inverse=True)  # asked once each
+    design.masks, design.set_of = design.masks.unique(dim=0, return_inverse=True)
     design.exact = estimator != "llada" and 2**L - 1 <= n
     return design
 
@@ -259,24 +267,31 @@ def stratified_sets(L, n, generator):
 
 
 def dealt_sets(L, n, generator):
-    """k evenly spread and smaller ones more often, sets dealt from a deck, differences from the nll
-    with all hidden (sample 0)."""
+    """Sets dealt from a deck, small ones more often, and differences from the nll with all hidden,
+    which sample 0 asks for. With S_k a set of k tokens drawn at random,
+
+        bound = 1/L nll(all) + sum over k < L of 1/k E[nll(S_k)]
+              = (1 + sum of c_k) / L nll(all) + sum over k < L of 1/k E[nll(S_k) - c_k nll_0(S_k)]
+
+    for any numbers c_k, where nll_0(S) are the nats of the tokens of S with all hidden: on average
+    over S_k, nll_0(S_k) / k is nll(all) / L, which is known. What is left in the expectation varies
+    less, for a token that is hard in one pass is hard in the other (a control variate).
+    """
     if 2**L - 1 <= n:
         return every_set(L)
     if n < 3:
         return llada_sets(L, n, generator)
-    # A set of k says more the larger k is, so small ones are asked more often.
+    # k is drawn with probability p_k: a large set says more, so small ones are asked more often.
     group, k, p = spread(torch.arange(1, L) ** -0.5, n - 1, generator)
     dealt = [deal(k[group == g].tolist(), L, generator) for g in group.unique()]
     masks = torch.cat([torch.ones(1, L, dtype=torch.bool), *dealt])                     # [n, L]
-    weights = (1 / k.double() / p[k - 1]) / group.bincount()[group]     # of strata 1..L-1, 1/L each
-    # How much of the nll with all hidden is subtracted: the more, the more is hidden. What is
-    # subtracted comes back as its exact mean.
-    share = (1 + torch.arange(1, L, dtype=torch.float64) / L) / 2                       # [L - 1]
-    taken = torch.zeros(int(group.max()) + 1, L, dtype=torch.float64)
-    taken.index_add_(0, group, (weights * share[k - 1])[:, None] * masks[1:])
-    control = (1 + share.sum()) / L - taken                                            # [groups, L]
-    first = (1, 0)
+    weights = (1 / k.double() / p[k - 1]) / group.bincount()[group]                     # [n - 1]
+    # c_k: the more is hidden, the more alike are the two passes.
+    c = (1 + torch.arange(1, L, dtype=torch.float64) / L) / 2                           # [L - 1]
+    subtracted = torch.zeros(int(group.max()) + 1, L, dtype=torch.float64)
+    subtracted.index_add_(0, group, (weights * c[k - 1])[:, None] * masks[1:])
+    control = (1 + c.sum()) / L - subtracted                                       # [groups, L]
+    first = (1, 0)              # sample 0 stands before the others; its weight is in `control`
     return Design(masks, torch.arange(n), F.pad(weights, first), F.pad(group, first), control)
 
 

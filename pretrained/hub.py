@@ -81,11 +81,13 @@ def find_installed(package):
 
 
 def similar_folder(folder):
-    """Advice for a name that was mistyped: a checkpoint below this folder with one like it."""
+    """Advice for a name that was mistyped: a checkpoint below this folder with one like it, or one
+    of the same name in another folder (tales: checkpoints/tales)."""
     here = []
     for pattern in ("*/config.json", "*/*/config.json"):
         here += [str(file.parent) for file in Path().glob(pattern)]
     near = difflib.get_close_matches(str(folder), here, 1, 0.8)
+    near += sorted(path for path in here if Path(path).name == folder.name)
     return f"did you mean {near[0]}? Else " if near else ""
 
 

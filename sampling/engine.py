@@ -136,7 +136,7 @@ class Sampling:
     minimum: int = None         # with it, so many a step at least; 0: as many as the schedule says.
     #                             None: 1, and `steps` counts no more; LLaDA2: 0
     edit_threshold: float = None    # write a token anew where another is predicted with more than
-    #                             this (diffusion.edits); None: the model's own, with a threshold
+    #                             this (diffusion.rewrites); None: the model's own, with a threshold
     edit_passes: int = 16       # so often at most when the masks of a block are gone
     factor: float = None        # Fast-dLLM's rule in place of a number a step: keep_factor
     entropy_bound: float = None     # EB-Sampler's rule in place of a number: keep_entropy_bound
@@ -212,8 +212,8 @@ class Sampling:
                    "schedule": (None, *STEP_SCHEDULES), "remask_schedule": REMASK_SCHEDULES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got "
-                                 f"{getattr(self, name)!r}")
+                names = ", ".join(choice for choice in allowed if choice is not None)
+                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
 
     def check_combinations(self, config):
         rules = [name for name in ADAPTIVE if getattr(self, name) is not None]
@@ -320,6 +320,21 @@ class Step:
     #                             so many from the left will stay; None: what is written stays
 
 
+@dataclass
+class Turn:
+    """A denoising step of the rows that have one to do: what is asked, and what comes of it."""
+    work: list                  # the A rows
+    rows: torch.Tensor          # int64 [A]: their numbers
+    block: torch.Tensor         # int64 [A]: the block that each works on
+    own: torch.Tensor           # bool [A, T]: positions of that block that were not given
+    open: torch.Tensor          # bool [A, T]: the masks that are predicted
+    written: torch.Tensor       # bool [A, T]: tokens that are looked at again, to be written anew
+    again: torch.Tensor         # bool [A, T]: tokens that become masks again
+    predicted: torch.Tensor     # int64 [A, T]: what the model says at `open` and `written`
+    score: torch.Tensor         # float64 [A, T]: what the rule says of that
+    keep: torch.Tensor          # bool [A, T]: where it is written to the canvas
+
+
 class Engine:
     """One run: the canvas of all rows, and for each of them the step at which it stands."""
 
@@ -369,14 +384,15 @@ class Engine:
         by_steps = not (self.config.causal or self.how.adaptive)
         rows = []
         for b in range(len(self.canvas)):
-            block_of = self.block_of[b][self.is_masked[b]]
-            blocks, sizes = block_of.unique(return_counts=True)
+            numbers, masks = self.block_of[b][self.is_masked[b]].unique(return_counts=True)
+            sizes = masks
             if self.config.blocks_from_start:           # the prompt's end counts as well
-                sizes = self.block_of[b][self.shown[b]].bincount()[blocks]
-            if by_steps and self.how.steps < len(blocks):
-                raise ValueError(f"{self.how.steps} steps are too few for {len(blocks)} blocks: "
+                sizes = self.block_of[b][self.shown[b]].bincount()[numbers]
+            if by_steps and self.how.steps < len(numbers):
+                raise ValueError(f"{self.how.steps} steps are too few for {len(numbers)} blocks: "
                                  "each needs at least one")
-            rows.append(Row(b, zip(blocks.tolist(), sizes.tolist()), self.how, schedule))
+            blocks = zip(numbers.tolist(), sizes.tolist(), masks.tolist())
+            rows.append(Row(b, list(blocks), self.how, schedule))
         return rows
 
     @torch.no_grad()
@@ -403,119 +419,127 @@ class Engine:
         return [row for row in self.rows if row.advance(left[row.index])]
 
     def step(self, work):
-        """One denoising step of the rows at work: choose, predict, keep, write."""
-        rows = torch.tensor([row.index for row in work])                                # [A]
-        block = torch.tensor([row.block for row in work])                               # [A]
-        inside = (self.block_of[rows] == block[:, None]) & self.shown[rows]             # [A, T]
-        eligible = inside & self.is_masked[rows]
-        again = written = torch.zeros_like(inside)
-        if self.how.blind:
-            eligible, again = self.choose_blindly(work, rows, inside, eligible)
-        if self.how.edit_threshold is not None:         # what may be written anew
-            written = inside & ~self.given[rows] & ~eligible
-        predicted, score, keep = self.canvas[rows], torch.zeros(inside.shape).double(), eligible
-        asked = eligible | written
+        """One denoising step of the rows at work: choose positions, predict, keep, write."""
+        turn = self.turn_of(work)
+        asked = turn.open | turn.written
         looked = bool(asked.any())
         if looked:
-            logits = self.look(rows, asked, block)
+            logits = self.look(turn.rows, asked, turn.block)                            # [N, V]
             self.passes += 1
-            is_open = eligible[asked].to(logits.device)                                 # [N]
-            if written.any():
-                anew = self.edit(work, written, logits[~is_open], predicted, score)
+            is_open = turn.open[asked].to(logits.device)                                # [N]
+            if turn.written.any():
+                self.edit(turn, logits[~is_open])
                 logits = logits[is_open]
-            if eligible.any():
-                keep = self.predict(work, rows, eligible, logits, predicted, score)
-            if written.any():
-                keep = keep | anew
-        self.write(rows, keep, predicted, again, score)
+            if turn.open.any():
+                self.predict(turn, logits)
+        self.write(turn)
         if len(self.ends):
             for row in work:
                 self.stop_at_end(row)
         if self.how.on_step is not None and looked:
-            self.report(rows, keep, score)
+            self.report(turn)
 
-    def predict(self, work, rows, eligible, logits, predicted, score):
-        """bool [A, T]: the predictions at the `eligible` positions that stay. The tokens go into
-        `predicted`, what the rule says of them into `score`, [A, T] each. logits [N, V]: there."""
-        logits, chosen = self.choose(work, rows, eligible, logits)
-        predicted[eligible] = chosen.cpu()
-        conf = self.how.remask_schedule == "conf"
-        if not self.how.blind or self.how.on_step is not None or conf:
-            score[eligible] = self.how.score(logits, chosen).cpu()
+    def turn_of(self, work):
+        """The Turn of these rows: at which positions the model is asked."""
+        rows = torch.tensor([row.index for row in work])                                # [A]
+        block = torch.tensor([row.block for row in work])                               # [A]
+        inside = (self.block_of[rows] == block[:, None]) & self.shown[rows]             # [A, T]
+        nothing = torch.zeros_like(inside)
+        turn = Turn(work, rows, block, own=inside & ~self.given[rows],
+                    open=inside & self.is_masked[rows], written=nothing, again=nothing,
+                    predicted=self.canvas[rows], score=nothing.double(), keep=nothing)
         if self.how.blind:
-            return eligible
-        count = torch.tensor([row.count for row in work])
-        return self.how.keep(score, eligible, count, logits,
-                             lambda: draw(self.streams, rows, eligible))
+            self.choose_blindly(turn)
+        if self.how.edit_threshold is not None:
+            turn.written = turn.own & ~turn.open
+        return turn
 
-    def choose_blindly(self, work, rows, inside, masked):
-        """(masks to write, written tokens to mask again), bool [A, T] each, before the model is
-        asked."""
-        written = inside & ~self.given[rows] & ~masked
-        u = draw(self.streams, rows, masked | written if self.how.remask else masked)
+    def choose_blindly(self, turn):
+        """Leave in `open` the masks that are written, and put the tokens that become masks again
+        into `again`, before the model is asked."""
+        masked, written = turn.open, turn.own & ~turn.open
+        u = draw(self.streams, turn.rows, masked | written if self.how.remask else masked)
         if self.how.remasking == "random":
-            count = torch.tensor([row.count for row in work])
-            return keep_best(u, masked, count), torch.zeros_like(written)
-        chances = torch.tensor([row.chances for row in work], dtype=torch.float64)      # [A, 2]
+            count = torch.tensor([row.count for row in turn.work])
+            turn.open = keep_best(u, masked, count)
+            return
+        chances = torch.tensor([row.chances for row in turn.work], dtype=torch.float64)  # [A, 2]
         write, sigma = chances[:, :1], chances[:, 1:]
         if self.how.remask_schedule == "conf":
-            unsure = torch.where(written, -self.sureness[rows], -torch.inf)
+            unsure = torch.where(written, -self.sureness[turn.rows], -torch.inf)
             sigma = sigma * unsure.softmax(dim=1)
-        return masked & (u < write), written & (u < sigma)
+        turn.open = masked & (u < write)
+        turn.again = written & (u < sigma)
 
-    def edit(self, work, written, logits, predicted, score):
-        """bool [A, T]: which of the `written` positions are written anew (the rule of
-        diffusion.edits); logits [N, V], predicted and score as in `predict`."""
-        mask_id = torch.tensor(self.mask_id, device=logits.device)
-        chosen = kernels.largest(logits.index_fill(1, mask_id, -torch.inf))
-        sure = low_confidence(logits, chosen).cpu()
-        chosen, anew = chosen.cpu(), written.clone()
-        anew[written] = (chosen != predicted[written]) & (sure > self.how.edit_threshold)
-        predicted[written], score[written] = chosen, sure
-        for row, changed in zip(work, anew.any(1).tolist()):
-            row.settled = row.looks > 0 and not changed
-            if changed and row.looks and row.looks == self.how.edit_passes:
-                self.unsettled += 1
-        return anew
+    def predict(self, turn, logits):
+        """Predict the tokens at the `open` positions, logits [N, V] there, and say which stay."""
+        logits, chosen = self.choose(turn, logits)
+        turn.predicted[turn.open] = chosen.cpu()
+        conf = self.how.remask_schedule == "conf"
+        if not self.how.blind or self.how.on_step is not None or conf:
+            turn.score[turn.open] = self.how.score(logits, chosen).cpu()
+        keep = turn.open
+        if not self.how.blind:
+            count = torch.tensor([row.count for row in turn.work])
+            keep = self.how.keep(turn.score, turn.open, count, logits,
+                                 lambda: draw(self.streams, turn.rows, turn.open))
+        turn.keep = turn.keep | keep
 
-    def choose(self, work, rows, eligible, logits):
-        """(logits [N, V], tokens [N]) at the `eligible` positions of these rows."""
+    def choose(self, turn, logits):
+        """(logits [N, V], tokens [N]) at the `open` positions."""
         if self.mask_id < logits.shape[1]:
             # The mask itself may be predicted, and the position stays open; but not in a last step.
-            final = torch.tensor([row.final for row in work])[eligible.nonzero()[:, 0]]
-            logits[:, self.mask_id].masked_fill_(final.to(logits.device), -torch.inf)
+            is_last = torch.tensor([row.is_last for row in turn.work])[turn.open.nonzero()[:, 0]]
+            logits[:, self.mask_id].masked_fill_(is_last.to(logits.device), -torch.inf)
         logits, temperature = self.how.distribution(logits, self.config)
         u = None
         if temperature > 0:
-            u = draw(self.streams, rows, eligible)[eligible]
+            u = draw(self.streams, turn.rows, turn.open)[turn.open]
         return logits, kernels.sample_tokens(logits, temperature, u)
 
-    def write(self, rows, keep, predicted, again, score):
-        tokens = torch.where(keep, predicted, self.canvas[rows])
-        self.canvas[rows] = torch.where(again, self.mask_id, tokens)
+    def edit(self, turn, logits):
+        """Say which of the `written` positions are written anew (the rule of diffusion.rewrites);
+        logits [N, V] there."""
+        mask_id = torch.tensor(self.mask_id, device=logits.device)
+        chosen = kernels.largest(logits.index_fill(1, mask_id, -torch.inf))
+        sure = low_confidence(logits, chosen).cpu()
+        chosen, anew = chosen.cpu(), turn.written.clone()
+        differs = chosen != turn.predicted[turn.written]
+        anew[turn.written] = differs & (sure > self.how.edit_threshold)
+        turn.predicted[turn.written], turn.score[turn.written] = chosen, sure
+        turn.keep = turn.keep | anew
+        for row, changed in zip(turn.work, anew.any(1).tolist()):
+            row.unchanged = row.looks > 0 and not changed
+            if changed and row.looks and row.looks == self.how.edit_passes:
+                self.unsettled += 1
+
+    def write(self, turn):
+        rows = turn.rows
+        tokens = torch.where(turn.keep, turn.predicted, self.canvas[rows])
+        self.canvas[rows] = torch.where(turn.again, self.mask_id, tokens)
         self.is_masked[rows] = (self.canvas[rows] == self.mask_id) & self.shown[rows]
         if self.how.remask_schedule == "conf":
-            self.sureness[rows] = torch.where(keep, score, self.sureness[rows])
+            self.sureness[rows] = torch.where(turn.keep, turn.score, self.sureness[rows])
 
     def stop_at_end(self, row):
         """If the row's block is finished and an end of text was written in it, it is the row's
         last."""
         b = row.index
         inside = (self.block_of[b] == row.block) & self.shown[b]
-        if (self.is_masked[b] & inside).any() or self.how.remask and not row.final:
+        if (self.is_masked[b] & inside).any() or self.how.remask and not row.is_last:
             return
-        if not row.is_edited:
+        if not row.edits_are_done:
             return
         if torch.isin(self.canvas[b][inside & ~self.given[b]], self.ends).any():
             self.shown[b] &= self.block_of[b] <= row.block
             self.lengths[b] = int(self.shown[b].sum())
             row.blocks = []
 
-    def report(self, rows, keep, score):
+    def report(self, turn):
         revealed = torch.zeros_like(self.is_masked)
         confidence = torch.zeros(revealed.shape, dtype=torch.float64)
-        revealed[rows] = keep
-        confidence[rows] = torch.where(keep, score, 0)
+        revealed[turn.rows] = turn.keep
+        confidence[turn.rows] = torch.where(turn.keep, turn.score, 0)
         self.how.on_step(Step(self.passes, self.canvas.clone(), revealed, confidence,
                               torch.minimum(self.lengths, self.asked), self.settled()))
 
@@ -532,60 +556,77 @@ class Row:
     """Where one row stands: its block, and the step in it. Rows advance independently."""
 
     def __init__(self, index, blocks, how, schedule):
-        """blocks: (number, size in the schedule) of each block that holds masks, from the left."""
+        """blocks: (number, size, masks) of each block that holds masks, from the left. The size is
+        what the schedule divides among the steps: the masks; of LLaDA2 all positions."""
         self.index, self.how, self.schedule = index, how, schedule
-        self.blocks = list(blocks)      # those not begun yet
-        self.steps = math.ceil(how.steps / max(len(self.blocks), 1))    # for each block
+        self.blocks = blocks    # those not begun yet
+        self.steps = math.ceil(how.steps / max(len(blocks), 1))     # for each block
         self.block = 0          # the one it works on
-        self.start = 0          # masks that it had at first; LLaDA2: all its positions
+        self.size = 0           # of that block
         self.done = 0           # its steps that are done
         self.count = 0          # predictions that the step keeps, if the schedule says so
-        self.final = False      # the block's last step: all is written
+        self.is_last = False    # the block's last step: all is written
         self.chances = (1.0, 0.0)   # "ancestral": of writing a mask, of masking again
-        self.looks = 0          # its passes since the last mask was gone
-        self.settled = False    # the last of them changed nothing
-        if self.blocks:
-            self.block, self.start = self.blocks.pop(0)
+        self.looks = 0          # passes since the block's last mask was gone: they edit only
+        self.unchanged = False  # the last of them edited nothing
+        if blocks:
+            self.enter_next_block()
 
-    @property
-    def is_edited(self):
-        """Whether a block without masks needs no look more."""
-        return self.how.edit_threshold is None or self.settled or self.looks >= self.how.edit_passes
+    def enter_next_block(self):
+        """Returns how many masks it has."""
+        self.block, self.size, masks = self.blocks.pop(0)
+        self.done, self.looks, self.unchanged = 0, 0, False
+        return masks
 
     def advance(self, left):
         """Move on to the next step that changes anything; false when the row is done. left: the
         masks of its block."""
         while True:
-            block_is_done = not left
-            if self.how.remask:                         # then every step may change something
-                block_is_done = self.done >= self.steps
-            if block_is_done and not self.is_edited:
+            if self.is_filled(left) and not self.edits_are_done:
                 self.looks, self.count = self.looks + 1, 0
                 return True
-            if block_is_done and not self.blocks:
-                return False
-            if block_is_done:
-                self.block, self.start = self.blocks.pop(0)
-                left, self.done = self.start, 0
-                self.looks, self.settled = 0, False
+            if self.is_filled(left):
+                if not self.blocks:
+                    return False
+                left = self.enter_next_block()
             self.plan(left)
             self.done += 1
-            if self.count or self.how.remask:
+            if self.count or self.how.remask:           # a schedule may keep nothing in a step
                 return True
+
+    def is_filled(self, left):
+        """Whether the block is, with `left` masks. With `remask` its tokens may become masks again
+        in every step but the last."""
+        if self.how.remask:
+            return self.done >= self.steps
+        return left == 0
+
+    @property
+    def edits_are_done(self):
+        """Whether a block without masks is left as it is: edits were not asked for, the last look
+        changed nothing, or there were enough."""
+        if self.how.edit_threshold is None:
+            return True
+        return self.unchanged or self.looks >= self.how.edit_passes
 
     def plan(self, left):
         """What the step number `done` does, with `left` masks in the block."""
         at_least = 1 if self.how.minimum is None else self.how.minimum
-        adaptive = self.how.adaptive and at_least
-        budget = self.start if adaptive else self.steps
-        self.final, self.count = self.done >= budget - 1, left
-        if adaptive:
+        # A rule such as `threshold` decides how many predictions a step keeps. It keeps one at
+        # least, so a block takes no more steps than it has tokens. But with a minimum of 0, which
+        # is LLaDA2's, the schedule goes on and the rule may add to it.
+        by_rule = self.how.adaptive is not None and at_least > 0
+        steps = self.size if by_rule else self.steps
+        self.is_last = self.done >= steps - 1
+        if by_rule:
             self.count = at_least
+        elif self.is_last or self.how.remasking == "ancestral":
+            self.count = left
+        else:
+            self.count = self.schedule(self.size, left, self.done, self.steps)
         if self.how.remasking == "ancestral":
             self.chances = reverse_step(self.done, self.steps, self.how.remask,
                                         self.how.remask_schedule)
-        elif not (self.final or adaptive):
-            self.count = self.schedule(self.start, left, self.done, self.steps)
 
 
 def row_streams(seed, B):
@@ -668,7 +709,7 @@ class CachedPasses(Passes):
         dtype = next(self.model.parameters()).dtype
         self.cache = Cache(self.config, B, self.T, self.device, dtype)
         self.entered = torch.full((B,), -1)     # prefix, dual: the block whose keys are all fresh
-        self.final = torch.zeros(B, dtype=torch.int64)    # block: so many of a row's keys are final
+        self.finished = torch.zeros(B, dtype=torch.int64)   # block: so many keys of a row are final
 
     def __call__(self, rows, eligible, block):
         e = self.engine
@@ -696,13 +737,13 @@ class CachedPasses(Passes):
 
     def refresh_unfinished(self, rows, eligible, begin, end):
         causal = self.config.causal
-        logits = self.refresh(rows, eligible, self.final[rows], begin if causal else end)
+        logits = self.refresh(rows, eligible, self.finished[rows], begin if causal else end)
         # A blind rule may write nothing in a row's step, which then feeds nothing.
         fed = eligible.any(1)
-        final = begin
+        finished = begin
         if not causal:                                  # the row before predicts the first token
-            final = (begin - self.shift).clamp(min=0)
-        self.final[rows[fed]] = final[fed]
+            finished = (begin - self.shift).clamp(min=0)
+        self.finished[rows[fed]] = finished[fed]
         return logits
 
     def refresh(self, rows, eligible, begin, end):

@@ -13,7 +13,7 @@ from data.tokenizer import Tokenizer
 from model import Transformer
 from passes import canvas_mask_id, own_block_length
 from pretrained.hub import find_checkpoint, tokenizer_folder
-from sampling.engine import generate, infill
+from sampling.engine import ADAPTIVE, generate, infill
 from sampling.int8 import load_int8
 from training.lora import load_adapter, merge_lora
 
@@ -23,6 +23,9 @@ GAP = re.compile(r"\[MASK(?::(\d+))?\]")        # [MASK], or [MASK:12] for twelv
 NOT_USED = {"threshold": 0.0, "edit_threshold": -1.0, "factor": 0.0, "entropy_bound": 0.0,
             "top_p": 1.0, "top_k": 0, "alg_temp": 0.0, "remask": 0.0, "remask_schedule": "cap",
             "suppress": "", "defer": ""}
+# Those of them that ask for a rule by which predictions are kept.
+OTHER_RULES = ("threshold", "factor", "entropy_bound", "alg_temp", "defer")
+CACHES = ("auto", "none", "prefix", "dual", "block")
 
 
 def default_checkpoint():
@@ -300,16 +303,18 @@ class Sampler:
                              "or task that fills masks")
         s = {**NOT_USED, **settings}
         arguments = {} if gaps else {"max_new_tokens": count}
-        block_length = self.choose_block_length(s, count, gaps, chat)
-        arguments["block_length"] = block_length
-        size = own_block_length(self.config, block_length) or 1
-        arguments["steps"] = s["steps"] or count + -count % size    # the last block counts whole
-        if self.config.blocks_from_start:       # its own; the first and the last block count whole
-            arguments["block_length"] = s["block_length"] or self.config.block_length
+        remasking, block_length = self.choose_rule(s, count, gaps, chat)
+        steps = s["steps"]
+        if not steps:                                   # one token a step
+            size = own_block_length(self.config, block_length) or 1
+            steps = count + -count % size               # the last block counts whole
+        if self.config.blocks_from_start:
+            block_length = s["block_length"] or self.config.block_length    # LLaDA2: its own
             if not s["steps"]:
-                arguments["steps"] += 2 * arguments["block_length"]
+                steps += 2 * block_length               # and the first one, too
+        arguments["steps"], arguments["block_length"] = steps, block_length
         arguments["temperature"] = self.choose_temperature(s, gaps, chat)
-        arguments["remasking"] = self.choose_remasking(s, gaps, chat)
+        arguments["remasking"] = remasking
         arguments["cache"] = self.choose_cache(s)
         for name in ("cfg_scale", "seed", "remask", "remask_schedule"):
             arguments[name] = s[name]
@@ -332,56 +337,62 @@ class Sampler:
             lines.append(f"block_length {asked} is not used: {self.name} writes {way}")
         if self.config.causal and settings["steps"]:
             lines.append(f"steps {settings['steps']} is not used: {self.name} writes {way}")
+        elif settings["steps"] and not self.edits:
+            lines += self.steps_without_effect(settings)
         given = settings.get("infill") or settings.get("edit")
         if settings["max_new_tokens"] and given:
             lines.append(f"max_new_tokens {settings['max_new_tokens']} is not used: a text with "
                          "gaps, or one to edit, is given whole")
         return lines
 
-    def samples_freely(self, gaps, chat):
-        """Whether "auto" means drawing tokens, outside of chats: small models, as train_scratch.py
-        makes them, repeat themselves when greedy. But of a puzzle the most probable solution is
-        wanted."""
-        is_puzzle = self.grid is not None and gaps
-        return self.config.family == "unmask" and not chat and not is_puzzle
+    def steps_without_effect(self, settings):
+        """The line that says so where a rule decides how many tokens a step keeps. Beside LLaDA2's
+        threshold they count: see Row.plan in engine.py."""
+        for rule in ADAPTIVE:
+            if settings.get(rule) and not (rule == "threshold" and self.config.threshold):
+                return [f"steps {settings['steps']} is not used: {rule} decides how many tokens a "
+                        "step keeps"]
+        return []
 
-    def surest_first(self, s, gaps, chat):
-        """Whether "auto" means the rule that a small model of texts writes best with. Not where a
-        setting asks for another rule, nor for a grid, where one wrong digit spoils all."""
-        asking = ("threshold", "factor", "entropy_bound", "alg_temp", "defer", "remask")
-        asks = self.grid is not None or any(s[name] for name in asking)
-        return self.samples_freely(gaps, chat) and s["remasking"] == "auto" and not asks
+    def choose_rule(self, s, count, gaps, chat):
+        """(remasking, block_length) for settings s: as asked, or else our choice. block_length is
+        how many tokens are denoised together; None, of gaps: all.
 
-    def choose_block_length(self, s, count, gaps, chat):
-        """Tokens that are denoised together: what was asked for, or else all at once (None, of
-        gaps), but 8 where a small model writes one token a step."""
-        if s["block_length"] or gaps:
-            return s["block_length"] or None
-        if self.surest_first(s, gaps, chat) and not s["steps"]:
-            return min(8, count)
-        return count
+        A published model keeps what it is surest of, anywhere. A small one, as train_scratch.py
+        makes them, writes the best texts by entropy in blocks of 8. But not in a chat, nor grids,
+        where one wrong digit spoils all, nor where a setting of OTHER_RULES is given.
+        """
+        remasking, block_length = "low_confidence", None if gaps else count
+        if s["remask"]:
+            remasking = "ancestral"
+        elif (self.config.family == "unmask" and not chat and self.grid is None
+              and not any(s[name] for name in OTHER_RULES)):
+            # With `steps`, several tokens are written at once. The surest ones are alike then.
+            remasking = "random" if s["steps"] else "entropy"
+        if s["remasking"] != "auto":
+            remasking = s["remasking"]
+        elif remasking == "entropy" and not gaps:
+            block_length = min(8, count)
+        return remasking, s["block_length"] or block_length
 
     def choose_temperature(self, s, gaps, chat):
+        """A small model repeats itself when it is greedy; but of a puzzle the most probable
+        solution is wanted, and of a published model, or in a chat, the most probable text."""
         if s["temperature"] == "auto":
-            return 0.5 if self.samples_freely(gaps, chat) else 0.0
+            is_puzzle = self.grid is not None and gaps
+            is_free = self.config.family == "unmask" and not chat and not is_puzzle
+            return 0.5 if is_free else 0.0
         try:
             return float(s["temperature"])
         except ValueError:
             raise ValueError("temperature takes a number or auto, got "
                              f"{s['temperature']!r}") from None
 
-    def choose_remasking(self, s, gaps, chat):
-        if s["remasking"] != "auto":
-            return s["remasking"]
-        if s["remask"]:
-            return "ancestral"
-        if not self.surest_first(s, gaps, chat):
-            return "low_confidence"
-        return "random" if s["steps"] else "entropy"    # many tokens a step must not be alike
-
     def choose_cache(self, s):
         if s["cache"] in ("none", ""):
             return None
+        if s["cache"] not in CACHES:
+            raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {s['cache']!r}")
         if s["cache"] != "auto":
             return s["cache"]
         by_blocks = self.config.block_length and not self.config.causal

@@ -19,7 +19,7 @@ from scripts import run
 from model import Config, Transformer
 from pretrained.config import read_config
 from pretrained.families import FAMILIES
-from pretrained.hub import weight_files
+from pretrained.hub import similar_folder, weight_files
 from pretrained.load import describe, fill, match_tensors
 from pretrained.tensors import read_headers
 
@@ -361,6 +361,15 @@ def test_files_that_are_not_there(folder, tmp_path):
     refuses(folder / "pytorch_model.bin", "is a file: pass the folder", FileNotFoundError)
     refuses(tmp_path / "nothing", "there is no folder", FileNotFoundError)
     refuses("a/b/c", "there is no folder a/b/c", FileNotFoundError)
+
+
+def test_a_checkpoint_of_the_same_name_elsewhere_is_suggested(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "tales").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "tales" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("tales", "checkpoint/tales"):
+        assert similar_folder(Path(name)) == "did you mean checkpoints/tales? Else "
+    assert similar_folder(Path("nothing")) == ""
 
 
 @pytest.mark.parametrize(

@@ -599,6 +599,7 @@ def test_the_error_of_a_ratio():
     ([pair(1), '{"messages": [', pair(2)], "line 2 is not JSON"),
     ([pair(1), "[]"], "line 2 has neither"),
     ([pair(1), {"prompt": "only"}], "line 2 has neither"),
+    ([{"text": "plain"}], "two texts: a .jsonl holds conversations, plain texts go into .txt"),
     ([pair(1), {"messages": [USER | {"content": 5}]}], "line 2 has a message without"),
     ([pair(1), '{"prompt": "a", "response": "\\ud800"}'], "line 2 has a text that is not Unicode"),
     ([pair(1), "[" * 100_000], "line 2 is not JSON"),

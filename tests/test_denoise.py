@@ -70,6 +70,18 @@ def test_infill_of_a_batch_equals_the_plain_sampler(kind, remasking):
     assert infill(model, rows.tolist(), 6, 6, **how) == plain.tolist()
 
 
+@pytest.mark.parametrize("schedule, written", [("even", [2, 3, 1]), ("timesteps", [2, 1, 3])])
+def test_blocks_from_the_start_may_hold_given_tokens(schedule, written):
+    """LLaDA2's schedule divides all five positions of a block, but the masks alone are left: two in
+    the first block, four in the second, two steps for each."""
+    model = random_model(3, block_length=5, blocks_from_start=True, step_schedule=schedule)
+    row = [MASK, MASK, 1, 2, 3, MASK, MASK, MASK, MASK, 4]
+    seen = []
+    filled = infill(model, [row], 4, 5, on_step=seen.append)
+    assert [int(step.revealed.sum()) for step in seen] == written
+    assert filled == denoise(model, torch.tensor([row]), 4, block_length=5).tolist()
+
+
 def test_an_autoregressive_model_is_the_case_of_blocks_of_one():
     model = random_model(3, causal=True, mask_token_id=None)
     masks = torch.full((1, 12), 40)

@@ -158,6 +158,8 @@ def test_partial_rope_rotates_the_first_dimensions_alone():
     (dict(router_bias=True), "router_bias must be one of none, choice, weight"),
     (dict(gated=False), "experts are gated MLPs without biases"),
     (dict(rope_share=1.5), "rope_share must be between 0 and 1"),
+    (dict(rope_share=0), "rope_share must be between 0 and 1, 0 excluded, got 0"),
+    (dict(rope_scaling="linear"), "rope_scaling must be a dict, got 'linear'"),
     (dict(rope_share=0.5, dim=12), "the head size must be even"),
     (dict(edit_threshold=2), "edit_threshold must be between 0 and 1"),
 ])

@@ -138,6 +138,11 @@ def test_a_setting_without_effect_is_named(tmp_path):
         "block_length 8 is not used: tiny writes in blocks of 4 tokens"
     ]
     assert tiny_sampler(block_length=8).without_effect(asked) == []
+    by_rule = asked | dict(block_length=0, max_new_tokens=0, threshold=0.9)
+    assert tiny_sampler().without_effect(by_rule) == [
+        "steps 3 is not used: threshold decides how many tokens a step keeps"
+    ]
+    assert tiny_sampler(threshold=0.9).without_effect(by_rule) == []  # LLaDA2's adds to the steps
     [line] = tiny_sampler().without_effect(asked | dict(infill="a[MASK]"))
     assert line.startswith("max_new_tokens 5 is not used: a text with gaps")
     tiny_checkpoint(tmp_path, block_length=4)

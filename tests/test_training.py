@@ -1,5 +1,6 @@
 """training/: optimizers, the learning rate, state and log that survive a kill."""
 
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from training.optimizers import (
     orthogonal,
     set_learning_rate,
 )
+from training.run import Run
 from training.state import load_state, load_training, make_folder, save_state, save_training
 
 # ---------------------------------------------------------------- learning rate
@@ -308,6 +310,13 @@ def test_wandb_gets_the_rows_of_the_log(tmp_path, monkeypatch):
         Log(tmp_path / "log.jsonl", wandb="mine")
 
 
+def test_what_a_run_says_goes_through_a_pipe_at_once(monkeypatch):
+    """`python train_scratch.py | tee log` shows the samples when they are made."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    Run.say(types.SimpleNamespace(main=True), "step 200: a sample")
+    assert sys.stdout.buffer.getvalue() == b"step 200: a sample\n"
+
+
 def test_what_each_optimizer_gets():
     """Muon the matrices of the blocks, AdamW the rest; frozen parameters belong to nobody."""
     from model import Config, Transformer
@@ -321,6 +330,8 @@ def test_what_each_optimizer_gets():
     assert len(matrices | others) == sum(p.requires_grad for p in model.parameters())
     assert id(model.embed.weight) in others and id(model.head.weight) in others
     (both,) = make_optimizers(model, "adamw", 1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match="optimizer must be one of muon, adamw, got 'lion'"):
+        make_optimizers(model, "lion", 1e-3)
     assert [group["weight_decay"] for group in both.param_groups] == [0.0, 0.1]
 
 

@@ -259,9 +259,14 @@ def test_the_loss_can_be_differentiated_once():
 
 
 def test_a_mask_of_numbers_to_be_added_is_refused():
-    """0 for what is seen would be read as false."""
+    """0 for what is seen would be read as false. Ones and zeros may be floats."""
+    model, tokens = random_model(), random_tokens(2, 4)
+    added = torch.tensor([[0, 0, 0, -torch.inf]]).repeat(2, 1)
     with pytest.raises(ValueError, match="attention_mask is true, or 1, where a key may be seen"):
-        random_model()(random_tokens(2, 4), attention_mask=torch.zeros(2, 4))
+        model(tokens, attention_mask=added)
+    shown = added == 0
+    with torch.no_grad():
+        assert equal(model(tokens, attention_mask=shown.float()), model(tokens, attention_mask=shown))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -22,8 +22,9 @@ def check_settings(settings):
         at_least_1=["seq_len", "batch_size", "replicas", "grad_accum", "eval_sequences",
                     "final_eval_sequences"],
         positive=["learning_rate", "epochs"],
-        not_negative=["lora_rank", "cap_weight", "weight_decay", "grad_clip", "warmup", "max_steps",
+        not_negative=["lora_rank", "cap_weight", "weight_decay", "grad_clip", "max_steps",
                       "max_minutes", "eval_interval", "sample_tokens", "ranks", "memory_gb"],
+        below_1=["warmup", "beta2"],
         block_weights=["mean", "bound"], decay=["linear", "cosine"])
     base_bits, cart = settings["base_bits"], settings["cart"]
     t_low, t_high = settings["t_low"], settings["t_high"]

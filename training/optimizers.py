@@ -74,8 +74,10 @@ def make_optimizers(model, kind, learning_rate, muon_lr=0.0, beta2=0.99, weight_
     embedding_lr: AdamW's for the token embedding, unless it is tied to the head; None: as the
     others. AdamW moves every number by about its learning rate, however large the number is. So
     embeddings that begin as N(0, 1) need a rate some thirty times that of a head of N(0, 0.02^2).
-    Raises ValueError for a beta2 that cannot be.
+    Raises ValueError for another kind, or a beta2 that cannot be.
     """
+    if kind not in ("muon", "adamw"):
+        raise ValueError(f"optimizer must be one of muon, adamw, got {kind!r}")
     if not 0 <= beta2 < 1:
         raise ValueError(f"beta2 must be at least 0 and below 1, got {beta2}")
     in_blocks, table = set(model.blocks.parameters()), model.embed.weight

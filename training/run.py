@@ -16,6 +16,7 @@ lesson.
 import math
 import shutil
 import signal
+import sys
 
 import torch
 from tqdm import tqdm
@@ -61,9 +62,10 @@ class Run:
         self.stop = stop_signals()
 
     def say(self, text):
-        """Print a line above the progress bar, once for all processes."""
+        """Print a line above the progress bar, once for all processes; at once, in a pipe too."""
         if self.main:
             tqdm.write(text)
+            sys.stdout.flush()
 
     def goes_on(self):
         """Look at the clock. True for one pass more than there are updates: the last only evaluates
