@@ -240,12 +240,12 @@ def tell(name, runs):
     """Print a way's figures over its runs, each a list of rows of log.jsonl."""
     before = statistics.mean(rows[0]["solve_rate"] for rows in runs)
     after = [rows[-1]["solve_rate"] for rows in runs]
-    error = math.nan
+    mean = f"{statistics.mean(after):.3f} of one seed"
     if len(after) > 1:
         error = statistics.stdev(after) / math.sqrt(len(after))
+        mean = f"{statistics.mean(after):.3f} +- {error:.3f} over {len(after)} seeds"
     steps = statistics.mean(rows[-1]["step"] for rows in runs)
-    line = (f"{name:12} solve rate {before:.3f}, then {statistics.mean(after):.3f} +- {error:.3f} "
-            f"over {len(after)} seeds, {steps:.0f} steps")
+    line = f"{name:12} solve rate {before:.3f}, then {mean}, {steps:.0f} steps"
     if "rollout_share" in runs[0][-1]:
         last = [rows[-1] for rows in runs]
         means = {key: statistics.mean(row[key] for row in last)
