@@ -258,8 +258,10 @@ def test_the_loss_can_be_differentiated_once():
 # masks and sizes
 
 
-def test_a_mask_of_numbers_to_be_added_is_refused():
-    """0 for what is seen would be read as false."""
+def test_masks_that_would_be_read_as_something_else_are_refused():
+    """0, to be added to a score that is seen, as false; a selection of 0 and 1 as two indices."""
+    with pytest.raises(ValueError, match=r"select is bool \[2, 4\], or one index for each"):
+        random_model()(random_tokens(2, 4), select=torch.ones(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="attention_mask is true, or 1, where a key may be seen"):
         random_model()(random_tokens(2, 4), attention_mask=torch.zeros(2, 4))
 
