@@ -76,11 +76,13 @@ def parse_setting(argument, defaults):
 
 def given(name, default):
     """The value of --name=... on the command line, a text, or `default`: for constants whose value
-    depends on another setting, before `override` reads them all."""
+    depends on another setting, before `override` reads them all. The device auto is the default,
+    which is what this machine has: sizes for a GPU must not follow from it on a CPU."""
+    found = default
     for argument in sys.argv[1:]:
         if argument.startswith(f"--{name}="):
-            default = argument.partition("=")[2]        # the last one counts
-    return default
+            found = argument.partition("=")[2]          # the last one counts
+    return default if (name, found) == ("device", "auto") else found
 
 
 def describe_settings(file, defaults):

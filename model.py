@@ -229,11 +229,14 @@ class Block(nn.Module):
 
 def take(x, select):
     """Rows of x [B, S, D] -> [N, D]: those where select [B, S] is true, or those with the flat
-    indices select [N]; None: x as it is."""
+    indices select [N]; None: x as it is. Raises ValueError for what is neither."""
     if select is None:
         return x
     if select.dtype == torch.bool:
         return x[select]
+    if select.dim() != 1:               # a mask of 0 and 1 would be read as indices
+        raise ValueError(f"select is bool {list(x.shape[:2])}, or one index for each row, got "
+                         f"{select.dtype} {list(select.shape)}")
     return x.flatten(0, 1)[select]
 
 

@@ -80,6 +80,8 @@ def test_given(monkeypatch):
     assert common.given("init_from", "x") == "tiny", "the last one counts"
     assert common.given("name", "x") == "a=b"
     assert common.given("other", "x") == "x" and common.given("init", "x") == "x"
+    sys.argv += ["--device=cuda", "--device=auto"]
+    assert common.given("device", "cpu") == "cpu", "auto: what this machine has"
 
 
 def test_a_setting_without_effect_is_said(monkeypatch, capsys):

@@ -530,6 +530,8 @@ def test_an_adapter_is_never_lost_in_silence(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="has an adapter already: merge that into it"):
         load_adapter(adapted, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has an adapter already: merge that into it"):
+        add_lora(adapted, 2, 4)
     tokens = torch.arange(9)[None]
     twice = load_adapter(merge_lora(adapted), tmp_path / "adapter")
     once = load_adapter(Transformer.from_pretrained(tmp_path / "base"), tmp_path / "adapter")

@@ -258,9 +258,12 @@ def test_the_loss_can_be_differentiated_once():
 # masks and sizes
 
 
-def test_a_mask_of_numbers_to_be_added_is_refused():
-    """0 for what is seen would be read as false. Ones and zeros may be floats."""
+def test_masks_that_would_be_read_as_something_else_are_refused():
+    """0, to be added to a score that is seen, as false; a selection of 0 and 1 as two indices.
+    Zeros and ones may be floats."""
     model, tokens = random_model(), random_tokens(2, 4)
+    with pytest.raises(ValueError, match=r"select is bool \[2, 4\], or one index for each"):
+        model(tokens, select=torch.ones(2, 4, dtype=torch.int64))
     added = torch.tensor([[0, 0, 0, -torch.inf]]).repeat(2, 1)
     with pytest.raises(ValueError, match="attention_mask is true, or 1, where a key may be seen"):
         model(tokens, attention_mask=added)

@@ -138,8 +138,8 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
     names as in TARGETS), LoRAExperts in place of a stack of them. Returns it.
 
     Works on a model without memory (the meta device) too. The adapters are zero: `init_lora` makes
-    them ready to learn. Raises ValueError for an unknown target, a rank beyond a matrix, or a
-    dropout outside [0, 1).
+    them ready to learn. Raises ValueError for an unknown target, a rank beyond a matrix, a dropout
+    outside [0, 1), or a model that has an adapter already.
     """
     names = [name.strip() for name in targets.split(",")]
     for name in names:
@@ -148,6 +148,8 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
     if not 0 <= dropout < 1 or alpha <= 0:
         raise ValueError(f"lora_dropout must be in [0, 1) and lora_alpha positive, got {dropout} "
                          f"and {alpha}")
+    if lora_layers(model):              # a new one would take their places
+        raise ValueError("this model has an adapter already: merge that into it (merge_lora) first")
     model.requires_grad_(False)
     matrices = {name: module for name, module in model.named_modules()
                 if isinstance(module, nn.Linear | ExpertLinear)}
