@@ -467,8 +467,9 @@ def own_function(path, name):
     """A reader's function(prompt, answer, reference) as a reward."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}, which --reward names")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward {path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module     # where a dataclass looks for what its annotations mean
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # noqa: BLE001  it may raise anything

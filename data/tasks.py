@@ -163,8 +163,14 @@ def hash_of(example):
 
 def gsm8k():
     """GSM8K: the number behind #### is the answer (Cobbe et al., 2110.14168)."""
+    try:
+        rows = list(stream_rows("openai/gsm8k", name="main"))
+    except ConnectionError as error:        # whose advice is about texts to train on
+        reason = str(error).partition(": try again")[0]
+        raise ConnectionError(f"{reason}: try again with a network, or take tales, sudoku6, "
+                              "gym:NAME or a FILE.jsonl, which need none") from None
     examples = []
-    for row in stream_rows("openai/gsm8k", name="main"):
+    for row in rows:
         answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
         examples.append(Example(row["question"], answer))
     return Rows("gsm8k", examples, VAL_FRACTION, Named(number, 1.0))

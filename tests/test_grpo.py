@@ -11,9 +11,11 @@ from scripts import run_here
 from tiny import tiny_model
 
 from common import stream
+from data import tasks
 from data.chat_sets import conversations, find_parts, is_chat
 from data.files import VAL_FRACTION, hash_fraction
 from data.gym import conversations as gym_conversations
+from data.hub import offline
 from data.rewards import find_reward
 from data.sudoku import is_solved
 from data.tasks import Example, find_task
@@ -364,6 +366,16 @@ def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match="pip install reasoning-gym"):
         find_task("gym:chain_sum")
+
+
+def test_a_task_without_a_network_names_tasks(monkeypatch):
+    def fails(repository, **options):
+        raise offline(repository, OSError("no route"))
+        yield
+
+    monkeypatch.setattr(tasks, "stream_rows", fails)
+    with pytest.raises(ConnectionError, match=r"gsm8k \(no route\): .* or take tales, sudoku6"):
+        find_task("gsm8k")
 
 
 def test_a_file_of_prompts_and_answers(tmp_path):

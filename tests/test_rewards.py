@@ -223,6 +223,10 @@ def test_a_readers_own_function_and_what_can_go_wrong_with_it(tmp_path):
     assert Judge(f"{folder}/mine.py:length")(example(), "four").value == 1
     with pytest.raises(ValueError, match="has no function called 'other'"):
         find_reward(f"{file}:other")
+    file.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                    "@dataclass\nclass Worth:\n    value: float = 1.0\n"
+                    "def worth(prompt, answer, reference): return Worth().value\n")
+    assert Judge(f"{file}:worth")(example(), "x").value == 1
     file.write_text("import nothing_at_all")
     with pytest.raises(ValueError, match="cannot be run"):
         find_reward(f"{file}:length")
