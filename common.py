@@ -96,7 +96,8 @@ def describe_settings(file, defaults):
                 yield f"  --{name}={defaults[name]}".ljust(33) + " " + comment
 
 
-def check(settings, at_least_1=(), not_negative=(), positive=(), below_1=(), **choices):
+def check(settings, at_least_1=(), not_negative=(), positive=(), shares=(), below_1=(),
+          **choices):
     """ValueError for the first setting that is out of range, each argument a list of names; those
     of below_1 must not be negative either. choices: name=(what it may be, ...)."""
     for name in at_least_1:
@@ -108,6 +109,9 @@ def check(settings, at_least_1=(), not_negative=(), positive=(), below_1=(), **c
     for name in positive:
         if not settings[name] > 0:
             raise ValueError(f"{name} must be positive, got {settings[name]}")
+    for name in shares:
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {settings[name]}")
     for name in below_1:
         if not 0 <= settings[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {settings[name]}")

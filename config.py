@@ -19,8 +19,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F
 
 # What a field may hold follows from its annotation, but for these.
 CHOICES = {
-    "positions": ("rope", "learned"), "norm": ("rms", "layer"), "activation": tuple(ACTIVATIONS),
-    "head_activation": tuple(ACTIVATIONS), "router": ("softmax", "sigmoid"),
+    "positions": ("rope", "learned"), "norm": ("rms", "layer"), "activation": ACTIVATIONS,
+    "head_activation": ACTIVATIONS, "router": ("softmax", "sigmoid"),
     "router_bias": ("none", "choice", "weight"), "step_schedule": ("even", "timesteps"),
     "edit_schedule": ("linear", "cubic", "cube", "cosine")}
 SIZES = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_len", "global_every",
@@ -32,7 +32,8 @@ def fits_field(name, kind, value):
     be, in words)."""
     is_number = type(value) in (int, float)     # isinstance would take True for a number
     if name in CHOICES:
-        return value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
+        choices = list(CHOICES[name])
+        return value in choices, f"one of {', '.join(choices)}"
     if kind is bool:
         return type(value) is bool, "true or false"
     if kind in (int, int | None):

@@ -106,7 +106,7 @@ common.check(
     positive=["learning_rate", "muon_lr", "epochs"],
     not_negative=["max_weight", "weight_decay", "grad_clip", "max_steps", "max_minutes",
                   "eval_interval", "sample_tokens", "anneal_steps"],
-    below_1=["warmup", "beta2"],
+    shares=["warmup"], below_1=["beta2"],
     objective=["mdlm", "bd3lm"], optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
     raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")

@@ -94,7 +94,7 @@ common.check(
     positive=["learning_rate", "muon_lr", "epochs"],
     not_negative=["max_weight", "weight_decay", "grad_clip", "max_steps", "max_minutes",
                   "eval_interval", "sample_tokens"],
-    below_1=["warmup", "beta2"],
+    shares=["warmup"], below_1=["beta2"],
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32

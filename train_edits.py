@@ -113,7 +113,7 @@ common.check(
     positive=["learning_rate", "embedding_lr", "muon_lr"],
     not_negative=["time_features", "max_weight", "weight_decay", "grad_clip", "max_steps",
                   "max_minutes", "eval_interval", "sample_tokens"],
-    below_1=["warmup", "beta2"],
+    shares=["warmup"], below_1=["beta2"],
     editing=["flows", "tokens", "replace"], source=list(SOURCES), schedule=list(FLOW_SCHEDULES),
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):

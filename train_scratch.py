@@ -95,7 +95,7 @@ common.check(
     positive=["learning_rate", "embedding_lr", "muon_lr"],
     not_negative=["n_experts", "balance_loss", "balance_rate", "max_weight", "weight_decay",
                   "grad_clip", "max_steps", "max_minutes", "eval_interval", "sample_tokens"],
-    below_1=["warmup", "beta2"],
+    shares=["warmup"], below_1=["beta2"],
     objective=["mdlm", "bd3lm", "ar"], positions=["rope", "learned"], schedule=list(SCHEDULES),
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):

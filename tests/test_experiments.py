@@ -167,7 +167,7 @@ def test_ways_of_learning_from_rewards_are_compared(tmp_path, monkeypatch, capsy
     rl.compare(tmp_path / "out", "none", "gym:chain_sum[train:10]", "1", "1,2,3", "done")
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2 and "0.300, then 0.600 +- 0.100 over 2 seeds, 9 steps" in told[0]
-    assert told[1].startswith("supervised") and "0.400 +- nan over 1 seeds" in told[1]
+    assert told[1].startswith("supervised") and "0.400 of one seed" in told[1]
     assert (tmp_path / "docs" / "rl_compare.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="no way called 'none': there are diffu, coupled"):
         rl.compare(tmp_path / "out", "none", "tales", "1", "1", "none")

@@ -99,7 +99,7 @@ MISTAKES = {
         ("--grad_clip=-1", "grad_clip"),
         ("--eval_interval=-1", "eval_interval"),
         ("--max_weight=-1", "max_weight"),
-        ("--warmup=2", "warmup must be at least 0 and below 1, got 2.0"),
+        ("--warmup=2", "warmup must be between 0 and 1, got 2.0"),
         ("--beta2=1", "beta2 must be at least 0 and below 1, got 1.0"),
         ("--sample_tokens=-1", "sample_tokens"),
         ("--seed=99999999999999999999", "seed"),
@@ -119,7 +119,7 @@ MISTAKES = {
         ("--out_dir=/proc/nothing", "cannot write to out_dir /proc/nothing"),
     ],
     "convert_bert.py": [
-        ("--warmup=2", "warmup must be at least 0 and below 1, got 2.0"),
+        ("--warmup=2", "warmup must be between 0 and 1, got 2.0"),
         ("--init_from=QWEN3", "is an autoregressive model (qwen3)", "convert_ar.py"),
         ("--init_from=tiny:gpt2", "convert_ar.py"),
         ("--init_from=LLADA", "is no BERT, RoBERTa or ModernBERT", "llada"),
@@ -132,7 +132,7 @@ MISTAKES = {
         ("--dataset=FOLDER/robot.jsonl", "robot.jsonl, line 1", "unknown role 'robot'"),
     ],
     "convert_ar.py": [
-        ("--warmup=2", "warmup must be at least 0 and below 1, got 2.0"),
+        ("--warmup=2", "warmup must be between 0 and 1, got 2.0"),
         ("--init_from=BERT", "sees in both directions already (bert)", "convert_bert.py"),
         ("--init_from=tiny:bert", "convert_bert.py"),
         ("--init_from=tiny:gpt5", "no family called 'gpt5'"),
@@ -149,7 +149,7 @@ MISTAKES = {
         ("--dataset=alpakka[train:5]", "alpakka"),
     ],
     "finetune_llada.py": [
-        ("--warmup=2", "warmup must be at least 0 and below 1, got 2.0"),
+        ("--warmup=2", "warmup must be between 0 and 1, got 2.0"),
         ("--base_bits=3", "base_bits must be 16 (the base as dtype says) or 4 (NF4), got 3"),
         ("--replicas=3", "replicas must divide the 1 processes, got 3"),
         ("--cart=2", "cart must be between 0 and 1, got 2.0"),
@@ -164,7 +164,7 @@ MISTAKES = {
         ("--init_from=LLADA --cap_weight=0.1", "cap_weight is for models that write in blocks"),
     ],
     "train_edits.py": [
-        ("--warmup=2", "warmup must be at least 0 and below 1, got 2.0"),
+        ("--warmup=2", "warmup must be between 0 and 1, got 2.0"),
         ("--source=noise", "source must be one of nothing, masks, damage, gap, mixed, got 'noise'"),
         ("--schedule=even", "schedule must be one of linear, cubic, cube, cosine, got 'even'"),
         ("--seq_len=1", "seq_len must be at least 2, a token to begin with and one of text"),
@@ -181,7 +181,7 @@ MISTAKES = {
         ("--init_from=LLADA --seq_len=64", "texts grow to twice seq_len 64: take --seq_len=48"),
     ],
     "train_grpo.py": [
-        ("--warmup=2", "warmup must be at least 0 and below 1, got 2.0"),
+        ("--warmup=2", "warmup must be between 0 and 1, got 2.0"),
         ("--estimator=exact", "estimator must be one of diffu, coupled, trace, bound"),
         ("--objective=spg", "--estimator=bound"),
         ("--group_size=1", "group_size must be at least 2, got 1"),

@@ -24,7 +24,7 @@ def check_settings(settings):
         positive=["learning_rate", "epochs"],
         not_negative=["lora_rank", "cap_weight", "weight_decay", "grad_clip", "max_steps",
                       "max_minutes", "eval_interval", "sample_tokens", "ranks", "memory_gb"],
-        below_1=["warmup", "beta2"],
+        shares=["warmup"], below_1=["beta2"],
         block_weights=["mean", "bound"], decay=["linear", "cosine"])
     base_bits, cart = settings["base_bits"], settings["cart"]
     t_low, t_high = settings["t_low"], settings["t_high"]

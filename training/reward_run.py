@@ -101,7 +101,7 @@ def check_settings(settings):
         not_negative=["steps", "block_length", "temperature", "cfg_scale", "clip", "clip_high",
                       "beta", "lora_rank", "weight_decay", "grad_clip", "max_steps", "max_minutes",
                       "eval_interval", "eval_temperature", "sample_tokens", "memory_gb"],
-        below_1=["warmup", "beta2"],
+        shares=["warmup"], below_1=["beta2"],
         estimator=list(ESTIMATORS), objective=["grpo", "wd1", "spg"], mean=MEANS,
         bound_sets=["even", "dealt"], cache=["none", "prefix", "dual", "block"])
     if settings["group_size"] < 2:
