@@ -98,8 +98,8 @@ def describe_settings(file, defaults):
 
 def check(settings, at_least_1=(), not_negative=(), positive=(), shares=(), below_1=(),
           **choices):
-    """ValueError for the first setting that is out of range, each argument a list of names; those
-    of below_1 must not be negative either. choices: name=(what it may be, ...)."""
+    """ValueError for the first setting that is out of range, each argument a list of names: shares
+    from 0 to 1, those of below_1 from 0 to less. choices: name=(what it may be, ...)."""
     for name in at_least_1:
         if not settings[name] >= 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")

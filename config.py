@@ -154,8 +154,7 @@ class Config:
             if token is not None and token >= self.vocab_size:
                 raise ValueError(f"{name} {token} is outside the vocabulary of {self.vocab_size}")
         scaling = self.rope_scaling
-        kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
-        if scaling is not None and kind not in ("linear", "llama3"):
+        if scaling is not None and scaling.get("rope_type") not in ("linear", "llama3"):
             raise ValueError(f"rope_scaling must be None or of rope_type linear or llama3, got "
                              f"{scaling!r}")
         self.check_ends()

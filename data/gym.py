@@ -5,6 +5,7 @@ question is never in both splits: as in all of data/, the hash of a question and
 which it is.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -48,20 +49,23 @@ class Gym:
 
     def chunk(self, number):
         """The package's data set of the questions from number * CHUNK on."""
-        try:
+        with self.mistakes_told():
             return package().create_dataset(self.name, seed=number * CHUNK, size=CHUNK,
                                             **self.options)
-        except Exception as error:  # noqa: BLE001  a check of the package's own, of any kind
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{self.text} cannot be made: {reason}") from None
 
     def entry(self, number):
         """A question as the package has it: {"question", "answer", "metadata"}. ValueError for an
         option that only shows here that it cannot be, such as max_digits=2.5."""
         questions = self.chunk(number // CHUNK)
-        try:
+        with self.mistakes_told():
             return questions[number % CHUNK]
-        except Exception as error:  # noqa: BLE001  of any kind, as above
+
+    @contextlib.contextmanager
+    def mistakes_told(self):
+        """ValueError for whatever the package raises under it."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  a check of the package's own, of any kind
             reason = str(error) or type(error).__name__
             raise ValueError(f"{self.text} cannot be made: {reason}") from None
 

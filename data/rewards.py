@@ -298,7 +298,7 @@ class Score:
     failure: str = ""
 
 
-TOO_LONG = "took longer than"
+TOO_LONG = "took longer than"       # how `run_reward` begins to say so
 
 
 class OutOfTime(BaseException):
@@ -341,7 +341,6 @@ class Judge:
         self.late = 0
         total = sum(factor * value for (factor, _, _), value in zip(self.parts, values))
         return Score(total, values[0] >= self.parts[0][2].full - 1e-6)
-
 
     def forgive(self):
         """A new step begins: ask again."""

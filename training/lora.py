@@ -126,6 +126,12 @@ def lora_layers(model):
             if isinstance(module, LoRALinear | LoRAExperts)}
 
 
+def refuse_second(model):
+    """ValueError for a model with an adapter, whose places a second one would take."""
+    if lora_layers(model):
+        raise ValueError("this model has an adapter already: merge that into it (merge_lora) first")
+
+
 def replace_module(model, name, module):
     """Put a module in the place of the one called `name`."""
     parent, _, leaf = name.rpartition(".")
@@ -148,8 +154,7 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
     if not 0 <= dropout < 1 or alpha <= 0:
         raise ValueError(f"lora_dropout must be in [0, 1) and lora_alpha positive, got {dropout} "
                          f"and {alpha}")
-    if lora_layers(model):              # a new one would take their places
-        raise ValueError("this model has an adapter already: merge that into it (merge_lora) first")
+    refuse_second(model)
     model.requires_grad_(False)
     matrices = {name: module for name, module in model.named_modules()
                 if isinstance(module, nn.Linear | ExpertLinear)}
@@ -437,9 +442,7 @@ def load_adapter(model, folder):
     settings = read_settings(folder)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}")
-    if lora_layers(model):          # its matrices would be replaced where both have some
-        raise ValueError(f"this model has an adapter already: merge that into it (merge_lora) "
-                         f"before {folder} is added")
+    refuse_second(model)            # before `round_to_nf4` changes its weights
     places = published_modules(model)
     if settings.get("base_bits") == 4:
         nf4.round_to_nf4(model)
