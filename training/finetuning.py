@@ -64,14 +64,19 @@ def check_folder(folder, out_dir, lora_rank):
                          "for: choose another out_dir")
 
 
-def check_base(config, settings):
-    """ValueError if a model with this Config is not to be fine-tuned with these settings of
-    finetune_llada.py."""
-    name, seq_len = settings["init_from"], settings["seq_len"]
+def check_kind(config, name):
+    """ValueError if the model called `name`, with this Config, does not fill masks."""
     if config.edits:
         raise ValueError(f"{name} inserts, deletes and substitutes: see train_edits.py")
     if config.causal:
         raise ValueError(f"{name} is an autoregressive model ({config.family}): see convert_ar.py")
+
+
+def check_base(config, settings):
+    """ValueError if a model with this Config is not to be fine-tuned with these settings of
+    finetune_llada.py."""
+    name, seq_len = settings["init_from"], settings["seq_len"]
+    check_kind(config, name)
     if seq_len > config.max_len:
         raise ValueError(f"{name} has a context of {config.max_len} tokens, seq_len is {seq_len}: "
                          f"take --seq_len={config.max_len}")

@@ -23,6 +23,7 @@ from pretrained.config import read_config
 from pretrained.hub import find_checkpoint
 from pretrained.tensors import put_rows
 from pretrained.tiny import tiny_config
+from training.finetuning import check_kind
 from training.lora import add_lora
 from training.nf4 import is_packed, packed_bytes
 
@@ -270,7 +271,7 @@ def verdict(plan, memory_gb):
 
 
 def find_config(name, settings):
-    """The Config of init_from, without its weights."""
+    """The Config of init_from, without its weights. ValueError if it does not fill masks."""
     kind, _, family = name.partition(":")
     if kind == "tiny":
         config = tiny_config(family or "llada", Tokenizer.bytes(), settings["seq_len"])
@@ -278,4 +279,6 @@ def find_config(name, settings):
         return config
     if name in SHAPES and not Path(name).is_dir():
         return Config(**SHAPES[name])
-    return read_config(find_checkpoint(name, weights=False))[0]
+    config = read_config(find_checkpoint(name, weights=False))[0]
+    check_kind(config, name)
+    return config
