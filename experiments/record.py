@@ -1,8 +1,9 @@
 """The record: how good is a model after ten minutes on two threads? Rules and table:
 docs/records.md.
 
-    python experiments/record.py run OUT ENTRY[,ENTRY...] SEED[,SEED...]
-        trains what OUT does not hold yet, ten minutes on pydocs and ten on tales a seed
+    python experiments/record.py run OUT ENTRY[,ENTRY...] SEED[,SEED...] [pydocs|tales]
+        trains what OUT does not hold yet, ten minutes on pydocs and ten on tales a seed, or on one
+        of them alone
     python experiments/record.py table OUT
         prints the table of what OUT holds
 
@@ -40,10 +41,10 @@ ENTRIES = {
 }
 
 
-def run(out, entries, seeds):
+def run(out, entries, seeds, datasets="pydocs,tales"):
     for seed in seeds.split(","):
         for entry in entries.split(","):
-            for dataset in ("pydocs", "tales"):
+            for dataset in datasets.split(","):
                 folder = folder_of(out, entry, dataset, seed)
                 if not is_done(folder):
                     train(entry, folder, dataset, seed)
