@@ -40,7 +40,7 @@ from sampling.sampler import Sampler  # noqa: E402
 T = 256
 CONVERT = [
     f"--seq_len={T}", "--batch_size=2", "--optimizer=adamw",
-    "--learning_rate=3e-4", "--warmup=0.05", "--decay=linear", "--max_weight=10", "--beta2=0.99",
+    "--learning_rate=1e-4", "--warmup=0.05", "--decay=linear", "--max_weight=10", "--beta2=0.99",
     "--eval_interval=50", "--eval_sequences=16", "--final_eval_sequences=128", "--sample_tokens=32"]
 BLOCKS = ["--objective=bd3lm", "--block_length=4"]
 SHIFT = ["--shift=True"]
@@ -49,7 +49,7 @@ WAYS = {
     "blocks of 4": BLOCKS,
     "blocks of 8, shift kept": ["--objective=bd3lm", "--block_length=8", *SHIFT],
     "blocks of 32, shift kept": ["--objective=bd3lm", "--block_length=32", *SHIFT],
-    "blocks of 4, shift kept, 1e-4": [*BLOCKS, *SHIFT, "--learning_rate=1e-4"],
+    "blocks of 4, shift kept, 3e-4": [*BLOCKS, *SHIFT, "--learning_rate=3e-4"],
     "blocks of 4, shift kept, 1e-3": [*BLOCKS, *SHIFT, "--learning_rate=1e-3"],
     "blocks of 4, shift kept, Muon": [*BLOCKS, *SHIFT, "--optimizer=muon", "--muon_lr=2e-3"],
     "MDLM, shift kept": SHIFT,
