@@ -70,6 +70,8 @@ def check_base(config, settings):
     name, seq_len = settings["init_from"], settings["seq_len"]
     if config.edits:
         raise ValueError(f"{name} inserts, deletes and substitutes: see train_edits.py")
+    if config.noise != "mask":
+        raise ValueError(f"{name} undoes {config.noise} noise: this recipe takes models of masks")
     if config.causal:
         raise ValueError(f"{name} is an autoregressive model ({config.family}): see convert_ar.py")
     if seq_len > config.max_len:
