@@ -389,8 +389,10 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
     Masks exactly k of T tokens, k uniform on 1..T, and weighs by T / k: the same bound with less
     variance than times and coin flips, for integrating over t leaves each set of k tokens the
     weight (k-1)! (T-k)! / T! (LLaDA, eq. 6 and appendix A.2). k is spread evenly over rows and
-    samples. Other noise is drawn at times that are spread evenly over both. The error is over the
-    rows: of this estimate, for text like this.
+    samples. Other noise is drawn at times t = u^3 and weighed by dt/du = 3 u^2, u spread evenly
+    over both: near t = 0 there is little noise, but what there is costs up to 1/t, and estimates of
+    hybrid noise from even times would vary without bound. The error is over the rows: of this
+    estimate, for text like this.
 
     maskable        bool [N, T], what is scored given the rest: the answers of conversations. Nats
                     and tokens are summed over all rows before they are divided.
@@ -413,13 +415,13 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
     generator = stream("hidden tokens of nelbo", seed)
     draws = 1 if config.causal else num_samples
     of_masks = config.noise == "mask"
-    t = None if of_masks else sample_t((draws, N, 1), generator, eps=0)
+    u = None if of_masks else sample_t((draws, N, 1), generator, eps=0)
     passes = []                                         # (sample, rows, what is drawn for them)
     for sample in range(draws):
         if of_masks:
             *drawn, counts = hide(config, maskable[:, :longest], generator)
         else:
-            *drawn, counts = disturb(config, maskable[:, :longest], t[sample], generator)
+            *drawn, counts = disturb(config, maskable[:, :longest], u[sample], generator)
         for start in range(0, N, batch_size):
             rows = slice(start, start + batch_size)
             passes.append((sample, rows, [part[rows] for part in drawn]))
@@ -435,10 +437,11 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
             mask, weights = drawn
             nats = masked_nll(model, texts, mask, shown) * weights.to(texts.device)
         else:
-            times, mask, replacement = drawn
-            nats = NOISE_LOSSES[config.noise](
-                model, texts, times[:, 0], mask, maskable[rows, :width], shown,
-                replacement=replacement).token_nll
+            u, mask, replacement = drawn
+            loss = NOISE_LOSSES[config.noise](
+                model, texts, u[:, 0]**3, mask, maskable[rows, :width], shown,
+                replacement=replacement)
+            nats = loss.token_nll * (3 * u**2).to(texts.device)
         return nats.sum(1).double().cpu()
 
     nats = torch.zeros(N, draws, dtype=torch.float64)
@@ -475,16 +478,16 @@ def hide(config, maskable, generator):
     return mask.reshape(B, -1)[:, :T], weights.reshape(B, -1)[:, :T], maskable.sum(1)
 
 
-def disturb(config, maskable, t, generator):
-    """(times [B, 1], mask, replacement, tokens counted [B]): the noise of a model of other noise
-    than masks at times t [B, 1], for tokens of which some are maskable [B, T]."""
-    V = config.vocab_size
+def disturb(config, maskable, u, generator):
+    """(u, mask, replacement, tokens counted [B]): the noise that a model of other noise than masks
+    meets at times t = u^3 [B, 1] in tokens of which some are maskable [B, T]."""
+    V, t = config.vocab_size, u**3
     if config.noise == "uniform":
         mask, replacement = uniform_noise(maskable.shape, 1 - t, V, generator)
     else:
         mask, replacement = hybrid_noise(maskable.shape, t, V, config.mask_token_id,
                                          config.uniform_share, generator)
-    return t, mask, replacement, maskable.sum(1)
+    return u, mask, replacement, maskable.sum(1)
 
 
 @torch.no_grad()
