@@ -14,7 +14,7 @@ from models import MASK, Independent, counted, differs, probabilities, tiny, tok
 from runs import LAST_LINE, refused, rows, same_run
 from safetensors.torch import load_file
 from scripts import ROOT, run_here
-from tiny import tiny_checkpoint, tiny_model
+from tiny import tiny_checkpoint, tiny_model, tiny_sampler
 
 import noises
 from diffusion import (
@@ -195,6 +195,16 @@ def test_noise_by_counting(kind):
             mask, new = hybrid_noise((n, 2), times, V, MASK_ID, SHARE, generator)
         x_t = torch.where(mask, new, token)
         assert differs(counted(x_t.tolist(), 2, V), chain(kind, t)[token]) < 5
+
+
+def test_the_mask_may_be_any_token():
+    generator, t = torch.Generator().manual_seed(0), torch.full((40000, 1), 0.6)
+    for mask_id in range(V):
+        clean = (mask_id + 1) % V
+        mask, new = hybrid_noise((40000, 1), t, V, mask_id, SHARE, generator)
+        p = hybrid_marginal(F.one_hot(torch.tensor([clean]), V).float(), t[0], mask_id, SHARE)
+        torch.testing.assert_close(p.sum(), torch.tensor(1.0))
+        assert differs(counted(torch.where(mask, new, clean).tolist(), 1, V), p) < 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -551,6 +561,20 @@ def test_independent_tokens_are_drawn_from_their_distribution(kind, steps):
     assert differs(counted(written.tolist(), 3, 6), sharp) < 4.5
 
 
+def test_it_begins_with_noise():
+    canvas = torch.full((3000, 3), 5)
+    canvas[:, 0] = 4
+    for kind in KINDS:
+        model = Watched(Independent(probabilities(3, 6), **noisy(kind)))
+        reverse(model, canvas, 1, seed=4)
+        first = model.seen[0]
+        assert (first[:, 0] == 4).all()
+        if kind == "hybrid":
+            assert (first[:, 1:] == 5).all()
+        else:
+            assert differs(counted(first[:, 1:].tolist(), 2, 6), torch.full((6,), 1 / 6)) < 4.5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_temperature_0_writes_the_most_probable(kind):
     p = probabilities(3, 6)
@@ -675,6 +699,17 @@ def test_mistakes_end_in_one_line(
     assert refused(run_here(script, *arguments, "--device=cpu"), words)
 
 
+def test_what_the_settings_of_the_sampler_mean():
+    sampler = tiny_sampler(**noisy("uniform"))
+    settings = dict(steps=0, temperature="auto", seed=7, cache="none")
+    expected = dict(max_new_tokens=9, steps=9, temperature=0.5, seed=7)
+    assert sampler.arguments(9, settings) == expected
+    asked = settings | dict(steps=3, temperature="1.0")
+    assert sampler.arguments(9, asked, gaps=True) == dict(steps=3, temperature=1.0, seed=7)
+    with pytest.raises(ValueError, match="rows of one length together, got lengths"):
+        sampler.run([[1, 2], [1]], sampler.arguments(9, settings))
+
+
 # --------------------------------------------------------------------------------------------------
 # The recipe, the sampler and the evaluation as a user runs them
 
@@ -700,7 +735,16 @@ def test_training_resumes_samples_and_is_measured(kind, small, text, tmp_path, m
         assert result.status == 0, result
         return result
 
-    result = train("whole")
+    drawn, draw = [], getattr(noises, f"{kind}_noise")
+
+    def recorded(*arguments):
+        drawn.append(draw(*arguments))
+        return drawn[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(noises, f"{kind}_noise", recorded)
+        result = train("whole")
+    assert len({(str(mask), str(new)) for mask, new in drawn}) == 6, "each step has its own noise"
     said = LAST_LINE.fullmatch(result.out.splitlines()[-1])
     assert said and "step 3: " in result.out
     log = rows(tmp_path / "whole")
@@ -710,6 +754,9 @@ def test_training_resumes_samples_and_is_measured(kind, small, text, tmp_path, m
         assert "stopped at step 4" in train("broken").out
     train("broken", "--resume=True")
     same_run(tmp_path / "whole", tmp_path / "broken")
+    train("parts", "--batch_size=2", "--grad_accum=2")
+    losses = [rows(tmp_path / name)[0]["train_loss"] for name in ("whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3), "a step's noise follows from its number"
     other = run_here(*small("train_scratch.py", tmp_path / "broken", "--resume=True"))
     assert refused(other, "cannot resume: noise was")
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
