@@ -127,13 +127,13 @@ def hybrid_bound(logits, x_0, x_t, t, mask_token_id, uniform_share):
     """The bound of hybrid noise in nats [B, T] (GIDD, theorem 3.7), for t [B]; else as
     `uniform_bound`.
 
-    Noise turns a token into x_t at the rate, with the derivative c'_t of c_t,
+    Noise turns a token into x_t at the rate (its (beta pi)' - alpha' / alpha beta pi)
 
-        1 / ((1 - t) (1 + c_t))                     into the mask
-        c_t / N / (2 t (1 - t) (1 + c_t))           into each other token: c_t + (1 - t) c'_t is
-                                                    c_t / (2 t)
-    GIDD writes `jump_bound` as w (KL(q || q_model) + r - log r - 1), where r is q / q_model at x_t
-    and w = rate / q(x_t | x_0).
+        into the mask           1 / ((1 - t) (1 + c_t))
+        into each other token   (c_t + (1 - t) c'_t) / N / ((1 - t) (1 + c_t))
+
+    of which c_t + (1 - t) c'_t is c_t / (2 t). GIDD writes `jump_bound` with the weight w = rate /
+    q(x_t | x_0) as w (KL(q || q_model) + r - log r - 1), where r is q / q_model at x_t.
     """
     check_shapes(logits, x_0, x_t)
     p, t = predicted(logits, mask_token_id), t.clamp(EDGE, 1 - EDGE)[:, None]           # t [B, 1]
@@ -155,9 +155,9 @@ def jump_bound(q, q_model, x_t, rate):
         rate * sum over j of  s_j - r_j - r_j log(s_j / r_j)
         s_j - r_j - r_j log(s_j / r_j) = r_j (e^g - 1 - g),     g = log(s_j / r_j)
 
-    nats per unit of time. The second form adds numbers of one sign, each of them exact to the last
-    digits, where the first would take large ones from each other.
-    q, q_model [B, T, V] positive; x_t int64 [B, T], rate [B, T] (broadcast).
+    nats per unit of time. The second form adds numbers of one sign, where the first would take
+    large ones from each other.
+    q, q_model [B, T, V], all positive; x_t int64 [B, T]; rate [B, T] (broadcast).
     """
     here = x_t[..., None]
     log_q, log_model = q.log(), q_model.log()
@@ -194,8 +194,7 @@ def hybrid_step(p, x_t, t, s, mask_token_id, uniform_share, min_probability=0.0)
         q(x_t | x_s) = a [x_t = x_s] + noise_t(x_t) - a noise_s(x_t),   a = alpha_t / alpha_s
 
     where noise_t(z) is what q(z | x_0) is for z != x_0; t, s [...] (broadcast).
-    min_probability  what is less probable is left out: GIDD's option, against a sampler that is
-                     unlucky too often.
+    min_probability  what is less probable is left out, GIDD's option.
     """
     c_t, c_s, N = uniform_part(t, uniform_share), uniform_part(s, uniform_share), p.shape[-1] - 1
     is_mask = x_t == mask_token_id
