@@ -148,6 +148,14 @@ def stream(name, seed, *numbers):
     return torch.Generator().manual_seed(seed_for(name, seed, *numbers))
 
 
+def streams(seed, B):
+    """A generator for each of B rows to sample, seeded by (seed, row); seed None: anew each
+    time."""
+    if seed is None:
+        seed = torch.Generator().seed()
+    return [stream("sampling", seed, b) for b in range(B)]
+
+
 # --------------------------------------------------------------------------------------------------
 # Errors
 

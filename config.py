@@ -22,7 +22,7 @@ CHOICES = {
     "positions": ("rope", "learned"), "norm": ("rms", "layer"), "activation": ACTIVATIONS,
     "head_activation": ACTIVATIONS, "router": ("softmax", "sigmoid"),
     "router_bias": ("none", "choice", "weight"), "step_schedule": ("even", "timesteps"),
-    "edit_schedule": ("linear", "cubic", "cube", "cosine")}
+    "edit_schedule": ("linear", "cubic", "cube", "cosine"), "noise": ("mask", "uniform", "hybrid")}
 SIZES = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_len", "global_every",
          "experts_per_token", "router_groups", "router_top_groups")     # at least 1
 
@@ -40,6 +40,8 @@ def fits_field(name, kind, value):
         low = 1 if name in SIZES else 0
         fits = type(value) is int and low <= value <= 10**9
         return fits, f"a whole number from {low} to 10**9"
+    if name == "uniform_share":
+        return is_number and 0 <= value < 1, "at least 0 and below 1"
     if name == "rope_share":
         return is_number and 0 < value <= 1, "between 0 and 1, 0 excluded"
     if kind == float | None:                    # a probability
@@ -109,6 +111,8 @@ class Config:
     head_bias: bool = False
     tie_embeddings: bool = False
     shift: bool = False             # token i is predicted at position i - 1 (read by passes.py)
+    noise: str = "mask"             # that it learned to undo: "mask", "uniform", "hybrid"
+    uniform_share: float = 0.0      # of hybrid noise: uniform tokens at t = 1/2 (noises.py)
     block_length: int = 0           # trained block by block with so many tokens a block; 0: not
     blocks_from_start: bool = False     # blocks are counted from position 0, not from the prompt's
     #                                 end, and may have another length than this one (LLaDA2)
@@ -149,6 +153,7 @@ class Config:
                              f"be even, got {self.time_features}")
         if self.n_experts:
             self.check_experts()
+        self.check_noise()
         for name in ("mask_token_id", "delete_token_id", "insert_token_id"):
             token = getattr(self, name)
             if token is not None and token >= self.vocab_size:
@@ -158,6 +163,18 @@ class Config:
             raise ValueError(f"rope_scaling must be None or of rope_type linear or llama3, got "
                              f"{scaling!r}")
         self.check_ends()
+
+    def check_noise(self):
+        if self.uniform_share and self.noise != "hybrid":
+            raise ValueError(f"uniform_share is of hybrid noise, got {self.uniform_share} with "
+                             f"noise {self.noise}")
+        if self.noise == "hybrid" and self.mask_token_id is None:
+            raise ValueError("hybrid noise is masks in part: mask_token_id is missing")
+        is_other = self.causal or self.shift or self.block_length or self.edits
+        if self.noise != "mask" and is_other:
+            raise ValueError(f"a model of {self.noise} noise sees the whole text and predicts each "
+                             "token where it stands: causal, shift, block_length and edits do not "
+                             "fit")
 
     def check_experts(self):
         E, k, groups = self.n_experts, self.experts_per_token, self.router_groups

@@ -112,6 +112,9 @@ if not _tiny:                       # before a data set is prepared for nothing
                          "converts it")
     if source.edits:
         raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
+    if source.noise != "mask":
+        raise ValueError(f"{init_from} undoes {source.noise} noise: this recipe takes models of "
+                         "masks")
     if source.family not in ("bert", "roberta", "modernbert", "unmask") or source.block_length:
         raise ValueError(f"{init_from} is no BERT, RoBERTa or ModernBERT but a diffusion model "
                          f"({source.family}): see finetune_llada.py")

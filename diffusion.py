@@ -20,6 +20,8 @@ alpha_t = 1 - t the weight is 1/t, LLaDA's loss (Nie et al. 2025, 2502.09992, eq
 diffusion, BD3-LM (Arriola et al. 2025, 2503.09573, eq. 8), is the same bound for one block of
 tokens after the other, each given the clean blocks before it.
 
+Noise that makes other tokens of a token, not masks, stands in noises.py; its losses stand here.
+
 Shapes: B batch, T positions, V vocabulary, N masked tokens. The model is anything that maps tokens
 to logits as model.Transformer does and has its `config`. Randomness comes from generators on the
 CPU, so that every device draws the same masks.
@@ -31,8 +33,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common import stream
+from common import stream, streams
+from noises import hybrid_bound, hybrid_noise, pick, uniform_bound, uniform_noise
 from passes import (
+    all_logits,
     block_nll,
     canvas_mask_id,
     check_tokens,
@@ -113,10 +117,7 @@ def corrupt(model, tokens, t, mask=None, maskable=None, schedule="linear", gener
     mask  bool [B, T]; None: drawn with probability 1 - alpha_t.
     Raises ValueError where shapes do not fit or the model has no mask token.
     """
-    for name, value in (("mask", mask), ("maskable", maskable)):
-        if value is not None and value.shape != tokens.shape:
-            raise ValueError(f"{name} must have the shape of tokens, {list(tokens.shape)}, got "
-                             f"{list(value.shape)}")
+    check_like(tokens, mask=mask, maskable=maskable)
     if mask is None:
         alpha, _ = look_up(SCHEDULES, schedule, "schedule")(t.cpu())
         mask = mask_tokens(tokens.shape, 1 - alpha, generator)
@@ -126,6 +127,14 @@ def corrupt(model, tokens, t, mask=None, maskable=None, schedule="linear", gener
     return torch.where(mask, mask_token_id(model), tokens), mask
 
 
+def check_like(tokens, **others):
+    """ValueError for one of the others, None or a tensor, that has not the shape of tokens."""
+    for name, value in others.items():
+        if value is not None and value.shape != tokens.shape:
+            raise ValueError(f"{name} must have the shape of tokens, {list(tokens.shape)}, got "
+                             f"{list(value.shape)}")
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses
 
@@ -133,9 +142,10 @@ def corrupt(model, tokens, t, mask=None, maskable=None, schedule="linear", gener
 @dataclass
 class Loss:
     loss: torch.Tensor          # scalar with gradient
-    token_nll: torch.Tensor     # [B, T], detached: weight(t) * -log p in nats, 0 where not masked
+    token_nll: torch.Tensor     # [B, T], detached: the bound in nats, of masks weight(t) * -log p;
+    #                             0 where nothing is predicted
     count: int                  # tokens that the bound is divided by
-    is_masked: torch.Tensor     # bool [B, T]
+    is_masked: torch.Tensor     # bool [B, T]: where noise is
     t: torch.Tensor             # [B, 1] or [B, blocks]
 
     @property
@@ -183,6 +193,67 @@ def block_loss(model, tokens, block_length, t=None, mask=None, maskable=None,
     count = tokens.numel() if maskable is None else max(int(maskable.sum()), 1)
     total, nll = block_nll(model, x_t, tokens, mask, clipped, block_length)
     return Loss(total / count, weights * nll, count, mask, t)
+
+
+def uniform_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=None,
+                 schedule="linear", max_weight=None, generator=None, replacement=None):
+    """The bound of uniform noise (UDLM, 2412.10193; Duo, 2506.10892) for tokens int64 [B, T]; else
+    as `mdlm_loss`.
+
+        loss = 1/count * sum over all maskable i of uniform_bound_i             nats per token
+
+    All tokens are predicted, for the model is not told which of them noise has hit.
+    mask, replacement  bool and int64 [B, T]: where noise is and what it puts there; None: drawn.
+    max_weight  clips weight(t) as with masks: a time near 0 counts so much less in `loss`, not in
+                `nelbo`. There is little noise then, and what there is costs about weight(t).
+    """
+    t = times(t, tokens.shape[:1], generator)[:, None]                                  # [B, 1]
+    alpha, d_alpha = look_up(SCHEDULES, schedule, "schedule")(t.to(tokens.device))
+    drawn = uniform_noise(tokens.shape, alpha.cpu(), config_of(model).vocab_size, generator)
+    x_t, mask = replaced(tokens, mask, replacement, drawn, maskable)
+    logits = all_logits(model, x_t, attention_mask)                                     # [B, T, V]
+    nats = uniform_bound(logits, tokens, x_t, alpha, d_alpha)
+    return noise_loss(nats, t.to(tokens.device), weight(t, schedule), mask, maskable, max_weight)
+
+
+def hybrid_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=None,
+                max_weight=None, generator=None, replacement=None):
+    """The bound of hybrid noise (GIDD, 2503.04482), with the uniform_share of the model's config;
+    else as `uniform_loss`. It has a schedule of its own; weight(t) is 1/t."""
+    config = config_of(model)
+    t = times(t, tokens.shape[:1], generator)                                           # [B]
+    drawn = hybrid_noise(tokens.shape, t.cpu()[:, None], config.vocab_size, config.mask_token_id,
+                         config.uniform_share, generator)
+    x_t, mask = replaced(tokens, mask, replacement, drawn, maskable)
+    logits = all_logits(model, x_t, attention_mask)                                     # [B, T, V]
+    t = t.to(tokens.device)
+    nats = hybrid_bound(logits, tokens, x_t, t, config.mask_token_id, config.uniform_share)
+    return noise_loss(nats, t[:, None], weight(t)[:, None], mask, maskable, max_weight)
+
+
+NOISE_LOSSES = {"uniform": uniform_loss, "hybrid": hybrid_loss}     # for Config.noise
+
+
+def replaced(tokens, mask, replacement, drawn, maskable):
+    """(x_t, mask): tokens int64 [B, T] with the replacement where `mask` and `maskable` are; what
+    is None as `drawn`, (mask, replacement). Raises ValueError where shapes do not fit."""
+    mask = drawn[0] if mask is None else mask
+    replacement = drawn[1] if replacement is None else replacement
+    check_like(tokens, mask=mask, replacement=replacement, maskable=maskable)
+    mask = mask.to(tokens.device)
+    if maskable is not None:
+        mask = mask & maskable.to(tokens.device)
+    return torch.where(mask, replacement.to(tokens.device), tokens), mask
+
+
+def noise_loss(nats, t, weights, mask, maskable, max_weight):
+    """The Loss of a bound [B, T] at times t, whose weights [B, 1] are clipped at max_weight."""
+    count = nats.numel()
+    if maskable is not None:
+        count = max(int(maskable.sum()), 1)
+        nats = nats * maskable.to(nats.device)
+    kept = (max_weight or math.inf) / weights.to(nats.device)                           # [B, 1]
+    return Loss((kept.clamp(max=1) * nats).sum() / count, nats.detach(), count, mask, t)
 
 
 def sft_loss(model, tokens, maskable=None, t=None, mask=None, attention_mask=None, cart=0.0,
@@ -318,7 +389,10 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
     Masks exactly k of T tokens, k uniform on 1..T, and weighs by T / k: the same bound with less
     variance than times and coin flips, for integrating over t leaves each set of k tokens the
     weight (k-1)! (T-k)! / T! (LLaDA, eq. 6 and appendix A.2). k is spread evenly over rows and
-    samples. The error is over the rows: of this estimate, for text like this.
+    samples. Other noise is drawn at times t = u^3 and weighed by dt/du = 3 u^2, u spread evenly
+    over both: near t = 0 there is little noise, but what there is costs up to 1/t, and estimates of
+    hybrid noise from even times would vary without bound. The error is over the rows: of this
+    estimate, for text like this.
 
     maskable        bool [N, T], what is scored given the rest: the answers of conversations. Nats
                     and tokens are summed over all rows before they are divided.
@@ -340,24 +414,38 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
             maskable[:, 1:] &= shown[:, :-1]
     generator = stream("hidden tokens of nelbo", seed)
     draws = 1 if config.causal else num_samples
-    passes = []                                         # (sample, rows, mask, weights) each
+    of_masks = config.noise == "mask"
+    u = None if of_masks else sample_t((draws, N, 1), generator, eps=0)
+    passes = []                                         # (sample, rows, what is drawn for them)
     for sample in range(draws):
-        mask, weights, counts = hide(config, maskable[:, :longest], generator)
+        if of_masks:
+            *drawn, counts = hide(config, maskable[:, :longest], generator)
+        else:
+            *drawn, counts = disturb(config, maskable[:, :longest], u[sample], generator)
         for start in range(0, N, batch_size):
             rows = slice(start, start + batch_size)
-            passes.append((sample, rows, mask[rows], weights[rows]))
+            passes.append((sample, rows, [part[rows] for part in drawn]))
 
     def bound(one):                                     # -log p in nats, [B]
-        _, rows, mask, weights = one
+        _, rows, drawn = one
         width, shown = longest, None
         if attention_mask is not None:                  # no wider than the longest of these rows
             width = width_of(attention_mask[rows])
             shown = attention_mask[rows, :width]
-        nll = masked_nll(model, tokens[rows, :width], mask[:, :width], shown)
-        return (nll * weights[:, :width].to(nll.device)).sum(1).double().cpu()
+        texts, drawn = tokens[rows, :width], [part[:, :width] for part in drawn]
+        if of_masks:
+            mask, weights = drawn
+            nats = masked_nll(model, texts, mask, shown) * weights.to(texts.device)
+        else:
+            u, mask, replacement = drawn
+            loss = NOISE_LOSSES[config.noise](
+                model, texts, u[:, 0]**3, mask, maskable[rows, :width], shown,
+                replacement=replacement)
+            nats = loss.token_nll * (3 * u**2).to(texts.device)
+        return nats.sum(1).double().cpu()
 
     nats = torch.zeros(N, draws, dtype=torch.float64)
-    for (sample, rows, _, _), estimate in zip(passes, run_passes(bound, passes)):
+    for (sample, rows, _), estimate in zip(passes, run_passes(bound, passes)):
         nats[rows, sample] = estimate
     counts = counts.double()                            # of each row, the same in every draw
     if not counts.sum():
@@ -388,6 +476,18 @@ def hide(config, maskable, generator):
     mask = (order.argsort(-1).argsort(-1) < k[..., None]) & groups
     weights = (size / k).nan_to_num()[..., None].expand(groups.shape)   # 0 / 0: nothing is maskable
     return mask.reshape(B, -1)[:, :T], weights.reshape(B, -1)[:, :T], maskable.sum(1)
+
+
+def disturb(config, maskable, u, generator):
+    """(u, mask, replacement, tokens counted [B]): the noise that a model of other noise than masks
+    meets at times t = u^3 [B, 1] in tokens of which some are maskable [B, T]."""
+    V, t = config.vocab_size, u**3
+    if config.noise == "uniform":
+        mask, replacement = uniform_noise(maskable.shape, 1 - t, V, generator)
+    else:
+        mask, replacement = hybrid_noise(maskable.shape, t, V, config.mask_token_id,
+                                         config.uniform_share, generator)
+    return u, mask, replacement, maskable.sum(1)
 
 
 @torch.no_grad()
@@ -460,21 +560,11 @@ STEP_SCHEDULES = {"even": even, "timesteps": timesteps}
 def sample_tokens(logits, temperature, uniform):
     """Token ids [N] from softmax(logits / temperature), logits [N, V]; the most probable at 0.
 
-    Inverts the distribution function at `uniform` [N], numbers in [0, 1): exact, where Gumbel noise
-    in less than float64 samples another distribution (2409.02908).
+    uniform  numbers in [0, 1), [N]: see noises.pick.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = (logits / temperature).softmax(dim=-1).double().cumsum(-1)             # [N, V]
-    target = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-
-def streams(seed, B):
-    """A generator for each of B rows, seeded by (seed, row); seed None: anew each time."""
-    if seed is None:
-        seed = torch.Generator().seed()
-    return [stream("sampling", seed, b) for b in range(B)]
+    return pick((logits / temperature).softmax(dim=-1), uniform)
 
 
 def best(score, count):

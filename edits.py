@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from common import stream
-from diffusion import look_up, sample_t, sample_tokens, streams
+from common import stream, streams
+from diffusion import look_up, sample_t, sample_tokens
 from passes import check_tokens, config_of, ratio_error, token_ids
 
 BLANK = -1

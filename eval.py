@@ -189,6 +189,10 @@ def main():
         evaluator = Evaluator(settings)
         common.note_without_effect("the bound on a text", num_fewshot=False,
                                    apply_chat_template=False, estimator=False)
+    noise = evaluator.sampler.config.noise
+    if benchmarks and noise != "mask":
+        raise ValueError(f"{checkpoint} undoes {noise} noise: its bound can be measured, with "
+                         "--tasks=nelbo, and no other task")
     results, bound = {}, None
     if "nelbo" in names:
         bound = text_bound(evaluator)

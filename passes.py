@@ -26,11 +26,16 @@ def config_of(model):
 
 
 def mask_token_id(model):
-    """The id of the mask token. Raises ValueError for a model that has none, or that edits."""
-    if getattr(config_of(model), "edits", False):
+    """The id of the mask token. Raises ValueError for a model that has none, or that does something
+    else with a text than to fill its masks."""
+    config = config_of(model)
+    if getattr(config, "edits", False):
         raise ValueError("this model inserts, deletes and substitutes (train_edits.py): what fills "
                          "or scores masks cannot use it")
-    token = config_of(model).mask_token_id
+    if getattr(config, "noise", "mask") != "mask":
+        raise ValueError(f"this model was trained with {config.noise} noise (noises.py): what "
+                         "fills or scores masks cannot use it")
+    token = config.mask_token_id
     if token is None:
         raise ValueError("this model has no mask token: convert it first (convert_bert.py, "
                          "convert_ar.py)")
@@ -132,6 +137,12 @@ def masked_nll(model, tokens, mask, attention_mask=None):
 
 # --------------------------------------------------------------------------------------------------
 # Logits: which row of a pass predicts a token
+
+
+def all_logits(model, tokens, attention_mask=None):
+    """Logits [B, T, V], float32 or better, at all positions of tokens [B, T]."""
+    logits = model(tokens, attention_mask=attention_mask)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def row_logits(model, tokens, rows, **how):

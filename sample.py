@@ -91,6 +91,9 @@ edits = sampler.edits or bool(edit) and sampler.config.edit_threshold is not Non
 if edit and not edits:
     raise ValueError(f"{checkpoint} fills masks and cannot edit a text: --edit is for models of "
                      "train_edits.py")
+if (chat or serve) and sampler.has_noise:
+    raise ValueError(f"{checkpoint} undoes {sampler.config.noise} noise: it takes --prompt and "
+                     "--infill, neither --chat nor --serve")
 if (chat or serve) and sampler.edits:
     raise ValueError(f"{checkpoint} edits texts: it takes --prompt, --infill and --edit, neither "
                      "--chat nor --serve")
@@ -136,7 +139,8 @@ else:
 # ---- denoise -------------------------------------------------------------------------------------
 arguments = sampler.arguments(count, settings, gaps=bool(infill))
 terminal = Terminal(pause=pause, grid=sampler.grid)
-trace = Trace(sampler, arguments["remasking"], terminal.draw if show else None)
+rule = arguments.get("remasking", "none")       # other noise than masks is undone without one
+trace = Trace(sampler, rule, terminal.draw if show else None)
 try:
     samples = sampler.run([tokens] * num_samples, arguments, gaps=bool(infill), on_step=trace)
 except KeyboardInterrupt:

@@ -135,6 +135,8 @@ if config.causal:
                      "makes a diffusion model of it")
 if config.edits or config.delete_token_id is not None:
     raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
+if config.noise != "mask":
+    raise ValueError(f"{init_from} undoes {config.noise} noise: this recipe takes models of masks")
 if lora_rank:
     add_lora(model, lora_rank, lora_alpha, 0.0, lora_targets)
     published_modules(model)                # fail early: a family without names for its adapters

@@ -5,13 +5,15 @@ The model sees text in which some tokens are masked, from few to all of them, an
 what stood there. The loss, a bound on -log p(text), weighs the noise levels so that the model can
 afterwards write text out of nothing but masks (MDLM, arXiv 2406.07524; LLaDA, 2502.09992).
 --objective=bd3lm does so block by block (BD3-LM, 2503.09573), --objective=ar predicts each next
-token, on the same transformer.
+token, on the same transformer. With --noise=uniform tokens become any others instead of masks
+(UDLM, 2412.10193), with --noise=hybrid either (GIDD, 2503.04482).
 
     python train_scratch.py                               minutes on a CPU or a GPU, no network
     python train_scratch.py --max_minutes=1 --dim=64      a first look
     python train_scratch.py --dataset=notes.txt           your own text: a file or a folder
     python train_scratch.py --dataset=sudoku6             grids; then sample.py solves puzzles
     python train_scratch.py --objective=bd3lm --block_length=8
+    python train_scratch.py --noise=uniform               every token may change until the end
     torchrun --nproc_per_node=4 train_scratch.py --dataset=tinystories --max_minutes=60
 
 Then: python sample.py --checkpoint=out/scratch
@@ -24,9 +26,10 @@ from data.prepare import prepare
 from data.sudoku import SHAPES, draw
 from data.tales_copying import hidden_things
 from data.tokenizer import Tokenizer
-from diffusion import (SCHEDULES, ar_loss, block_loss, canvas_mask_id, denoise, mask_tokens,
-                       mdlm_loss, nelbo, restored, sample_t)
+from diffusion import (SCHEDULES, ar_loss, block_loss, canvas_mask_id, denoise, hybrid_loss,
+                       mask_tokens, mdlm_loss, nelbo, restored, sample_t, uniform_loss)
 from model import Config, Transformer
+from noises import hybrid_noise, reverse, uniform_noise
 from training import balance
 from training.flops import flops_per_token
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
@@ -64,6 +67,8 @@ balance_rate = 0.0          # step by which biases do so without a loss, 0.001; 
 # diffusion
 objective = "mdlm"          # mdlm, bd3lm, ar
 block_length = 4            # bd3lm: tokens in a block
+noise = "mask"              # what tokens become: mask, uniform, hybrid (noises.py; with mdlm)
+uniform_share = 0.1         # hybrid: share of uniform tokens at t = 1/2, the others become masks
 schedule = "linear"         # alpha_t: linear, cosine, polynomial
 max_weight = 10.0           # the loss weight is clipped here, the NELBO is not; 0: no clipping
 # optimizer
@@ -96,12 +101,19 @@ common.check(
     not_negative=["n_experts", "balance_loss", "balance_rate", "max_weight", "weight_decay",
                   "grad_clip", "max_steps", "max_minutes", "eval_interval", "sample_tokens"],
     shares=["warmup"], below_1=["beta2"],
-    objective=["mdlm", "bd3lm", "ar"], positions=["rope", "learned"], schedule=list(SCHEDULES),
+    objective=["mdlm", "bd3lm", "ar"], noise=["mask", "uniform", "hybrid"],
+    positions=["rope", "learned"], schedule=list(SCHEDULES),
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):
     raise ValueError("max_steps and max_minutes are both 0: say when to stop")
 if n_experts == 0 and (balance_loss or balance_rate):
     raise ValueError("balance_loss and balance_rate are for experts: set n_experts")
+if noise != "mask" and objective != "mdlm":
+    raise ValueError(f"objective {objective} is for masks: noise {noise} needs --objective=mdlm")
+if not 0 <= uniform_share < 1:
+    raise ValueError(f"uniform_share must be at least 0 and below 1, got {uniform_share}")
+common.note_without_effect(f"noise {noise}", uniform_share=noise == "hybrid",
+                           schedule=noise != "hybrid")
 common.note_without_effect(f"objective {objective}", schedule=objective != "ar",
                            max_weight=objective != "ar", block_length=objective == "bd3lm")
 common.note_without_effect("n_experts 0", experts_per_token=n_experts > 0)
@@ -123,7 +135,8 @@ if objective == "bd3lm" and (block_length < 1 or T % block_length):
 val_tokens = max(eval_tokens, final_eval_tokens, 2 * T)     # one sequence alone has no error
 val_windows = data.windows("val", T, val_tokens)                                    # [N, T]
 data.batch("train", batch_size, T, seed, 0)         # fail early: less text than one sequence
-things = hidden_things(data.val, text, T) if dataset == "tales" else None
+has_things = dataset == "tales" and noise == "mask"
+things = hidden_things(data.val, text, T) if has_things else None
 
 # ---- model ---------------------------------------------------------------------------------------
 left_to_right = objective == "ar"
@@ -131,6 +144,7 @@ config = Config(
     vocab_size=data.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_len=T,
     positions=positions, causal=left_to_right, shift=left_to_right,
     block_length=block_length if objective == "bd3lm" else 0,
+    noise=noise, uniform_share=uniform_share if noise == "hybrid" else 0.0,
     mask_token_id=data.mask_token_id, eos_token_id=text.eos_token_id,
     pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id,
     n_experts=n_experts, experts_per_token=experts_per_token, router_norm=n_experts > 0,
@@ -146,11 +160,13 @@ if compile:
 optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, beta2, weight_decay,
                              embedding_lr)
 must_match = {name: settings[name] for name in (
-    "objective", "block_length", "n_layers", "n_heads", "dim", "seq_len", "positions", "n_experts",
-    "experts_per_token", "tokenizer", "optimizer", "weight_decay", "beta2", "seed")}
+    "objective", "block_length", "noise", "uniform_share", "n_layers", "n_heads", "dim", "seq_len",
+    "positions", "n_experts", "experts_per_token", "tokenizer", "optimizer", "weight_decay",
+    "beta2", "seed")}
 must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
-flops = flops_per_token(model, T, head_share=1.0 if left_to_right else 0.5)     # half are masked
+head_share = 1.0 if left_to_right or noise != "mask" else 0.5       # half of the tokens are masked
+flops = flops_per_token(model, T, head_share)
 run = Run(settings, model, optimizers, text, device, must_match, flops)
 
 
@@ -174,13 +190,17 @@ def look_back():
 def show_sample():
     """One text out of nothing, as far as the model has come."""
     length = data.document_length or min(sample_tokens, T)
-    canvas = torch.full((1, length), canvas_mask_id(model))
+    unwritten = canvas_mask_id(model) if noise == "mask" else config.mask_token_id
+    canvas = torch.full((1, length), unwritten)
     if config.bos_token_id is not None:                 # a text begins where another has ended
         canvas[0, 0] = config.bos_token_id
     elif left_to_right:                                 # something must stand before the first
         canvas[0, 0] = val_windows[0, 0]
-    ids = denoise(model, canvas.to(device), length, temperature=1.0, remasking="random",
-                  seed=run.step)[0]
+    canvas = canvas.to(device)
+    if noise == "mask":
+        ids = denoise(model, canvas, length, temperature=1.0, remasking="random", seed=run.step)[0]
+    else:
+        ids = reverse(model, canvas, length, seed=run.step)[0]
     if _grids:
         digits = [text.decode([token], skip_special_tokens=True) for token in ids]
         run.say(f"step {run.step}:\n{draw(digits)}\n")
@@ -209,18 +229,30 @@ while run.goes_on():
         break
     set_learning_rate(optimizers, factor)
 
-    noise = common.stream("noise", seed, run.step)
-    t = sample_t((G, blocks), noise)                                                # [G, blocks]
+    draws = common.stream("noise", seed, run.step)
+    t = sample_t((G, blocks), draws)                                                # [G, blocks]
     alpha, _ = SCHEDULES[schedule](t)
-    mask_prob = (1 - alpha).repeat_interleave(T // blocks, dim=1)             # [G, T]
-    mask = mask_tokens((G, T), mask_prob, noise)
+    if noise == "mask":
+        mask_prob = (1 - alpha).repeat_interleave(T // blocks, dim=1)         # [G, T]
+        mask = mask_tokens((G, T), mask_prob, draws)
+    elif noise == "uniform":
+        mask, new = uniform_noise((G, T), alpha, data.vocab_size, draws)
+    else:
+        mask, new = hybrid_noise((G, T), t, data.vocab_size, data.mask_token_id, uniform_share,
+                                 draws)
     counts = 0                                      # tokens of each expert, [layers, E]
     for micro_step in range(grad_accum):
         piece = micro_step * world_size + rank
         rows = slice(piece * batch_size, (piece + 1) * batch_size)
         tokens = data.batch("train", batch_size, T, seed, run.step, piece, slices).to(device)
         with autocast:
-            if objective == "mdlm":
+            if noise == "uniform":
+                loss = uniform_loss(model, tokens, t[rows, 0], mask[rows], schedule=schedule,
+                                    max_weight=max_weight, replacement=new[rows])
+            elif noise == "hybrid":
+                loss = hybrid_loss(model, tokens, t[rows, 0], mask[rows], max_weight=max_weight,
+                                   replacement=new[rows])
+            elif objective == "mdlm":
                 loss = mdlm_loss(model, tokens, t[rows, 0], mask[rows], schedule=schedule,
                                  max_weight=max_weight)
             elif objective == "bd3lm":

@@ -15,6 +15,7 @@ def become_editor(model, schedule, time_features=0, num_masks=0, seed=0):
     edits already keeps its heads. Raises ValueError for a model that reads from left to right.
     """
     config = model.config
+    refuse_noise(config)
     if config.causal or config.block_length:
         kind = "from left to right" if config.causal else "block by block"
         raise ValueError(f"a {config.family} model that reads {kind} cannot edit: convert it to "
@@ -43,6 +44,13 @@ def become_editor(model, schedule, time_features=0, num_masks=0, seed=0):
     return model.to(device, dtype)
 
 
+def refuse_noise(config):
+    """ValueError for a model of other noise than masks."""
+    if config.noise != "mask":
+        raise ValueError(f"this model undoes {config.noise} noise (train_scratch.py): take a model "
+                         "of masks")
+
+
 def check_same(config, schedule, time_features):
     """ValueError where a model that edits was trained in another way than is asked for now."""
     if config.edit_schedule != schedule or config.time_features != time_features:
@@ -67,6 +75,7 @@ def become_corrector(model, block, edit_threshold, has_orders=True):
     more tokens in the vocabulary LLaDA2.2's. They begin as the mask token is. A model that has them
     keeps them. Returns the model; raises ValueError for one that cannot."""
     config = model.config
+    refuse_noise(config)
     if config.causal or config.block_length or config.edits:
         raise ValueError(f"this {config.family} model does not see and fill a whole text: take a "
                          "model of masks (convert_ar.py makes one)")

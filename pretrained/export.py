@@ -30,6 +30,9 @@ def save(model, folder, state=None):
 def export(model, folder, gguf=False):
     """See Transformer.export_pretrained."""
     refuse_adapter(model)
+    if model.config.noise != "mask":
+        raise ValueError(f"no published layout is for a model of {model.config.noise} noise: "
+                         "save_pretrained writes it in ours")
     if gguf is not False:
         from pretrained.gguf_writer import check_kind, write_gguf
         return write_gguf(model, folder, check_kind(gguf))

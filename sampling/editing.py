@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from edit_tokens import edit_block
 from sampling.correcting import THRESHOLD, correct
 from sampling.rewriting import rewrite
-from sampling.sampler import GAP, NOT_USED
+from sampling.sampler import FOR_MASKS, GAP
 from sampling.terminal import Terminal, printable
 from sampling.trace import EditTrace
 
 STEPS = 64          # unless the user says otherwise: of length 1 / 64 in time, or passes at most
 GAP_MASKS = 8       # with which a model that edits by tokens begins a gap of unknown length
-# Settings of models that fill masks, as they are when nobody has touched them.
-FOR_MASKS = {**NOT_USED, "block_length": 0, "remasking": "auto", "cache": "auto", "cfg_scale": 0.0}
 
 
 @dataclass

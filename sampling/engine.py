@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 
 import kernels
-from diffusion import BLIND, REMASKING, STEP_SCHEDULES, entropy, low_confidence, streams
+from common import streams
+from diffusion import BLIND, REMASKING, STEP_SCHEDULES, entropy, low_confidence
 from model import Transformer
 from passes import (
     canvas_mask_id,

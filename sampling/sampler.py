@@ -8,12 +8,16 @@ import os
 import re
 from pathlib import Path
 
+import torch
+
+import kernels
 from data import sudoku
 from data.tokenizer import Tokenizer
 from model import Transformer
+from noises import reverse
 from passes import canvas_mask_id, own_block_length
 from pretrained.hub import find_checkpoint, tokenizer_folder
-from sampling.engine import ADAPTIVE, generate, infill
+from sampling.engine import ADAPTIVE, Step, generate, infill
 from sampling.int8 import load_int8
 from training.lora import load_adapter, merge_lora
 
@@ -23,7 +27,9 @@ GAP = re.compile(r"\[MASK(?::(\d+))?\]")        # [MASK], or [MASK:12] for twelv
 NOT_USED = {"threshold": 0.0, "edit_threshold": -1.0, "factor": 0.0, "entropy_bound": 0.0,
             "top_p": 1.0, "top_k": 0, "alg_temp": 0.0, "remask": 0.0, "remask_schedule": "cap",
             "suppress": "", "defer": ""}
-# Those of them that ask for a rule by which predictions are kept.
+# Settings of models that fill masks, as they are when nobody has touched them.
+FOR_MASKS = {**NOT_USED, "block_length": 0, "remasking": "auto", "cache": "auto", "cfg_scale": 0.0}
+# Those of NOT_USED that ask for a rule by which predictions are kept.
 OTHER_RULES = ("threshold", "factor", "entropy_bound", "alg_temp", "defer")
 CACHES = ("auto", "none", "prefix", "dual", "block")
 
@@ -47,6 +53,8 @@ class Sampler:
                 else empty
     ends        set of ids that end a text
     edits       whether it inserts and deletes (train_edits.py): sampling/editing.py asks it then
+    has_noise   whether it undoes other noise than masks (noises.py): then the mask says where a
+                text is to be written
     grid        the Shape of the grids that it writes (data/sudoku.py); None: it writes texts
     """
 
@@ -58,7 +66,10 @@ class Sampler:
         if self.config.mask_token_id is None and not (self.config.causal or self.config.edits):
             raise ValueError(f"neither the config nor the tokenizer of {name} has a mask token: "
                              "convert it first (convert_bert.py, convert_ar.py)")
-        self.mask_id = self.config.mask_token_id if self.config.edits else canvas_mask_id(model)
+        self.has_noise = self.config.noise != "mask"
+        self.mask_id = self.config.mask_token_id
+        if not (self.config.edits or self.has_noise):
+            self.mask_id = canvas_mask_id(model)
         self.head, self.tail = tokenizer.frame()
         self.opening = []
         if self.config.causal or self.config.family == "unmask":
@@ -303,6 +314,8 @@ class Sampler:
                              "or task that fills masks")
         s = {**NOT_USED, **settings}
         arguments = {} if gaps else {"max_new_tokens": count}
+        if self.has_noise:
+            return arguments | self.noise_arguments(count, s, gaps)
         remasking, block_length = self.choose_rule(s, count, gaps, chat)
         steps = s["steps"]
         if not steps:                                   # one token a step
@@ -326,6 +339,18 @@ class Sampler:
         for name in ("suppress", "defer"):
             arguments[name] = self.named_tokens(name, s[name])
         return arguments
+
+    def noise_arguments(self, count, s, gaps):
+        """The keyword arguments of noises.reverse for settings s. ValueError for one that only
+        models of masks take."""
+        for name, unused in {**FOR_MASKS, "schedule": ""}.items():
+            value = s.get(name, unused)
+            if value != unused and not (name == "cache" and value in ("none", "")):
+                raise ValueError(f"{name} is for models that fill masks; {self.name} undoes "
+                                 f"{self.config.noise} noise, where every token may change in "
+                                 "every step, and takes steps, temperature and seed")
+        return {"steps": s["steps"] or count, "seed": s["seed"],
+                "temperature": self.choose_temperature(s, gaps, False)}
 
     def without_effect(self, settings):
         """Lines that say which of sample.py's or eval.py's settings this checkpoint does not use,
@@ -438,6 +463,26 @@ class Sampler:
 
     def run(self, sequences, arguments, gaps=False, on_step=None):
         """engine.generate, or infill if `gaps`: list of token lists -> list of token lists."""
+        if self.has_noise:
+            return self.undo_noise(sequences, on_step=on_step, **arguments)
         if gaps:
             return infill(self.model, sequences, on_step=on_step, **arguments)
         return generate(self.model, sequences, on_step=on_step, **arguments)
+
+    def undo_noise(self, sequences, max_new_tokens=0, on_step=None, **arguments):
+        """noises.reverse for token lists of one length, each with so many new tokens behind it:
+        list of token lists. on_step gets a `Step`, as from the engine. Raises ValueError."""
+        canvas = [list(row) + [self.mask_id] * max_new_tokens for row in sequences]
+        if len({len(row) for row in canvas}) != 1:
+            raise ValueError(f"{self.name} writes rows of one length together, got lengths "
+                             f"{[len(row) for row in canvas]}")
+        canvas = torch.tensor(canvas)
+        is_open, lengths = canvas == self.mask_id, torch.tensor([canvas.shape[1]] * len(canvas))
+
+        def tell(number, tokens, sureness):
+            on_step(Step(number, tokens, is_open, sureness, lengths, torch.zeros_like(lengths)))
+
+        device = next(self.model.parameters()).device
+        with kernels.packed(self.model):
+            written = reverse(self.model, canvas.to(device), on_step=on_step and tell, **arguments)
+        return written.tolist()

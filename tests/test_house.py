@@ -13,7 +13,7 @@ from runs import forget_the_repository
 from scripts import ROOT, run
 
 # What the modules of each part may import, besides those of their own part.
-BELOW_SAMPLING = ["common", "data", "kernels", "model", "passes", "diffusion", "edits",
+BELOW_SAMPLING = ["common", "data", "kernels", "model", "passes", "noises", "diffusion", "edits",
                   "edit_tokens", "policy", "pretrained", "training"]
 MAY_IMPORT = {
     "common": [],
@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "kernels": ["common"],
     "model": ["common", "config", "kernels"],
     "passes": ["kernels"],
-    "diffusion": ["common", "passes"],
+    "noises": ["common", "passes"],
+    "diffusion": ["common", "passes", "noises"],
     "edits": ["common", "kernels", "passes", "diffusion"],
     "edit_tokens": ["kernels", "passes", "diffusion", "edits"],
     "policy": ["passes"],
@@ -56,8 +57,9 @@ INSIDE_FUNCTIONS = {
 NAMES = {
     "model": ["Config", "Transformer"],
     "diffusion": ["mdlm_loss", "block_loss", "sft_loss", "llada2_loss", "ar_loss", "nelbo",
-                  "denoise", "restored", "mask_token_id", "SCHEDULES", "STEP_SCHEDULES",
-                  "REMASKING"],
+                  "denoise", "restored", "uniform_loss", "hybrid_loss", "mask_token_id",
+                  "SCHEDULES", "STEP_SCHEDULES", "REMASKING"],
+    "noises": ["uniform_bound", "hybrid_bound", "uniform_step", "hybrid_step", "reverse"],
     "sampling.engine": ["generate", "infill"],
     "evaluation.likelihood": ["log_likelihood"],
     "edits": ["align", "edit_loss", "edit_nelbo", "flow", "FLOW_SCHEDULES"],
@@ -203,11 +205,12 @@ def test_the_walk_sees_what_is_wrong(tmp_path):
 
 
 def test_a_copied_recipe_runs(tmp_path):
-    """train_scratch.py with model, config, kernels, passes, diffusion, common, data and
+    """train_scratch.py with model, config, kernels, passes, noises, diffusion, common, data and
     training, and nothing else; and a second run goes on from the first."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("train_scratch", "model", "config", "kernels", "passes", "diffusion", "common"):
+    for name in ("train_scratch", "model", "config", "kernels", "passes", "noises", "diffusion",
+                 "common"):
         shutil.copy(ROOT / f"{name}.py", copy)
     for name in ("data", "training"):
         ignored = shutil.ignore_patterns("__pycache__", "prepared")

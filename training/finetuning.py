@@ -68,6 +68,8 @@ def check_kind(config, name):
     """ValueError if the model called `name`, with this Config, does not fill masks."""
     if config.edits:
         raise ValueError(f"{name} inserts, deletes and substitutes: see train_edits.py")
+    if config.noise != "mask":
+        raise ValueError(f"{name} undoes {config.noise} noise: this recipe takes models of masks")
     if config.causal:
         raise ValueError(f"{name} is an autoregressive model ({config.family}): see convert_ar.py")
 
