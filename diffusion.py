@@ -127,6 +127,17 @@ def corrupt(model, tokens, t, mask=None, maskable=None, schedule="linear", gener
     return torch.where(mask, mask_token_id(model), tokens), mask
 
 
+def text_alone(maskable, attention_mask):
+    """`maskable` without padding, which is no text: bool [B, T], or None where all may be masked.
+
+    attention_mask  bool [B, T] says what is shown; of any other kind it says nothing of padding.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return maskable
+    shown = attention_mask.bool()
+    return shown if maskable is None else maskable.to(shown.device) & shown
+
+
 def check_like(tokens, **others):
     """ValueError for one of the others, None or a tensor, that has not the shape of tokens."""
     for name, value in others.items():
@@ -161,7 +172,7 @@ def mdlm_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=No
         loss = 1 / count * sum over masked i of weight(t) * -log p(x_0^i | x_t)     nats per token
 
     count is the number of maskable tokens: all, or those where `maskable` [B, T] is true (the
-    answers in chat data).
+    answers in chat data); never padding, which attention_mask [B, T] hides.
     t           float [B]; None: drawn by `sample_t`.
     mask        bool [B, T]; None: drawn with probability 1 - alpha_t.
     max_weight  clips the weight of `loss`, not of `nelbo`: less noise from times near 0. None or 0:
@@ -170,6 +181,7 @@ def mdlm_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=No
     """
     B, T = tokens.shape
     t = times(t, (B,), generator).to(tokens.device)[:, None]                            # [B, 1]
+    maskable = text_alone(maskable, attention_mask)
     x_t, mask = corrupt(model, tokens, t, mask, maskable, schedule, generator)
     weights = weight(t, schedule).expand(B, T)
     clipped = weights.clamp(max=max_weight or math.inf)
@@ -209,6 +221,7 @@ def uniform_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask
     """
     t = times(t, tokens.shape[:1], generator)[:, None]                                  # [B, 1]
     alpha, d_alpha = look_up(SCHEDULES, schedule, "schedule")(t.to(tokens.device))
+    maskable = text_alone(maskable, attention_mask)
     drawn = uniform_noise(tokens.shape, alpha.cpu(), config_of(model).vocab_size, generator)
     x_t, mask = replaced(tokens, mask, replacement, drawn, maskable)
     logits = all_logits(model, x_t, attention_mask)                                     # [B, T, V]
@@ -222,6 +235,7 @@ def hybrid_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=
     else as `uniform_loss`. It has a schedule of its own; weight(t) is 1/t."""
     config = config_of(model)
     t = times(t, tokens.shape[:1], generator)                                           # [B]
+    maskable = text_alone(maskable, attention_mask)
     drawn = hybrid_noise(tokens.shape, t.cpu()[:, None], config.vocab_size, config.mask_token_id,
                          config.uniform_share, generator)
     x_t, mask = replaced(tokens, mask, replacement, drawn, maskable)
@@ -270,6 +284,7 @@ def sft_loss(model, tokens, maskable=None, t=None, mask=None, attention_mask=Non
     """
     B, T = tokens.shape
     t = times(t, (B,), generator).to(tokens.device)[:, None]                            # [B, 1]
+    maskable = text_alone(maskable, attention_mask)
     x_t, mask = corrupt(model, tokens, t, mask, maskable, "linear", generator)
     maskable = torch.ones_like(mask) if maskable is None else maskable.to(tokens.device)
     weights = (1 / t).expand(B, T)

@@ -124,7 +124,7 @@ def uniform_bound(logits, x_0, x_t, alpha_t, d_alpha_t):
 
 
 def hybrid_bound(logits, x_0, x_t, t, mask_token_id, uniform_share):
-    """The bound of hybrid noise in nats [B, T] (GIDD, theorem 3.7), for t [B]; else as
+    """The bound of hybrid noise in nats [B, T] (GIDD, section 3), for t [B]; else as
     `uniform_bound`.
 
     Noise turns a token into x_t at the rate (its (beta pi)' - alpha' / alpha beta pi)
@@ -189,7 +189,7 @@ def uniform_step(p, x_t, alpha_t, alpha_s):
 
 
 def hybrid_step(p, x_t, t, s, mask_token_id, uniform_share, min_probability=0.0):
-    """q(x_s | x_t, p) of hybrid noise, [..., V] (GIDD, proposition 3.3): as `uniform_step`, with
+    """q(x_s | x_t, p) of hybrid noise, [..., V] (GIDD, section 3): as `uniform_step`, with
 
         q(x_t | x_s) = a [x_t = x_s] + noise_t(x_t) - a noise_s(x_t),   a = alpha_t / alpha_s
 

@@ -2,6 +2,7 @@
 recorded losses. The samplers are in test_denoise.py, test_engine.py and test_rules.py."""
 import itertools
 import math
+from inspect import signature
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ import kernels
 from diffusion import (
     ar_loss,
     block_loss,
+    hybrid_loss,
     mask_tokens,
     mdlm_loss,
     nelbo,
     sample_t,
     sample_tokens,
     sft_loss,
+    uniform_loss,
     weight,
 )
 from evaluation.likelihood import log_likelihood
@@ -451,6 +454,23 @@ def test_padding_may_stand_in_front(config):
     if model.config.causal:         # and padding does not predict the first token
         want = pytest.approx(nelbo(model, tokens)[0], rel=1e-4)
         assert nelbo(model, padded, attention_mask=shown)[0] == want
+
+
+@pytest.mark.parametrize("loss", [mdlm_loss, sft_loss, uniform_loss, hybrid_loss])
+def test_padding_is_neither_masked_nor_counted(loss):
+    how = {"uniform_loss": dict(noise="uniform"), "hybrid_loss": dict(noise="hybrid")}
+    model, tokens = tiny(**how.get(loss.__name__, {})), tokens_of((2, 5))
+    t, mask = torch.tensor([0.4, 0.8]), torch.ones(2, 5, dtype=torch.bool)
+    more = {"replacement": tokens.flip(1)} if "replacement" in signature(loss).parameters else {}
+    alone = loss(model, tokens, t=t, mask=mask, **more)
+    shown = torch.arange(8).expand(2, 8) < 5
+    more = {name: F.pad(value, (0, 3)) for name, value in more.items()}
+    padded = loss(model, F.pad(tokens, (0, 3), value=5), t=t, mask=F.pad(mask, (0, 3), value=True),
+                  attention_mask=shown, **more)
+    assert padded.count == alone.count
+    assert padded.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5)
+    assert padded.nelbo.item() == pytest.approx(alone.nelbo.item(), rel=1e-5)
+    assert not padded.is_masked[:, 5:].any()
 
 
 def test_nelbo_of_a_block_model_and_of_an_autoregressive_one():
