@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import difflib
 import hashlib
-import math
 import os
 import re
 import sys
@@ -108,8 +107,8 @@ def check(settings, at_least_1=(), not_negative=(), positive=(), shares=(), belo
         if not settings[name] >= 0:
             raise ValueError(f"{name} must not be negative, got {settings[name]}")
     for name in positive:
-        if not 0 < settings[name] < math.inf:
-            raise ValueError(f"{name} must be a number above 0, got {settings[name]}")
+        if not settings[name] > 0:
+            raise ValueError(f"{name} must be positive, got {settings[name]}")
     for name in shares:
         if not 0 <= settings[name] <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {settings[name]}")

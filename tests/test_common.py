@@ -59,7 +59,7 @@ def test_check():
     )
     wrong = [
         (dict(at_least_1=["max_minutes"]), "max_minutes must be at least 1, got 0.0"),
-        (dict(positive=["max_minutes"]), "max_minutes must be a number above 0, got 0.0"),
+        (dict(positive=["max_minutes"]), "max_minutes must be positive, got 0.0"),
         (dict(kind=["b", "c"]), "kind must be one of b, c, got 'a'"),
     ]
     for rules, words in wrong:
