@@ -31,6 +31,7 @@ from pretrained.load import load
 from pretrained.tensors import gathered
 from pretrained.tiny import tiny_model
 from pretrained.vocabulary import resize_vocabulary
+from training.finetuning import check_masks
 from training.flops import flops_per_token
 from training.merge import check_target
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
@@ -110,11 +111,7 @@ if not _tiny:                       # before a data set is prepared for nothing
     if source.causal:
         raise ValueError(f"{init_from} is an autoregressive model ({source.family}): convert_ar.py "
                          "converts it")
-    if source.edits:
-        raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
-    if source.noise != "mask":
-        raise ValueError(f"{init_from} undoes {source.noise} noise: this recipe takes models of "
-                         "masks")
+    check_masks(source, init_from)
     if source.family not in ("bert", "roberta", "modernbert", "unmask") or source.block_length:
         raise ValueError(f"{init_from} is no BERT, RoBERTa or ModernBERT but a diffusion model "
                          f"({source.family}): see finetune_llada.py")

@@ -222,8 +222,9 @@ def uniform_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask
     t = times(t, tokens.shape[:1], generator)[:, None]                                  # [B, 1]
     alpha, d_alpha = look_up(SCHEDULES, schedule, "schedule")(t.to(tokens.device))
     maskable = text_alone(maskable, attention_mask)
-    drawn = uniform_noise(tokens.shape, alpha.cpu(), config_of(model).vocab_size, generator)
-    x_t, mask = replaced(tokens, mask, replacement, drawn, maskable)
+    draw = functools.partial(uniform_noise, tokens.shape, alpha.cpu(), config_of(model).vocab_size,
+                             generator)
+    x_t, mask = replaced(tokens, mask, replacement, draw, maskable)
     logits = all_logits(model, x_t, attention_mask)                                     # [B, T, V]
     nats = uniform_bound(logits, tokens, x_t, alpha, d_alpha)
     return noise_loss(nats, t.to(tokens.device), weight(t, schedule), mask, maskable, max_weight)
@@ -236,9 +237,9 @@ def hybrid_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=
     config = config_of(model)
     t = times(t, tokens.shape[:1], generator)                                           # [B]
     maskable = text_alone(maskable, attention_mask)
-    drawn = hybrid_noise(tokens.shape, t.cpu()[:, None], config.vocab_size, config.mask_token_id,
-                         config.uniform_share, generator)
-    x_t, mask = replaced(tokens, mask, replacement, drawn, maskable)
+    draw = functools.partial(hybrid_noise, tokens.shape, t.cpu()[:, None], config.vocab_size,
+                             config.mask_token_id, config.uniform_share, generator)
+    x_t, mask = replaced(tokens, mask, replacement, draw, maskable)
     logits = all_logits(model, x_t, attention_mask)                                     # [B, T, V]
     t = t.to(tokens.device)
     nats = hybrid_bound(logits, tokens, x_t, t, config.mask_token_id, config.uniform_share)
@@ -248,11 +249,13 @@ def hybrid_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=
 NOISE_LOSSES = {"uniform": uniform_loss, "hybrid": hybrid_loss}     # for Config.noise
 
 
-def replaced(tokens, mask, replacement, drawn, maskable):
+def replaced(tokens, mask, replacement, draw, maskable):
     """(x_t, mask): tokens int64 [B, T] with the replacement where `mask` and `maskable` are; what
-    is None as `drawn`, (mask, replacement). Raises ValueError where shapes do not fit."""
-    mask = drawn[0] if mask is None else mask
-    replacement = drawn[1] if replacement is None else replacement
+    is None as draw() says, (mask, replacement). Raises ValueError where shapes do not fit."""
+    if mask is None or replacement is None:
+        drawn_mask, drawn_replacement = draw()
+        mask = drawn_mask if mask is None else mask
+        replacement = drawn_replacement if replacement is None else replacement
     check_like(tokens, mask=mask, replacement=replacement, maskable=maskable)
     mask = mask.to(tokens.device)
     if maskable is not None:

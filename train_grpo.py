@@ -31,7 +31,7 @@ from policy import (ESTIMATORS, group_advantages, logps_of, policy_terms, spg_te
 from pretrained.load import fill, open_checkpoint
 from sampling.rollouts import Asker, collate, mean_and_error
 from sampling.sampler import Sampler
-from training.finetuning import base_of_run, check_folder, save_result
+from training.finetuning import base_of_run, check_folder, check_masks, save_result
 from training.lora import add_lora, init_lora, published_modules, without_adapters
 from training.memory import report_of_rewards
 from training.merge import check_target
@@ -133,10 +133,9 @@ config = model.config
 if config.causal:
     raise ValueError(f"{init_from} is an autoregressive model ({config.family}): convert_ar.py "
                      "makes a diffusion model of it")
-if config.edits or config.delete_token_id is not None:
+if config.delete_token_id is not None:
     raise ValueError(f"{init_from} inserts, deletes and substitutes: see train_edits.py")
-if config.noise != "mask":
-    raise ValueError(f"{init_from} undoes {config.noise} noise: this recipe takes models of masks")
+check_masks(config, init_from)
 if lora_rank:
     add_lora(model, lora_rank, lora_alpha, 0.0, lora_targets)
     published_modules(model)                # fail early: a family without names for its adapters

@@ -64,12 +64,18 @@ def check_folder(folder, out_dir, lora_rank):
                          "for: choose another out_dir")
 
 
-def check_kind(config, name):
-    """ValueError if the model called `name`, with this Config, does not fill masks."""
+def check_masks(config, name):
+    """ValueError if the model called `name`, with this Config, learned to undo anything but masks,
+    be it edits or another noise."""
     if config.edits:
         raise ValueError(f"{name} inserts, deletes and substitutes: see train_edits.py")
     if config.noise != "mask":
         raise ValueError(f"{name} undoes {config.noise} noise: this recipe takes models of masks")
+
+
+def check_kind(config, name):
+    """ValueError if the model called `name`, with this Config, does not fill masks."""
+    check_masks(config, name)
     if config.causal:
         raise ValueError(f"{name} is an autoregressive model ({config.family}): see convert_ar.py")
 

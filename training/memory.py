@@ -276,9 +276,9 @@ def find_config(name, settings):
     if kind == "tiny":
         config = tiny_config(family or "llada", Tokenizer.bytes(), settings["seq_len"])
         config.vocab_size = settings["vocab_size"]
-        return config
-    if name in SHAPES and not Path(name).is_dir():
-        return Config(**SHAPES[name])
-    config = read_config(find_checkpoint(name, weights=False))[0]
+    elif name in SHAPES and not Path(name).is_dir():
+        config = Config(**SHAPES[name])
+    else:
+        config = read_config(find_checkpoint(name, weights=False))[0]
     check_kind(config, name)
     return config
