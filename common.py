@@ -86,7 +86,7 @@ def given(name, default):
 
 
 def describe_settings(file, defaults):
-    """One line a setting: name, default, and the comment that stands behind it in the source."""
+    """One line a setting: name, default, and the comment that stands after it in the source."""
     lines = Path(file).read_text(encoding="utf-8").splitlines()
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -179,7 +179,7 @@ def tell_and_exit(kind, error, traceback):
     if os.environ.get("UNMASK_TRACEBACK") or not known:
         return sys.__excepthook__(kind, error, traceback)
     for bar in list(tqdm._instances):
-        bar.close()                                     # or the message would stand behind the bar
+        bar.close()                                     # or the message would stand after the bar
     message = " ".join(str(error).split()) or kind.__name__
     if lost:
         message = (f"process {rank_and_size()[0]} lost another process of this run, which died or "

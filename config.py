@@ -74,7 +74,7 @@ class Config:
     causal: bool = False            # True: a position sees itself and what stands before it
     positions: str = "rope"         # or "learned". RoPE knows distances alone: on a canvas of
     #                                 nothing but masks it predicts the same at every position
-    position_offset: int = 0        # RoBERTa's learned positions start behind its padding index
+    position_offset: int = 0        # RoBERTa's learned positions start after its padding index
     rope_theta: float = 10000.0
     rope_scaling: dict = None       # None, or {"rope_type": "linear" or "llama3", "factor": ...}
     rope_share: float = 1.0         # of a head's dimensions, from the first on, that RoPE rotates
@@ -84,8 +84,8 @@ class Config:
     norm: str = "rms"               # or "layer"
     norm_eps: float = 1e-6
     norm_bias: bool = False
-    post_norm: bool = False    # True: norm behind each residual sum (BERT); False: before each part
-    embed_norm: bool = False        # a norm right behind the embedding
+    post_norm: bool = False    # True: norm after each residual sum (BERT); False: before each part
+    embed_norm: bool = False        # a norm right after the embedding
     first_norm: bool = True         # False: none before the first attention (ModernBERT)
     qk_norm: bool = True            # RMSNorm of queries and keys, per head
     qkv_bias: bool = False

@@ -13,7 +13,7 @@ bd3lm those of -bd3lm: 512 tokens, blocks of 32.
     python convert_ar.py --init_from=tiny                 two minutes on a CPU: a random decoder
     python convert_ar.py --init_from=gpt2 --dataset=fineweb_edu --max_minutes=60
     python convert_ar.py --init_from=out/scratch --dataset=pydocs --seq_len=128
-                                                          behind train_scratch.py --objective=ar
+                                                          after train_scratch.py --objective=ar
     torchrun --nproc_per_node=8 convert_ar.py --grad_accum=16     the published run
 
 Then: python sample.py --checkpoint=out/ar --chat
@@ -202,8 +202,11 @@ def save_model():
         save(model, run.folder, weights)
 
 
-run = Run(settings, model, optimizers, text, device, must_match, save_model=save_model,
-          flops_per_token=flops_per_token(model, seq_len, head_share=0.5), sharded=sharded)
+flops = flops_per_token(model, seq_len, head_share=0.5)
+if objective == "bd3lm":
+    flops *= 2                  # a pass reads [x_t, x_0]
+run = Run(settings, model, optimizers, text, device, must_match, flops, save_model,
+          sharded=sharded)
 
 
 def evaluate(batch):

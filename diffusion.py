@@ -39,10 +39,11 @@ from passes import (
     all_logits,
     block_nll,
     canvas_mask_id,
-    check_tokens,
+    check_canvas,
     config_of,
     mask_token_id,
     masked_nll,
+    noise_of,
     own_block_length,
     predict,
     ratio_error,
@@ -138,6 +139,11 @@ def text_alone(maskable, attention_mask):
     return shown if maskable is None else maskable.to(shown.device) & shown
 
 
+def token_count(tokens, maskable):
+    """How many tokens [B, T] a loss is divided by: those that may be masked, None for all."""
+    return tokens.numel() if maskable is None else max(int(maskable.sum()), 1)
+
+
 def check_like(tokens, **others):
     """ValueError for one of the others, None or a tensor, that has not the shape of tokens."""
     for name, value in others.items():
@@ -153,7 +159,7 @@ def check_like(tokens, **others):
 @dataclass
 class Loss:
     loss: torch.Tensor          # scalar with gradient
-    token_nll: torch.Tensor     # [B, T], detached: the bound in nats, of masks weight(t) * -log p;
+    token_nll: torch.Tensor     # [B, T], detached: the bound in nats, weight(t) * -log p of masks;
     #                             0 where nothing is predicted
     count: int                  # tokens that the bound is divided by
     is_masked: torch.Tensor     # bool [B, T]: where noise is
@@ -185,7 +191,7 @@ def mdlm_loss(model, tokens, t=None, mask=None, maskable=None, attention_mask=No
     x_t, mask = corrupt(model, tokens, t, mask, maskable, schedule, generator)
     weights = weight(t, schedule).expand(B, T)
     clipped = weights.clamp(max=max_weight or math.inf)
-    count = tokens.numel() if maskable is None else max(int(maskable.sum()), 1)
+    count = token_count(tokens, maskable)
     total, nll = weighted_nll(model, x_t, tokens, mask, clipped, attention_mask=attention_mask)
     return Loss(total / count, weights * nll, count, mask, t)
 
@@ -202,7 +208,7 @@ def block_loss(model, tokens, block_length, t=None, mask=None, maskable=None,
     x_t, mask = corrupt(model, tokens, each, mask, maskable, schedule, generator)
     weights = weight(each, schedule)
     clipped = weights.clamp(max=max_weight or math.inf)
-    count = tokens.numel() if maskable is None else max(int(maskable.sum()), 1)
+    count = token_count(tokens, maskable)
     total, nll = block_nll(model, x_t, tokens, mask, clipped, block_length)
     return Loss(total / count, weights * nll, count, mask, t)
 
@@ -265,9 +271,8 @@ def replaced(tokens, mask, replacement, draw, maskable):
 
 def noise_loss(nats, t, weights, mask, maskable, max_weight):
     """The Loss of a bound [B, T] at times t, whose weights [B, 1] are clipped at max_weight."""
-    count = nats.numel()
+    count = token_count(nats, maskable)
     if maskable is not None:
-        count = max(int(maskable.sum()), 1)
         nats = nats * maskable.to(nats.device)
     kept = (max_weight or math.inf) / weights.to(nats.device)                           # [B, 1]
     return Loss((kept.clamp(max=1) * nats).sum() / count, nats.detach(), count, mask, t)
@@ -295,7 +300,7 @@ def sft_loss(model, tokens, maskable=None, t=None, mask=None, attention_mask=Non
     if cart:
         used, lengths = cart_weights(mask, cart), mask.sum(1, keepdim=True)
     used = used / (B * lengths.clamp(min=1))
-    count = max(int(maskable.sum()), 1)
+    count = token_count(tokens, maskable)
     total, nll = weighted_nll(model, x_t, tokens, mask, used, attention_mask=attention_mask)
     return Loss(total, weights * nll, count, mask, t)
 
@@ -335,7 +340,7 @@ def llada2_loss(model, tokens, block_length, maskable=None, t=None, mask=None, c
     if bound:
         used = weights / maskable.sum().clamp(min=1)
     total, nll = block_nll(model, x_t, tokens, mask, used, block_length, cap_weight)
-    return Loss(total, weights * nll, max(int(maskable.sum()), 1), mask, t)
+    return Loss(total, weights * nll, token_count(tokens, maskable), mask, t)
 
 
 def cart_weights(mask, p):
@@ -421,55 +426,48 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
     N, config = len(tokens), config_of(model)
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if not tokens.numel():
-        raise ValueError("there is no token to score")
-    maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
-    longest = tokens.shape[1]
-    if attention_mask is not None:                      # padding is no text to score
-        shown = attention_mask.bool().cpu()
-        longest, maskable = width_of(shown), maskable & shown
-        if config.causal:                               # nor does it predict the token behind it
-            maskable[:, 1:] &= shown[:, :-1]
-    generator = stream("hidden tokens of nelbo", seed)
-    draws = 1 if config.causal else num_samples
-    of_masks = config.noise == "mask"
-    u = None if of_masks else sample_t((draws, N, 1), generator, eps=0)
-    passes = []                                         # (sample, rows, what is drawn for them)
-    for sample in range(draws):
-        if of_masks:
-            *drawn, counts = hide(config, maskable[:, :longest], generator)
-        else:
-            *drawn, counts = disturb(config, maskable[:, :longest], u[sample], generator)
-        for start in range(0, N, batch_size):
-            rows = slice(start, start + batch_size)
-            passes.append((sample, rows, [part[rows] for part in drawn]))
+    maskable = what_to_score(config, tokens, maskable, attention_mask)
+    samples = 1 if config.causal else num_samples
+    draw, score = draw_masks, score_masks
+    if noise_of(model) != "mask":
+        draw, score = draw_noise, score_noise
+    drawn = draw(config, maskable, samples, stream("hidden tokens of nelbo", seed))
 
     def bound(one):                                     # -log p in nats, [B]
-        _, rows, drawn = one
-        width, shown = longest, None
+        sample, rows = one
+        T, shown = maskable.shape[1], None
         if attention_mask is not None:                  # no wider than the longest of these rows
-            width = width_of(attention_mask[rows])
-            shown = attention_mask[rows, :width]
-        texts, drawn = tokens[rows, :width], [part[:, :width] for part in drawn]
-        if of_masks:
-            mask, weights = drawn
-            nats = masked_nll(model, texts, mask, shown) * weights.to(texts.device)
-        else:
-            u, mask, replacement = drawn
-            loss = NOISE_LOSSES[config.noise](
-                model, texts, u[:, 0]**3, mask, maskable[rows, :width], shown,
-                replacement=replacement)
-            nats = loss.token_nll * (3 * u**2).to(texts.device)
+            T = width_of(attention_mask[rows])
+            shown = attention_mask[rows, :T]
+        nats = score(model, tokens[rows, :T], maskable[rows, :T], shown,
+                     *[part[rows, :T] for part in drawn[sample]])                       # [B, T]
         return nats.sum(1).double().cpu()
 
-    nats = torch.zeros(N, draws, dtype=torch.float64)
-    for (sample, rows, _), estimate in zip(passes, run_passes(bound, passes)):
+    passes = [(sample, slice(first, first + batch_size))
+              for sample in range(samples) for first in range(0, N, batch_size)]
+    nats = torch.zeros(N, samples, dtype=torch.float64)
+    for (sample, rows), estimate in zip(passes, run_passes(bound, passes)):
         nats[rows, sample] = estimate
-    counts = counts.double()                            # of each row, the same in every draw
-    if not counts.sum():
-        raise ValueError("there is no token to score")
-    value = nats.sum() / (counts.sum() * draws)
+    counts = maskable.sum(1).double()                                                   # [N]
+    value = nats.sum() / (counts.sum() * samples)
     return value.item(), ratio_error(nats, counts, value)
+
+
+def what_to_score(config, tokens, maskable, attention_mask):
+    """bool [N, <= T]: which of tokens [N, T] are scored; columns after the last that is shown are
+    cut off. Raises ValueError where nothing is scored."""
+    maskable = torch.ones(tokens.shape, dtype=torch.bool) if maskable is None else maskable.cpu()
+    width = tokens.shape[1]
+    if attention_mask is not None:                      # padding is no text to score
+        shown = attention_mask.bool().cpu()
+        width, maskable = width_of(shown), maskable & shown
+        if config.causal:                               # nor does it predict the token after it
+            maskable[:, 1:] &= shown[:, :-1]
+    if config.causal:                                   # nothing predicts the first token
+        maskable = maskable & (torch.arange(tokens.shape[1]) > 0)
+    if not maskable.any():
+        raise ValueError("there is no token to score")
+    return maskable[:, :width]
 
 
 def width_of(shown):
@@ -478,34 +476,55 @@ def width_of(shown):
     return int(columns.max()) + 1 if len(columns) else 1
 
 
-def hide(config, maskable, generator):
-    """(mask bool [B, T], weights [B, T], tokens counted [B]): exactly k of the L maskable tokens of
-    a row, or of each of its blocks, k uniform on 1..L, with weight L / k."""
-    B, T = maskable.shape
-    if config.causal:
-        mask = maskable & (torch.arange(T) > 0)         # nothing predicts the first token
-        return mask, torch.ones(B, T), mask.sum(1)
+def draw_masks(config, maskable, samples, generator):
+    """Of each sample (mask bool [N, T], weights [N, T]): exactly k of the L maskable tokens of a
+    row, or of each of its blocks, k uniform on 1..L, with weight L / k."""
+    if config.causal:                                   # one pass predicts every token
+        return [(maskable, torch.ones(maskable.shape))]
+    N, T = maskable.shape
     block = config.block_length or T
-    groups = F.pad(maskable, (0, -T % block)).view(B, -1, block)        # [B, blocks, block]
-    size = groups.sum(-1)                                               # L, [B, blocks]
-    k = (evenly_spread(size.shape, generator) * size).long().clamp(max=size - 1) + 1
+    groups = F.pad(maskable, (0, -T % block)).view(N, -1, block)        # [N, blocks, block]
+    shares = evenly_spread((samples, *groups.shape[:2]), generator)     # [samples, N, blocks]
+    drawn = [hide(groups, share, generator) for share in shares]
+    return [(mask.view(N, -1)[:, :T], weights.reshape(N, -1)[:, :T]) for mask, weights in drawn]
+
+
+def hide(groups, share, generator):
+    """(mask, weights), both [N, blocks, block] as `groups`, bool, which are the maskable tokens of
+    blocks: k = 1 + the integer part of `share` [N, blocks] of the others, with weight L / k."""
+    size = groups.sum(-1)                                               # L, [N, blocks]
+    k = (share * size).long().clamp(max=size - 1) + 1
     # The k lowest of random numbers, among which 2.0 comes last: what is not maskable.
     order = torch.where(groups, torch.rand(groups.shape, generator=generator), 2.0)
     mask = (order.argsort(-1).argsort(-1) < k[..., None]) & groups
     weights = (size / k).nan_to_num()[..., None].expand(groups.shape)   # 0 / 0: nothing is maskable
-    return mask.reshape(B, -1)[:, :T], weights.reshape(B, -1)[:, :T], maskable.sum(1)
+    return mask, weights
 
 
-def disturb(config, maskable, u, generator):
-    """(u, mask, replacement, tokens counted [B]): the noise that a model of other noise than masks
-    meets at times t = u^3 [B, 1] in tokens of which some are maskable [B, T]."""
-    V, t = config.vocab_size, u**3
-    if config.noise == "uniform":
-        mask, replacement = uniform_noise(maskable.shape, 1 - t, V, generator)
-    else:
-        mask, replacement = hybrid_noise(maskable.shape, t, V, config.mask_token_id,
-                                         config.uniform_share, generator)
-    return u, mask, replacement, maskable.sum(1)
+def score_masks(model, tokens, maskable, attention_mask, mask, weights):
+    """The estimate of the bound, nats [B, T], from one sample of `draw_masks`."""
+    return masked_nll(model, tokens, mask, attention_mask) * weights.to(tokens.device)
+
+
+def draw_noise(config, maskable, samples, generator):
+    """Of each sample (u [N, 1], mask bool [N, T], replacement int64 [N, T]): what a model of other
+    noise than masks meets at times t = u^3."""
+    V, drawn = config.vocab_size, []
+    for u in sample_t((samples, len(maskable), 1), generator, eps=0):                   # [N, 1]
+        if config.noise == "uniform":
+            noise = uniform_noise(maskable.shape, 1 - u**3, V, generator)
+        else:
+            noise = hybrid_noise(maskable.shape, u**3, V, config.mask_token_id,
+                                 config.uniform_share, generator)
+        drawn.append((u, *noise))
+    return drawn
+
+
+def score_noise(model, tokens, maskable, attention_mask, u, mask, replacement):
+    """The estimate of the bound, nats [B, T], from one sample of `draw_noise`."""
+    loss = NOISE_LOSSES[config_of(model).noise](model, tokens, u[:, 0]**3, mask, maskable,
+                                                attention_mask, replacement=replacement)
+    return loss.token_nll * (3 * u**2).to(tokens.device)
 
 
 @torch.no_grad()
@@ -519,13 +538,13 @@ def restored(model, tokens, hidden, target):
 
 # --------------------------------------------------------------------------------------------------
 # Denoise. What a rule scores high is kept; the rest stays masked. A new rule is one function here.
-# It sees the masks of several rows at once, so a score may depend on its own prediction alone.
+# It sees the masks of several rows at once, and its scores are compared within a row.
 
 
 def low_confidence(logits, chosen):
     """Probability of the chosen tokens [N] under softmax(logits) [N, V], float64: LLaDA's rule, and
-    Dream's "maskgit_plus". Near 1, where float32 makes everything equal, it is 1 - all the
-    others."""
+    Dream's "maskgit_plus"; named for what it masks again. Near 1, where float32 makes everything
+    equal, it is 1 - all the others."""
     p = logits.softmax(dim=-1)
     value = p.gather(1, chosen[:, None])[:, 0].double()
     others = p.scatter_(1, chosen[:, None], 0.0).sum(-1).double()
@@ -597,7 +616,8 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
     """The plain sampler: fill every mask of tokens int64 [B, T]. Returns int64 [B, T].
 
     Blocks of block_length tokens (None: one block; block diffusion: the model's own), counted from
-    prompt_len (LLaDA2: from 0), are denoised from left to right in `steps` steps over all of them.
+    prompt_len (LLaDA2: from 0), are denoised from left to right in `steps` steps over all of them,
+    each in its share of those, rounded up.
     temperature   0: the most probable token; else a sample of softmax(logits / temperature).
     remasking     which predictions a step keeps: a key of REMASKING.
     threshold     keep all with at least this score, and the best (LLaDA2: at least as many as the
@@ -627,14 +647,6 @@ def denoise(model, tokens, steps, temperature=0.0, remasking="low_confidence", b
         for block in blocks:
             denoise_block(model, x, block_of, block, math.ceil(steps / len(blocks)), how, generator)
     return canvas.to(tokens.device)
-
-
-def check_canvas(config, tokens):
-    """ValueError for tokens [B, T] outside the vocabulary, or more of them than the context has."""
-    check_tokens(config, tokens.tolist(), is_canvas=True)
-    if tokens.shape[1] > config.max_len:
-        raise ValueError(f"{tokens.shape[1]} tokens exceed the model's context of "
-                         f"{config.max_len}")
 
 
 @dataclass
@@ -738,7 +750,7 @@ def choose_blindly(where, count, step, steps, remasking, generator):
 
 def rewrites(model, x, inside, block_of, how):
     """(positions, tokens) [N] that are written anew in a row x [T], where another token than the
-    one that stands there is predicted with more than edit_threshold (LLaDA2.1); None: none.
+    one that stands there is predicted with more than edit_threshold (LLaDA2.1; None: nothing is).
 
     inside  bool [T], where that may happen; masks are left to the other rule. The rule is asked in
             every step of a block and then, when its masks are gone, until it changes nothing or for

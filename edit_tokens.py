@@ -74,7 +74,7 @@ def edit_labels(x_t, x_1, orders):
 
     Tokens of the longest common subsequence stay. Between two of them x_t has m tokens and x_1 n:
     one after the other they become those of x_1. If m > n the rest of them is deleted; if m < n the
-    token behind them is labelled `insert`:
+    token after them is labelled `insert`:
 
         x_t     a  b  d  e
         label   a  x  I  D          x_1: a x c d
@@ -94,7 +94,7 @@ def edit_labels(x_t, x_1, orders):
 
 
 def fit(tokens, length, filler):
-    """The first `length` tokens, with `filler` behind them where there are fewer."""
+    """The first `length` tokens, with `filler` after them where there are fewer."""
     return tokens[:length] + [filler] * (length - len(tokens))
 
 
@@ -103,8 +103,8 @@ def spoiled(x_0, x_1, share, rng, length, end, orders):
     x_1, and what is to be said of each of its tokens. Both end with the token `end`, and more of
     them fill the block.
 
-    share of its tokens, those behind the first, are masked.
-    Without orders.delete the label of a token is the one that stands there in x_1, so that behind
+    share of its tokens, those after the first, are masked.
+    Without orders.delete the label of a token is the one that stands there in x_1, so that after
     an insertion every token is wrong (LLaDA2.1's edits keep the length).
     """
     x_t, x_1 = x_0 + [end], x_1 + [end]
@@ -140,7 +140,7 @@ def labels_to_apply(x, chosen, p, orders, threshold, edit_threshold, frozen, clo
     chosen, p   what the model says of each position, and its probability, [L].
     A mask becomes what is chosen if p >= threshold, and in any case the `minimum` surest do.
     Another token is edited if p > edit_threshold (LLaDA2.1). frozen, closed bool [L]: tokens that
-    stay, and behind which nothing comes.
+    stay, and after which nothing comes.
     """
     masked = x == orders.mask
     filled = masked & (p >= threshold)

@@ -13,7 +13,7 @@ putting BLANK into both, so that column i of z_0 turns into column i of z_1 by o
 
 Between them each column is that of z_1 with probability kappa_t, else that of z_0 (their eq. 14).
 x_t is z_t without the blanks. The model reads x_t and gives every position three rates, of a
-substitution, a deletion and an insertion behind it, and what to write, Q. Edits that are still to
+substitution, a deletion and an insertion after it, and what to write, Q. Edits that are still to
 come happen at the rate kappa'_t / (1 - kappa_t) each, and
 
     loss = E [ sum of all rates  -  sum over the edits to come of  w(t) log rate(edit) ],
@@ -181,7 +181,7 @@ class Edits:
     """What turns x_t into x_1, int64 [N] each."""
     kind: torch.Tensor          # SUBSTITUTE, DELETE or INSERT
     row: torch.Tensor           # of the batch
-    position: torch.Tensor      # in x_t: of the token that is changed, or behind which one comes
+    position: torch.Tensor      # in x_t: of the token that is changed, or after which one comes
     token: torch.Tensor         # that is written; BLANK for a deletion
 
     def of(self, kind):
@@ -195,15 +195,15 @@ def remaining_edits(z_t, z_1):
     the order of rows and columns.
 
     Behind which token an insertion comes is the number of tokens to its left, less one; at the
-    very beginning it is behind token 0, as dLLM has it: begin texts with a token that stays.
+    very beginning it is after token 0, as dLLM has it: begin texts with a token that stays.
     """
-    behind = ((z_t != BLANK).cumsum(1) - 1).clamp(min=0)                                # [B, Z]
+    after = ((z_t != BLANK).cumsum(1) - 1).clamp(min=0)                                # [B, Z]
     row, column = (z_t != z_1).nonzero(as_tuple=True)                                   # [N]
     old, new = z_t[row, column], z_1[row, column]
     kind = torch.full_like(row, SUBSTITUTE)
     kind[new == BLANK] = DELETE
     kind[old == BLANK] = INSERT
-    return Edits(kind, row, behind[row, column], new)
+    return Edits(kind, row, after[row, column], new)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,8 +222,8 @@ def edit_forward(model, tokens, attention_mask=None, t=None):
 
 def edit_rates(model, states):
     """Rates [B, T, 3], float32 at least, of states [B, T, D]: to substitute and delete token i, to
-    insert behind it. With `shift` those of a token are read one position earlier, but what comes
-    behind it at its own."""
+    insert after it. With `shift` those of a token are read one position earlier, but what comes
+    after it at its own."""
     rates = model.rate_head(states)
     rates = F.softplus(rates.to(torch.promote_types(rates.dtype, torch.float32)))
     if not config_of(model).shift:
@@ -233,7 +233,7 @@ def edit_rates(model, states):
 
 def edit_logits(model, states, kind):
     """Logits [..., V], float32 at least, of states [..., D]: what is written in the place of a
-    token (SUBSTITUTE) or behind it (INSERT)."""
+    token (SUBSTITUTE) or after it (INSERT)."""
     if kind == INSERT:
         head = model.insert_head
     elif model.substitute_head is None:
@@ -293,7 +293,7 @@ def edit_loss(model, z_0, z_1, t=None, u=None, schedule=None, max_weight=None, p
     max_weight  clips w(t) of `loss`, not of `nelbo`; None or 0: no clipping.
     per_token   divide a row by the length of its x_1, as dLLM does unless told otherwise. Long
                 texts then count as much as short ones, which is another objective than the paper's.
-    Raises ValueError where shapes do not fit, a row has nothing to insert behind, or the model has
+    Raises ValueError where shapes do not fit, a row has nothing to insert after, or the model has
     no edit heads.
     """
     check_editor(model)
@@ -315,7 +315,7 @@ def edit_loss(model, z_0, z_1, t=None, u=None, schedule=None, max_weight=None, p
     z_t = blend(z_0, z_1, t, u, schedule)
     if not (z_t != BLANK).any(1).all():
         raise ValueError("a text to edit is empty: put a token in front that stays, such as the "
-                         "beginning of text, so that something can be inserted behind it")
+                         "beginning of text, so that something can be inserted after it")
     x_t, shown = without_blanks(z_t)
     edits = remaining_edits(z_t, z_1)
     survival, minus_log = edit_terms(model, x_t, shown, t[:, 0], edits)                 # [B], [N]
@@ -430,8 +430,8 @@ def fires(rates, weight, tau, u, frozen, closed):
     r tau, a first-order step of the process (Edit Flows, section 3; dLLM).
 
     rates [T, 3] of the heads; weight w(t); u uniform numbers [3, T]: whether a token is changed at
-    all, whether that is a deletion, whether something is inserted behind it. frozen, closed bool
-    [T]: tokens that stay, and behind which nothing comes. Raises FloatingPointError for rates that
+    all, whether that is a deletion, whether something is inserted after it. frozen, closed bool
+    [T]: tokens that stay, and after which nothing comes. Raises FloatingPointError for rates that
     are not finite.
     """
     if not rates.isfinite().all():
@@ -457,14 +457,14 @@ class Written:
 
 def apply_edits(tokens, fire, substitutes, inserts):
     """The row that Fires make of `tokens`, as Written. substitutes, inserts: lists of the token
-    that would be written at, or behind, each position."""
+    that would be written at, or after, each position."""
     new = Written([], [], [])
     for i, token in enumerate(tokens):
         if not fire.delete[i]:
             new.tokens.append(substitutes[i] if fire.substitute[i] else token)
             new.origin.append(i)
             new.edited.append(fire.substitute[i])
-        if fire.insert[i]:                              # behind a deleted token as well
+        if fire.insert[i]:                              # after a deleted token as well
             new.tokens.append(inserts[i])
             new.origin.append(None)
             new.edited.append(True)
@@ -480,7 +480,7 @@ def carried(flags, origin):
 
 def protect(length, prompt_len):
     """(frozen, closed), bool [length] each: the first prompt_len tokens stay as they are, and
-    nothing comes between them, but behind the last of them."""
+    nothing comes between them, but after the last of them."""
     position = torch.arange(length)
     return position < prompt_len, position < prompt_len - 1
 
@@ -507,7 +507,7 @@ def flow(model, tokens, tau, schedule=None, prompt_len=0, frozen=None, closed=No
     rows.
     schedule    of w(t); None: the one that the model was trained with. dLLM samples with "linear",
                 whatever was trained.
-    frozen, closed  bool [T]: tokens that stay, and behind which nothing comes; None: what `protect`
+    frozen, closed  bool [T]: tokens that stay, and after which nothing comes; None: what `protect`
                 says of a prompt of prompt_len tokens.
     temperature 0: the most probable token; else a sample of softmax(logits / temperature).
     seed        of the stream (seed, 0), as row 0 of rewriting.py has it.

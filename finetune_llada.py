@@ -2,7 +2,7 @@
 many.
 
 A diffusion language model learns to answer as it learned to write, except that only the answer is
-ever masked: the prompt stays, and end-of-text tokens behind the answer are learned too, so that the
+ever masked: the prompt stays, and end-of-text tokens after the answer are learned too, so that the
 model says how long an answer is (LLaDA, arXiv 2502.09992, section 2.3 and algorithm 2; Dream,
 2508.15487). A model that writes block by block (LLaDA2, 2512.15745; SDAR; our own) sees its noisy
 block and the clean ones before it, and each answer twice: what is masked once is shown the other

@@ -1,10 +1,11 @@
 """What is computed otherwise for speed: norm, attention, experts, the loss over a large vocabulary,
-products, alignments.
+drawing, products, alignments.
 
 Nothing here is an idea of its own. Every function equals a plain line of mathematics, written in
 its docstring and computed by that line when `PLAIN` is true; tests/test_kernels.py holds the two
-equal. Read model.py first. Whoever changes the mathematics there sets PLAIN = True and forgets this
-file.
+equal. (A BlockMask is read by flex_attention alone; the plain alignments stand in edits.py and
+edit_tokens.py.) Read model.py first. Whoever changes the mathematics there sets PLAIN = True and
+forgets this file.
 
 Shapes as in model.py: B batch, S queries, T keys, V vocabulary, D width, H heads, G key/value
 heads, C head size, N rows, E experts.
@@ -395,6 +396,10 @@ def sample_tokens(logits, temperature, uniform):
         return largest(logits)
     N, V = logits.shape
     p = (logits / temperature).softmax(dim=-1)
+    if PLAIN:
+        cumulative = p.double().cumsum(-1)                                          # [N, V]
+        target = uniform.to(p.device)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True)[:, 0]
     if V % 512:
         p = F.pad(p, (0, -V % 512))
     p = p.view(N, -1, 512)                                                        # [N, pieces, 512]

@@ -241,7 +241,7 @@ def take(x, select):
 
 
 def keys_ahead(positions, cache):
-    """By how much a key stands behind a query, int64 [S, T] or [B, 1, S, T]; positions [S] or
+    """By how much a key stands after a query, int64 [S, T] or [B, 1, S, T]; positions [S] or
     [B, S] of the queries, and of the keys unless a cache has them."""
     keys = positions
     if cache is not None:
@@ -251,7 +251,7 @@ def keys_ahead(positions, cache):
 
 
 def in_order(mask, ahead):
-    """The keys of a mask, bool or None for all of them, that do not stand behind the query; `ahead`
+    """The keys of a mask, bool or None for all of them, that do not stand after the query; `ahead`
     as `keys_ahead` has it."""
     if mask is None:
         return ahead <= 0
@@ -305,8 +305,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Random weights: matrices and tied embeddings N(0, 0.02^2) as in GPT-2, other embeddings
-        N(0, 1), biases zero. So the first loss is about log V. Returns self."""
+        """Random weights: matrices N(0, 0.02^2) as in GPT-2, biases zero, embeddings N(0, 1), or
+        as the matrices where the head is tied to them. So the first loss is about log V. Returns
+        self."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -322,7 +323,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def look_beside(self):
         """Let the first two heads of the first block begin by looking at the token before and at
-        the one behind: that need not be learned then. Call it behind `init_weights`. Returns self.
+        the one after: that need not be learned then. Call it after `init_weights`. Returns self.
         ValueError for a model without RoPE.
 
         An eighth of every embedding is set to 1, so that there is something which all tokens share.

@@ -3,22 +3,24 @@
 A mask says where a token is missing, and what is written there stays. Here nothing tells the model
 which tokens are wrong, and a sampler may change every token in every step. Everything stands in its
 plain form; the losses that train a model with it are `uniform_loss` and `hybrid_loss` of
-diffusion.py. Pure functions of tensors: no files, no tokenizers, no devices.
+diffusion.py. Pure functions of tensors: no files, no tokenizers.
 
 Time runs as in diffusion.py, from t = 0, clean, to t = 1, all noise. Each token independently:
 
     uniform   q(x_t | x_0) = alpha_t [x_t = x_0] + (1 - alpha_t) / V
-    hybrid    q(x_t | x_0) = ((1 - t) [x_t = x_0] + t [x_t = mask] + c_t / N [other]) / (1 + c_t)
+    hybrid    q(x_t | x_0) = ((1 - t) [x_t = x_0] + t [x_t = mask] + c_t / (V - 1) [x_t != mask])
+                             / (1 + c_t)
 
 Uniform noise is that of UDLM (Schiff et al. 2024, arXiv 2412.10193) and Duo (Sahoo et al. 2025,
 2506.10892). It covers the whole vocabulary, special tokens too: so the formulas are simplest, and a
 model soon knows the tokens that no text contains. Hybrid noise is that of GIDD (von Rütte et al.
-2025, 2503.04482, section 4): c_t is shared evenly among the N = V - 1 tokens that are no mask.
+2025, 2503.04482, section 4): c_t is shared evenly among the V - 1 tokens that are no mask.
 
 The model's prediction p [V] of x_0 stands in the place of x_0: q(x_t | p) is the average of
 q(x_t | x_0) over x_0 drawn from p. The p that makes the bound least, and the sampler exact, is what
 all other tokens say of a token, p(x_0^i | x_t without x_t^i), for what its own noisy token says is
-in the formulas already (2605.22765). A mask says nothing: so this never mattered with masks.
+in the formulas already (2605.22765). Nothing hides x_t^i from the model: training finds
+this p because it makes the bound least. A mask says nothing: so this never mattered with masks.
 
 Shapes: B batch, T positions, V vocabulary, N tokens that are asked about.
 """
@@ -27,7 +29,7 @@ import math
 import torch
 
 from common import streams
-from passes import all_logits, check_tokens, config_of
+from passes import all_logits, check_canvas, config_of
 
 EDGE = 1e-7     # at t = 0 and 1 the formulas divide by 0: they are taken so far inside
 SMALLEST_SHARE = math.exp(-20)      # of uniform tokens in hybrid noise: no logarithm of 0 (GIDD)
@@ -149,8 +151,9 @@ def hybrid_bound(logits, x_0, x_t, t, mask_token_id, uniform_share):
 def jump_bound(q, q_model, x_t, rate):
     """How far the model's way back is from the true one, in nats [B, T].
 
-    Backwards in time a token jumps from x_t to j at rate r_j, r_j = q_j / q(x_t); the model, which
-    knows q_model, says rate s_j, s_j = q_model_j / q_model(x_t). Two jump processes differ by
+    Backwards in time a token jumps from x_t to j at `rate` times r_j, r_j = q_j / q(x_t); the
+    model, which knows q_model, says `rate` times s_j, s_j = q_model_j / q_model(x_t). Two jump
+    processes differ by
 
         rate * sum over j of  s_j - r_j - r_j log(s_j / r_j)
         s_j - r_j - r_j log(s_j / r_j) = r_j (e^g - 1 - g),     g = log(s_j / r_j)
@@ -235,14 +238,22 @@ def pick(p, uniform):
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
+def draw_uniform(generators, where):
+    """Numbers in [0, 1), float64 [N], for the N positions `where` bool [B, T]: each row's from its
+    own of the B generators."""
+    return torch.cat([torch.rand(n, generator=own, dtype=torch.float64)
+                      for own, n in zip(generators, where.sum(1).tolist())])
+
+
 @torch.no_grad()
 def reverse(model, tokens, steps, temperature=1.0, min_probability=0.0, seed=None, on_step=None):
     """Write a text out of noise where tokens int64 [B, T] are the mask; all others stay. Returns
     int64 [B, T].
 
-    Time falls evenly from 1 to 0 in `steps` steps. Each asks the model about the whole canvas and
-    draws every token that was not given anew from its probabilities one step earlier: it may
-    change in each step, from one token to another and back.
+    Time falls evenly from 1 to 0 in `steps` steps, and alpha_t = 1 - t whatever the schedule of
+    training was: the model is not told the time. Each step asks it about the whole canvas and draws
+    every token that was not given anew from its probabilities one step earlier: it may change in
+    each step, from one token to another and back.
     temperature      of the predictions; 0: the most probable token, as if it were certain.
     min_probability  of a token in a step, see `hybrid_step`.
     seed             row b draws from the stream (seed, b).
@@ -259,7 +270,7 @@ def reverse(model, tokens, steps, temperature=1.0, min_probability=0.0, seed=Non
     if temperature < 1e-6:      # 0 in all that float32 can tell, and does not overflow
         temperature = 0.0
     if config.noise == "uniform":                       # hybrid noise at t = 1 is all masks
-        canvas[is_open] = (draw(rows, is_open) * V).long()
+        canvas[is_open] = (draw_uniform(rows, is_open) * V).long()
     for step in range(steps):
         t = torch.tensor(1 - step / steps)
         s = torch.tensor(1 - (step + 1) / steps)
@@ -273,20 +284,13 @@ def reverse(model, tokens, steps, temperature=1.0, min_probability=0.0, seed=Non
             q = without_small(uniform_step(p, x_t, 1 - t, 1 - s), min_probability)
         else:
             q = hybrid_step(p, x_t, t, s, mask_id, config.uniform_share, min_probability)
-        x_s = pick(q, draw(rows, is_open))
+        x_s = pick(q, draw_uniform(rows, is_open))
         canvas[is_open] = x_s
         if on_step is not None:
             sureness = torch.zeros(canvas.shape, dtype=torch.float64)
             sureness[is_open] = p.gather(-1, x_s[:, None])[:, 0].double()
             on_step(step + 1, canvas.clone(), sureness)
     return canvas.to(device)
-
-
-def draw(rows, is_open):
-    """Uniform numbers [N], float64, for the open positions [B, T] of rows with these generators."""
-    counts = is_open.sum(1).tolist()
-    return torch.cat([torch.rand(n, generator=row, dtype=torch.float64)
-                      for row, n in zip(rows, counts)])
 
 
 def check_reverse(config, tokens, steps, temperature, min_probability):
@@ -301,7 +305,4 @@ def check_reverse(config, tokens, steps, temperature, min_probability):
         raise ValueError(f"temperature must not be negative, got {temperature}")
     if not 0 <= min_probability <= 1:
         raise ValueError(f"min_probability must be between 0 and 1, got {min_probability}")
-    check_tokens(config, tokens.tolist())
-    if tokens.shape[1] > config.max_len:
-        raise ValueError(f"{tokens.shape[1]} tokens exceed the model's context of "
-                         f"{config.max_len}")
+    check_canvas(config, tokens)

@@ -25,6 +25,11 @@ def config_of(model):
     return getattr(model, "module", model).config       # DistributedDataParallel keeps it there
 
 
+def noise_of(model):
+    """What noise makes of tokens: "mask", unless the config says otherwise."""
+    return getattr(config_of(model), "noise", "mask")
+
+
 def mask_token_id(model):
     """The id of the mask token. Raises ValueError for a model that has none, or that does something
     else with a text than to fill its masks."""
@@ -32,8 +37,8 @@ def mask_token_id(model):
     if getattr(config, "edits", False):
         raise ValueError("this model inserts, deletes and substitutes (train_edits.py): what fills "
                          "or scores masks cannot use it")
-    if getattr(config, "noise", "mask") != "mask":
-        raise ValueError(f"this model was trained with {config.noise} noise (noises.py): what "
+    if noise_of(model) != "mask":
+        raise ValueError(f"this model was trained with {noise_of(model)} noise (noises.py): what "
                          "fills or scores masks cannot use it")
     token = config.mask_token_id
     if token is None:
@@ -118,11 +123,14 @@ def masked_nll(model, tokens, mask, attention_mask=None):
     0 elsewhere.
 
     A block-diffusion model sees the blocks before a token's own without masks, by one pass over
-    [noisy, clean] as in training; an autoregressive model sees the tokens before.
+    [noisy, clean] as in training; an autoregressive model sees the tokens before. Raises ValueError
+    if it shall predict the first token.
     """
     config, mask = config_of(model), mask.to(tokens.device)
     ones = torch.ones(tokens.shape, device=tokens.device)
     if config.causal:
+        if mask[:, 0].any():
+            raise ValueError("an autoregressive model does not predict the first token")
         how = {} if attention_mask is None else {"attention_mask": attention_mask}
         return weighted_nll(model, tokens, tokens, mask, ones, shift=True, **how)[1]
     noisy = torch.where(mask, mask_token_id(model), tokens)
@@ -175,7 +183,7 @@ def prediction_rows(masked, T, width, shift, block_length):
 def predict(model, x, where, block_of, device):
     """Logits [N, V] of the tokens at the positions `where` [N] of a row x [T]."""
     config, T, how = config_of(model), len(x), {}
-    if config.block_length and not config.causal:       # a block never sees the blocks behind it
+    if config.block_length and not config.causal:       # a block never sees later ones
         how["attention_mask"] = (block_of <= block_of[:, None])[None].to(device)        # [1, T, T]
     rows = prediction_rows(where, T, T, config.shift or config.causal, config.block_length)
     x = x.clamp(max=config.vocab_size - 1)              # an autoregressive model knows no mask
@@ -199,6 +207,18 @@ def check_tokens(config, sequences, is_canvas=False):
         for token in token_ids(tokens):
             if not 0 <= token < size:
                 raise ValueError(f"token {token} is outside the vocabulary of {config.vocab_size}")
+
+
+def check_canvas(config, tokens):
+    """ValueError for tokens [B, T] outside the vocabulary, or more of them than the context has; of
+    an autoregressive model also for a mask that nothing stands before."""
+    check_tokens(config, tokens.tolist(), is_canvas=True)
+    if tokens.shape[1] > config.max_len:
+        raise ValueError(f"{tokens.shape[1]} tokens exceed the model's context of "
+                         f"{config.max_len}")
+    if config.causal and (tokens[:, :1] == config.vocab_size).any():
+        raise ValueError("an autoregressive model does not predict the first token: it must be "
+                         "given")
 
 
 def guided(logits, without_prompt, cfg_scale):

@@ -16,7 +16,7 @@ An objective turns estimates and rewards into a loss: `policy_loss` (GRPO: clipp
 DeepSeekMath, arXiv 2402.03300), or without a ratio `wd1_loss` (2507.08838) and `spg_loss`
 (2510.09541). Pure functions of tensors: no files, no tokenizers.
 
-Shapes: B answers, T positions of prompt, answer and what was generated behind its end, K views.
+Shapes: B answers, T positions of prompt, answer and what was generated after its end, K views.
 """
 from dataclasses import dataclass
 
@@ -71,7 +71,7 @@ class Answers:
 
     @property
     def generated(self):
-        """bool [B, T]: the answer and what was written behind its end."""
+        """bool [B, T]: the answer and what was written after its end."""
         return self.shown & ~self.prompt
 
     def rows(self, which):
@@ -162,7 +162,7 @@ def bound(answers, mask_id, generator, num_samples=4, sets=None):
 
     sets(L, num_samples, generator) -> (masks bool [M, L], weights float [M, L]): which sets and
     what the log p of each token counts there; None: `even_sets`. evaluation.likelihood has sharper
-    ones. What was generated behind the end of an answer is masked in every view.
+    ones. What was generated after the end of an answer is masked in every view.
     """
     sets = sets or even_sets
     drawn = [sets(int(L), num_samples, generator) for L in answers.answer.sum(1)]

@@ -70,7 +70,7 @@ n_layers = 8 if _on_gpu else 4      # transformer blocks
 n_heads = 8 if _on_gpu else 4       # attention heads
 dim = 512 if _on_gpu else 192       # width
 seq_len = 512 if _on_gpu else 128   # tokens of a document at most; longer ones are cut
-look_beside = True          # two heads begin by looking at the token before and the one behind
+look_beside = True          # two heads begin by looking at the token before and the one after
 # edits
 editing = "flows"           # flows (Edit Flows), tokens (LLaDA2.2), replace (LLaDA2.1)
 source = "mixed"            # x_0: nothing, masks, damage, gap; mixed: nothing, damage or gap

@@ -26,10 +26,11 @@ from data.prepare import prepare
 from data.sudoku import SHAPES, draw
 from data.tales_copying import hidden_things
 from data.tokenizer import Tokenizer
-from diffusion import (SCHEDULES, ar_loss, block_loss, canvas_mask_id, denoise, hybrid_loss,
-                       mask_tokens, mdlm_loss, nelbo, restored, sample_t, uniform_loss)
+from diffusion import (SCHEDULES, ar_loss, block_loss, denoise, hybrid_loss, mask_tokens,
+                       mdlm_loss, nelbo, restored, sample_t, uniform_loss)
 from model import Config, Transformer
 from noises import hybrid_noise, reverse, uniform_noise
+from passes import canvas_mask_id
 from training import balance
 from training.flops import flops_per_token
 from training.optimizers import (average_gradients, clip_gradients, learning_rate_factor,
@@ -52,16 +53,17 @@ wandb = ""                  # a project of Weights & Biases that gets the rows o
 dataset = "tales"     # a text file, a folder or a name that `python data/prepare.py --help` lists
 _grids = common.given("dataset", dataset) in SHAPES         # sudoku, sudoku6, sudoku4
 tokenizer = "bpe"           # bpe (trained on the data), byte, gpt2
-vocab_size = 2048           # pieces of the bpe tokenizer, special tokens included
+vocab_size = 2048           # pieces of the bpe tokenizer at most, special tokens included
 # model
 n_layers = 8 if _on_gpu else 4      # transformer blocks
 n_heads = 8 if _on_gpu else 4       # attention heads
 dim = 512 if _on_gpu else 192       # width
 seq_len = 512 if _on_gpu else 128   # tokens in a sequence; grids: whole ones, whatever this says
 positions = "learned" if _grids else "rope"     # rope knows distances alone, but a grid has places
-look_beside = common.given("positions", positions) == "rope"    # two heads begin by doing so
-n_experts = 0               # small MLPs in place of each MLP, as wide together; 0: it stays whole
-experts_per_token = 2       # of them, which share the MLP's width
+_turns = common.given("positions", positions) == "rope"
+look_beside = _turns        # two heads begin by attending to the tokens before and after
+n_experts = 0               # MLPs in place of each MLP, of which a token takes some; 0: one
+experts_per_token = 2       # so many, together as wide as the one
 balance_loss = 0.0          # weight of the loss that evens out the experts' loads, 0.01; 0: none
 balance_rate = 0.0          # step by which biases do so without a loss, 0.001; 0: none
 # diffusion
@@ -100,7 +102,7 @@ common.check(
     positive=["learning_rate", "embedding_lr", "muon_lr"],
     not_negative=["n_experts", "balance_loss", "balance_rate", "max_weight", "weight_decay",
                   "grad_clip", "max_steps", "max_minutes", "eval_interval", "sample_tokens"],
-    shares=["warmup"], below_1=["beta2"],
+    shares=["warmup"], below_1=["beta2", "uniform_share"],
     objective=["mdlm", "bd3lm", "ar"], noise=["mask", "uniform", "hybrid"],
     positions=["rope", "learned"], schedule=list(SCHEDULES),
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
@@ -110,8 +112,6 @@ if n_experts == 0 and (balance_loss or balance_rate):
     raise ValueError("balance_loss and balance_rate are for experts: set n_experts")
 if noise != "mask" and objective != "mdlm":
     raise ValueError(f"objective {objective} is for masks: noise {noise} needs --objective=mdlm")
-if not 0 <= uniform_share < 1:
-    raise ValueError(f"uniform_share must be at least 0 and below 1, got {uniform_share}")
 common.note_without_effect(f"noise {noise}", uniform_share=noise == "hybrid",
                            schedule=noise != "hybrid")
 common.note_without_effect(f"objective {objective}", schedule=objective != "ar",
@@ -151,7 +151,7 @@ config = Config(
     router_bias="choice" if balance_rate else "none")
 model = Transformer(config).init_weights(seed)
 if look_beside:
-    model.look_beside()         # at the tokens before and behind each one
+    model.look_beside()         # at the tokens before and after each one
 model = model.to(device)
 if compile:
     model.compile_blocks()
@@ -167,6 +167,8 @@ must_match["dataset"] = data.fingerprint
 must_match["batch_size * grad_accum * processes"] = batch_size * grad_accum * world_size
 head_share = 1.0 if left_to_right or noise != "mask" else 0.5       # half of the tokens are masked
 flops = flops_per_token(model, T, head_share)
+if objective == "bd3lm":
+    flops *= 2                  # a pass reads [x_t, x_0]
 run = Run(settings, model, optimizers, text, device, must_match, flops)
 
 
@@ -229,7 +231,7 @@ while run.goes_on():
         break
     set_learning_rate(optimizers, factor)
 
-    draws = common.stream("noise", seed, run.step)
+    draws = common.stream("noise", seed, run.step)      # objective ar makes no use of it
     t = sample_t((G, blocks), draws)                                                # [G, blocks]
     alpha, _ = SCHEDULES[schedule](t)
     if noise == "mask":

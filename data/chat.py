@@ -62,7 +62,7 @@ def render(messages, tokenizer):
         if begin is not None and whole.startswith(upto) and begin < len(upto):
             spans.append((begin, len(upto)))
     if not spans or spans[-1][1] != len(whole):
-        raise ValueError("its template does not write a response behind the prompt")
+        raise ValueError("its template does not write a response after the prompt")
     if len(spans) < len(turns):
         spans = spans[-1:]
     return whole, spans
@@ -72,7 +72,7 @@ def find_begin(before, whole, tokenizer, ending):
     """Where the response to the messages `before` begins in the text of the whole conversation;
     None if it has no such place.
 
-    That is behind the prompt. Some prompts end with more than the template writes before an answer
+    That is after the prompt. Some prompts end with more than the template writes before an answer
     (<think>): then what both have in common counts. A stand-in for the answer that begins like no
     prompt shows how much that is. The true answer would not: it may begin with "<t" itself.
     """
@@ -91,7 +91,7 @@ def find_begin(before, whole, tokenizer, ending):
 
 @functools.lru_cache(maxsize=8)
 def find_ending(template, roles):
-    """(what a template writes behind the last answer only, whether that is the header of a next
+    """(what a template writes after the last answer only, whether that is the header of a next
     answer). roles: a tokenizer's, as pairs.
 
     Some templates end every conversation with the assistant's header, whether it is asked for or
@@ -132,7 +132,7 @@ def show(template, roles, messages, add_generation_prompt=False):
 
 def without_header(turn_end, conversation):
     """The end of a turn without the beginning of a next header, if it ends with one: a text with
-    which the conversation begins, perhaps behind tags like <s>. Nor does it end inside a tag."""
+    which the conversation begins, perhaps after tags like <s>. Nor does it end inside a tag."""
     tags = re.match(r"(<[^<>\s]*>|\[[^\[\]\s]*\])*", conversation)[0]
     places = [0] + [i + 1 for i, character in enumerate(tags) if character in ">]"]
     shared = 0

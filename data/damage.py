@@ -2,7 +2,7 @@
 
 Each source is a function of (x_1, rng, how) that returns x_0, lists of tokens; rng is a
 random.Random, how SourceSettings. The first token stays in front of both: something to insert
-behind.
+after.
 """
 from dataclasses import dataclass
 
@@ -45,7 +45,7 @@ def gap(x_1, rng, how):
 
 def damaged(tokens, count, rng, alphabet):
     """The tokens after `count` random edits, each an insertion, deletion or substitution with equal
-    chance, anywhere behind the first token."""
+    chance, anywhere after the first token."""
     tokens = list(tokens)
     for _ in range(count):
         kind, place = rng.choice(("substitute", "delete", "insert")), rng.randint(1, len(tokens))
@@ -59,7 +59,7 @@ def damaged(tokens, count, rng, alphabet):
 
 
 def gap_place(x_1, rng):
-    """(begin, end) of a piece of 1 to half the tokens behind the first one."""
+    """(begin, end) of a piece of 1 to half the tokens after the first one."""
     longest = max(1, (len(x_1) - 1) // 2)
     size = rng.randint(1, longest)
     begin = rng.randint(1, max(1, len(x_1) - size))

@@ -8,7 +8,7 @@ from data.loader import positions_of
 
 
 class Documents:
-    """Documents of TokenDataset's splits as lists of ids, each behind `first`, a token that stands
+    """Documents of TokenDataset's splits as lists of ids, each after `first`, a token that stands
     in front of every text.
 
     A document ends at the data set's end of text, which is not part of it: its length says the

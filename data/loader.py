@@ -160,8 +160,8 @@ class TokenDataset:
         """Where windows of T tokens begin with a document, int64 [N]; None where documents are
         longer than T and have to be cut.
 
-        Documents that all have one length are taken whole, one behind the other. Others begin
-        behind the end of text of the one before, and that token stands first: it is what a sampler
+        Documents that all have one length are taken whole, one after the other. Others begin
+        after the end of text of the one before, and that token stands first: it is what a sampler
         starts from. What is left of T holds the beginning of the next document.
         """
         ids = self._long_enough(split, seq_len)

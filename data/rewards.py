@@ -34,10 +34,10 @@ def last_answer(text):
 
 
 def final_answer(text):
-    """What an answer says in the end: behind its last <answer>, tag or not, up to </answer>; all of
+    """What an answer says in the end: after its last <answer>, tag or not, up to </answer>; all of
     a text without tags."""
-    behind = text.rpartition("<answer>")[2]
-    return behind.partition("</answer>")[0].strip()
+    after = text.rpartition("<answer>")[2]
+    return after.partition("</answer>")[0].strip()
 
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
@@ -84,7 +84,7 @@ def whole_number(example, text):
 
 
 def strict_format(example, text):
-    """0.5 for both tags on lines of their own and nothing before or behind"""
+    """0.5 for both tags on lines of their own and nothing before or after"""
     form = r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$"
     return 0.5 if re.match(form, text, re.DOTALL) else 0.0
 
@@ -96,12 +96,12 @@ def soft_format(example, text):
 
 
 def xmlcount(example, text):
-    """0.125 for each tag in its place, 0.001 off for each character behind the end"""
+    """0.125 for each tag in its place, 0.001 off for each character after the end"""
     score = 0.0
     for tag in ("<reasoning>\n", "\n</reasoning>\n"):
         if text.count(tag) == 1:
             score += 0.125
-    # What follows the end is taken off twice: behind a line's end, and without one.
+    # What follows the end is taken off twice: after a line's end, and without one.
     if text.count("\n<answer>\n") == 1:
         score += 0.125
         score -= 0.001 * len(text.split("\n</answer>\n")[-1])

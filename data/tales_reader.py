@@ -34,7 +34,7 @@ SENTENCE = re.compile(r'\s*("[^"]*")?((?:[^".!?]|"[^"]*[^".!?]")*)("[^"]*[.!?]"|
 
 
 def split_sentences(text):
-    """The sentences of a text. One that begins with what is said goes on behind it."""
+    """The sentences of a text. One that begins with what is said goes on after it."""
     found = [match[0].strip() for match in SENTENCE.finditer(text)]
     return [sentence for sentence in found if sentence]
 
@@ -159,7 +159,7 @@ def whole(texts, text, scenes):
 
 
 def explain(scenes, found):
-    """Why a sentence of the grammar does not fit behind these scenes."""
+    """Why a sentence of the grammar does not fit after these scenes."""
     scene = scenes[0]
     for option in scene.options():
         for one, words in found:
@@ -262,6 +262,6 @@ KINDS_OF_WORDS = {"person": NAMES, "thing": NOUNS, "place": PLACE_NAMES, "animal
 MENTION = re.compile("|".join((
     *(rf"(?P<{kind}>\b(?:{'|'.join(KINDS_OF_WORDS[kind])})\b)"
       for kind in ("person", "thing", "place", "animal")),
-    # "new" is a property of things alone, a colour whatever it stands behind.
+    # "new" is a property of things alone, a colour whatever it stands after.
     rf"(?P<property>\b(?:(?:{'|'.join(ADJECTIVES)})(?= (?:{'|'.join(NOUNS)})\b)"
     rf"|(?:{'|'.join(COLOURS)}))\b)")))

@@ -111,13 +111,13 @@ class Writer:
         self.alike = False                          # two of one gender were named together
         self.called = set()                         # persons first mentioned in quotation marks
         self.used_pronouns, self.used_they, self.used_forms = set(), False, {}
-        self.last, self.behind_person = "", False   # one does not say "gave him it"
+        self.last, self.after_person = "", False   # one does not say "gave him it"
 
     def write(self, role, form):
         """Add a slot. False if the choices forbid it."""
         if role == "AB":
             return self.pair()
-        self.behind_person = self.text[-1:] == [" "] and self.last in PERSONS
+        self.after_person = self.text[-1:] == [" "] and self.last in PERSONS
         self.last = role
         if role in PERSONS:
             return self.person(role, form)
@@ -190,7 +190,7 @@ class Writer:
             self.open(f"{form} {{}}", (role, "noun"))
         elif first:
             return self.first_thing(role)
-        elif len(self.things) == 1 and not self.animals and not self.behind_person:
+        elif len(self.things) == 1 and not self.animals and not self.after_person:
             self.text.append("it")
         else:
             self.open("the {}", (role, "noun"))
@@ -200,7 +200,7 @@ class Writer:
         form = self.used_forms[role] = self.forms[role]
         if form == "it":
             self.text.append("it")
-            return not self.animals and not self.behind_person
+            return not self.animals and not self.after_person
         if form == "full":
             self.open("the {} {}", (role, "adjective"), (role, "noun"))
         else:

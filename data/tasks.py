@@ -162,7 +162,7 @@ def hash_of(example):
 
 
 def gsm8k():
-    """GSM8K: the number behind #### is the answer (Cobbe et al., 2110.14168)."""
+    """GSM8K: the number after #### is the answer (Cobbe et al., 2110.14168)."""
     try:
         rows = list(stream_rows("openai/gsm8k", name="main"))
     except ConnectionError as error:        # whose advice is about texts to train on

@@ -131,7 +131,7 @@ class Tokenizer:
 
     @classmethod
     def characters(cls, characters):
-        """Each of these characters its own id, in this order, and the mask behind them; there is no
+        """Each of these characters its own id, in this order, and the mask after them; there is no
         end of text, and any other character is a ValueError. For the digits of data/sudoku.py."""
         vocab = {character: i for i, character in enumerate(characters)}
         backend = Backend(models.WordLevel(vocab=vocab))
@@ -285,8 +285,8 @@ class Tokenizer:
         return self.decode(itertools.takewhile(lambda token: token not in special, ids))
 
     def frame(self):
-        """(head, tail): the ids that the checkpoint puts in front of a text and behind it, as [CLS]
-        and [SEP]; often none. An empty text would not tell which of them stand behind it."""
+        """(head, tail): the ids that the checkpoint puts in front of a text and after it, as [CLS]
+        and [SEP]; often none. An empty text would not tell which of them stand after it."""
         try:
             encoding = self.backend.encode("a", add_special_tokens=True)
         except Exception:  # noqa: BLE001  a vocabulary without "a" and [UNK]

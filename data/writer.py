@@ -137,7 +137,7 @@ def write_tokens(pieces, tokenizer, folder, max_tokens=None):
 
 
 def encode(pieces, tokenizer):
-    """(split, text, ids) of each piece. Without an end token documents stand one behind the
+    """(split, text, ids) of each piece. Without an end token documents stand one after the
     other."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for batch in batches(pieces, BATCH_BYTES):

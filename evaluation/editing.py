@@ -9,7 +9,7 @@ from sampling.editing import begun
 
 def texts_to_write(sampler, data, seq_len, max_tokens):
     """The first documents of the validation split of `data`, a TokenDataset, with at most so many
-    tokens together: lists of tokens, each behind the one that a text begins with; what is longer
+    tokens together: lists of tokens, each after the one that a text begins with; what is longer
     than seq_len is cut. Raises ValueError for a tokenizer that has no such token."""
     first = begun(sampler, [])
     if not first:

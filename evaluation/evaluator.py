@@ -215,7 +215,7 @@ class Evaluator:
             answer.add(value, error, samples)
 
     def greedy(self, pairs):
-        """Whether greedy unmasking, one token a step, writes the target behind the prefix; for each
+        """Whether greedy unmasking, one token a step, writes the target after the prefix; for each
         of [(prefix, target)]."""
         def write(batch):
             count = len(pairs[batch[0]][1])             # of all in the batch
@@ -310,7 +310,7 @@ class Evaluator:
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         """The text of a conversation. Without a generation prompt the last message is how the
-        answer begins (a task's gen_prefix): the model goes on behind it, so what closes its turn is
+        answer begins (a task's gen_prefix): the model goes on after it, so what closes its turn is
         left out, as in `transformers`."""
         self.settings["apply_chat_template"] = True     # an end of turn then ends an answer
         text = self.sampler.tokenizer.render_chat(chat_history, add_generation_prompt)

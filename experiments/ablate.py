@@ -69,7 +69,7 @@ class Recipe:
     grad_clip: float = 1.0
     warmup: float = 0.02
     decay: str = "linear"           # linear, cosine
-    decay_from: float = 0.0         # share of the run behind which the learning rate falls
+    decay_from: float = 0.0         # share of the run after which the learning rate falls
     batch: int = 16                 # sequences
     dtype: str = "auto"             # of matrix products
     matrix_std: float = 0.02        # of the first weights; None: 1 / sqrt(inputs)

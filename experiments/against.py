@@ -1,7 +1,7 @@
 """Is this edition as fast as another one? Both run in one interleaved measurement.
 
 Each edition has a process of its own (edition.py) that stays alive and runs what it is told, so
-that both are warm and never work at the same time. A round is one window of each, one right behind
+that both are warm and never work at the same time. A round is one window of each, one right after
 the other; its ratio of seconds is what counts, for whatever else the machine does changes slowly
 and hits both.
 """

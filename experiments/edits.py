@@ -259,7 +259,7 @@ def gaps(out, masks, count="200", steps="64", minutes="20"):
 
 
 def filled_by_edits(way, sampler, found, steps):
-    canvases = [canvas_with_gaps(sampler, f"{gap.before.rstrip()} [MASK]{gap.behind}")
+    canvases = [canvas_with_gaps(sampler, f"{gap.before.rstrip()} [MASK]{gap.after}")
                 for gap in found]
     texts, passes = edited(sampler, canvases, steps)
     consistent = [check(text).consistent for text in texts]
@@ -278,8 +278,8 @@ def fill(sampler, found, wrong):
     for gap in found:
         before = sampler.opening + sampler.tokenizer.encode(gap.before.rstrip())
         length = max(1, len(sampler.tokenizer.encode(f" {gap.hidden}")) + wrong)
-        behind = sampler.tokenizer.encode(gap.behind) + sampler.opening
-        rows.append(before + [sampler.mask_id] * length + behind)
+        after = sampler.tokenizer.encode(gap.after) + sampler.opening
+        rows.append(before + [sampler.mask_id] * length + after)
     longest = max(row.count(sampler.mask_id) for row in rows)
     settings = dict(steps=longest, block_length=0, temperature=0.0, remasking="low_confidence",
                     cache="none", cfg_scale=0.0, schedule="", seed=0)
@@ -382,7 +382,7 @@ COMMANDS = {"train": train, "repair": repair, "gaps": gaps, "lengths": lengths,
 
 
 def run(command, *arguments):
-    """Call a command with what stands behind it; --name=value is its argument of that name, or of
+    """Call a command with what stands after it; --name=value is its argument of that name, or of
     `train` one more setting of the recipe."""
     function, positional, named, others = COMMANDS[command], [], {}, []
     known = inspect.signature(function).parameters

@@ -121,7 +121,7 @@ def read_figures(files):
 
 
 def run_all(options):
-    """Run the parts one behind the other, for MINUTES at most. Returns how many failed."""
+    """Run the parts one after the other, for MINUTES at most. Returns how many failed."""
     book, end, failed = Book(options.out_dir), time.monotonic() + 60 * MINUTES, 0
     for name in options.parts:
         left = end - time.monotonic()

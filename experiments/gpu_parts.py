@@ -92,7 +92,7 @@ class Bench:
         return self.choose(torch.bfloat16, torch.float32)
 
     def seconds(self, step, count, warmup):
-        """Seconds of a step, the mean of `count` behind `warmup` of them; the most memory since the
+        """Seconds of a step, the mean of `count` after `warmup` of them; the most memory since the
         beginning of the former is then known to `peak_gb`."""
         for _ in range(warmup):
             step()
@@ -123,7 +123,7 @@ class Bench:
 
 
 def machine(bench):
-    """What all figures behind this line were measured on."""
+    """What all figures after this line were measured on."""
     card, memory_gb, cuda, bfloat16 = "CPU, toy sizes", None, torch.version.cuda, None
     if bench.device.type == "cuda":
         card = torch.cuda.get_device_name()
@@ -396,7 +396,7 @@ def sampling_exact(bench):
 
 
 def sampling_speed(bench):
-    """LLaDA-8B in bfloat16: 128 tokens in 128 steps, blocks of 32, behind a prompt of 64. A pass of
+    """LLaDA-8B in bfloat16: 128 tokens in 128 steps, blocks of 32, after a prompt of 64. A pass of
     the published loops is timed on one block where there are many rows. On random weights no
     prediction is sure, so that a threshold writes one token a pass: what its rule costs."""
     config = Config(**bench.choose(LLADA, TOY_LLADA), mask_token_id=5)

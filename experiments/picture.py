@@ -30,7 +30,7 @@ checkpoint = "checkpoints/tales"    # a folder or hub id, as for sample.py
 output = "docs/denoise.gif"         # the file to write
 # the text
 prompt = ""                 # what stands there from the beginning
-max_new_tokens = 110        # masks; what is written behind an end of text is left out
+max_new_tokens = 110        # masks; what is written after an end of text is left out
 steps = 55                  # denoising steps, a frame each
 block_length = 0            # tokens denoised together, from the left; 0: all of them
 temperature = 0.5           # 0: the most probable token

@@ -15,7 +15,7 @@
         a hidden cause or effect of held-out tales: does the whole hold together? TWIN is
         autoregressive and reads the left alone
 
-N texts each, written together behind an end of text; seeds are 0 if not given. A share is followed
+N texts each, written together after an end of text; seeds are 0 if not given. A share is followed
 by its standard error. Variety is the entropy of names, things and events over that of as many tales
 of the data: far below 1 the rule repeats itself. Steps are one a token unless they vary.
 """
@@ -179,7 +179,7 @@ def restored_among(sampler, hidden, words):
 @torch.no_grad()
 def persons(checkpoint, count="200"):
     """Who wants the thing, asked in the two orders in which a sampler may write it: the name when
-    the words behind it are there, and the words when the name is."""
+    the words after it are there, and the words when the name is."""
     sampler = Sampler.load(checkpoint, dtype=torch.float32)
     encode, mask_id = sampler.tokenizer.encode, sampler.mask_id
     words = encode(LOOKING)
@@ -199,8 +199,8 @@ def persons(checkpoint, count="200"):
     means = {which: torch.stack(found).mean() for which, found in name_known.items()}
     print(f"{checkpoint}: before {LOOKING.strip()!r} the right one of two names has "
           f"{torch.stack(words_known).mean():.4f}\n"
-          f"{checkpoint}: behind the right name the first of these words has {means['right']:.3f}, "
-          f"behind the wrong one {means['wrong']:.3f}")
+          f"{checkpoint}: after the right name the first of these words has {means['right']:.3f}, "
+          f"after the wrong one {means['wrong']:.3f}")
 
 
 def wishes(count, seed=0):
@@ -227,10 +227,10 @@ class Gap:
     """A tale without one of its sentences."""
     before: str             # with the space at its end, if there is any text
     hidden: str
-    behind: str             # with the space at its beginning
+    after: str             # with the space at its beginning
 
     def filled(self, text):
-        return f"{self.before}{text.strip()}{self.behind}"
+        return f"{self.before}{text.strip()}{self.after}"
 
 
 def gaps(count, what, seed=0):
@@ -271,8 +271,8 @@ def fill(sampler, found):
     for gap in found:
         before = sampler.opening + sampler.tokenizer.encode(gap.before.rstrip())
         length = len(sampler.tokenizer.encode(f" {gap.hidden}"))
-        behind = sampler.tokenizer.encode(gap.behind) + sampler.opening
-        rows.append(before + [sampler.mask_id] * length + behind)
+        after = sampler.tokenizer.encode(gap.after) + sampler.opening
+        rows.append(before + [sampler.mask_id] * length + after)
         spans.append(slice(len(before), len(before) + length))
     longest = max(span.stop - span.start for span in spans)
     settings = dict(steps=longest, block_length=0, temperature=0.0, remasking="low_confidence",
@@ -282,7 +282,7 @@ def fill(sampler, found):
 
 
 def continue_left(sampler, found):
-    """The sentence with which an autoregressive model goes on behind what stands before the gap."""
+    """The sentence with which an autoregressive model goes on after what stands before the gap."""
     rows = [sampler.opening + sampler.tokenizer.encode(gap.before.rstrip()) for gap in found]
     settings = dict(steps=0, block_length=0, temperature=0.0, remasking="auto", cache="auto",
                     cfg_scale=0.0, schedule="", seed=0)

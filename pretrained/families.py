@@ -23,7 +23,7 @@ class Family:
     unused        a pattern of tensors that its files may hold and its logits do not need
     prefix        of the body's names; left out where the body was saved alone
     copies        tensor that some files hold too -> ours that it must equal
-    offset        its learned positions start behind the padding index (RoBERTa)
+    offset        its learned positions start after the padding index (RoBERTa)
     spellings     its model_types in config.json, if not its name in the table; the first is written
     """
     architecture: str

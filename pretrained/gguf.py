@@ -60,7 +60,7 @@ HEAD = "output.weight"
 Q_NORM = "blk.0.attn_q_norm.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # no weights: how Llama 3 stretches its RoPE
 
-# Config field -> key of the metadata, behind the name of the architecture.
+# Config field -> key of the metadata, after the name of the architecture.
 KEYS = {
     "dim": "embedding_length",
     "n_layers": "block_count",
@@ -189,7 +189,7 @@ def parse_header(file, size, changed):
 
 
 class Cursor:
-    """Takes numbers and texts from a file's beginning, one behind the other. Everything is little
+    """Takes numbers and texts from a file's beginning, one after the other. Everything is little
     endian. ValueError where the file ends."""
 
     def __init__(self, file, data):
@@ -301,7 +301,7 @@ def read_infos(cursor, count):
 
 
 def place_tensors(cursor, infos, alignment):
-    """{name: Tensor} of `read_infos`, whose data begins behind the cursor. ValueError for a tensor
+    """{name: Tensor} of `read_infos`, whose data begins after the cursor. ValueError for a tensor
     that does not lie within the file."""
     file, size = cursor.file, len(cursor.data)
     if type(alignment) is not int or not 1 <= alignment <= 2**20:

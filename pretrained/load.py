@@ -74,7 +74,7 @@ class Part:
     name: str               # in the file
     shape: tuple            # in the file
     dtype: torch.dtype      # in the file
-    ours: list              # our parameters; several, if it holds them one behind the other
+    ours: list              # our parameters; several, if it holds them one after the other
     transposed: bool
 
 

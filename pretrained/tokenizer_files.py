@@ -503,7 +503,7 @@ def check_unknown_class(backend, path, flags, named, roles):
 
 
 def frames(backend, roles):
-    """(whether the backend puts tokens in front of a text, whether behind it)."""
+    """(whether the backend puts tokens in front of a text, whether after it)."""
     try:
         encoding = backend.encode("a", add_special_tokens=True)
     except Exception:  # noqa: BLE001  a vocabulary without "a" and [UNK]

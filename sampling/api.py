@@ -170,21 +170,21 @@ def rows_with_gaps(sampler, prompts):
 def rows_to_continue(sampler, prompts, suffix, new_tokens):
     """(rows of tokens, spans of the answers, new tokens: as `Sampler.fit` has it). With a suffix
     the masks stand in the rows, before it."""
-    rows, behind = [], []
+    rows, after = [], []
     for prompt in prompts:
         if isinstance(prompt, str):
             rows.append(sampler.encode_prompt(prompt))
         else:
             rows.append(prompt or list(sampler.opening))
     if suffix:
-        behind = sampler.tokenizer.encode(suffix) + sampler.tail
+        after = sampler.tokenizer.encode(suffix) + sampler.tail
     try:
-        count = min(sampler.fit(row + behind, new_tokens) for row in rows)
+        count = min(sampler.fit(row + after, new_tokens) for row in rows)
     except ValueError as error:
         raise Refusal(400, str(error), "max_tokens", "context_length_exceeded") from None
     spans = [(len(row), len(row) + count) for row in rows]
     if suffix:
-        rows = [row + [sampler.mask_id] * count + behind for row in rows]
+        rows = [row + [sampler.mask_id] * count + after for row in rows]
     return rows, spans, count
 
 

@@ -31,7 +31,7 @@ class Row:
     """A block at work."""
     tokens: list
     frozen: torch.Tensor        # bool [L]: stays as it is
-    closed: torch.Tensor        # bool [L]: nothing comes behind it
+    closed: torch.Tensor        # bool [L]: nothing comes after it
     stream: torch.Generator
     seen: set = field(default_factory=set)      # what stood there after each step
     is_settled: bool = False    # it is edited no more: masks become tokens, never orders
@@ -45,9 +45,9 @@ def correct(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
     nothing.
 
     A sequence is put into a block of the length that the model was trained with, ends of text
-    behind it; what comes back ends before the first of them.
+    after it; what comes back ends before the first of them.
     prompt_lens     for each row, so many tokens at its beginning are a prompt that stays; None: 0.
-    frozen, closed  for each row lists of bool, in place of it: tokens that stay, and behind which
+    frozen, closed  for each row lists of bool, in place of it: tokens that stay, and after which
                     nothing is inserted; None: those of its prompt.
     threshold       masks are filled where the model is as sure as this, and the surest anyway: an
                     equal share of them in each pass that is left.
@@ -187,7 +187,7 @@ class Corrector:
 
 def of_text(new, before, length):
     """Of what was Written in a block, what is seen of it: the text that it holds now, `length`
-    tokens, whose tokens from behind the end of the text that it held, `before`, are new."""
+    tokens, whose tokens from after the end of the text that it held, `before`, are new."""
     origin = []
     for i in new.origin[:length]:
         origin.append(i if i is not None and i < before else None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from edit_tokens import edit_block
 from sampling.correcting import THRESHOLD, correct
 from sampling.rewriting import rewrite
-from sampling.sampler import FOR_MASKS, GAP
+from sampling.sampler import FOR_MASKS, GAP, refuse_for_masks
 from sampling.terminal import Terminal, printable
 from sampling.trace import EditTrace
 
@@ -19,7 +19,7 @@ class Canvas:
     """A text to edit."""
     tokens: list
     frozen: list        # bool each: it stays
-    closed: list        # bool each: nothing comes behind it
+    closed: list        # bool each: nothing comes after it
 
 
 def edit_and_show(sampler, settings, read):
@@ -82,11 +82,9 @@ def edit_arguments(sampler, settings):
         takes[1:2] = ["threshold", "edit_threshold"]
         del unused["threshold"], unused["edit_threshold"]
         unused["schedule"] = ""
-    for name, value in unused.items():
-        given = settings.get(name, value)
-        if given != value and not (name == "cache" and given in ("none", "")):
-            raise ValueError(f"{name} is for models that fill masks; {sampler.name} edits, without "
-                             f"blocks or caches, and takes {', '.join(takes[:-1])} and {takes[-1]}")
+    refuse_for_masks(settings, unused,
+                     f"{sampler.name} edits, without blocks or caches, and takes "
+                     f"{', '.join(takes[:-1])} and {takes[-1]}")
     arguments = {"temperature": edit_temperature(sampler, settings), "seed": settings["seed"]}
     arguments["steps"] = settings["steps"] or STEPS
     if not by_tokens:
@@ -154,7 +152,7 @@ def continued(sampler, tokens, max_new_tokens):
 
 
 def with_masks(sampler, tokens, number):
-    """The Canvas of tokens that stay and so many masks behind them."""
+    """The Canvas of tokens that stay and so many masks after them."""
     n = len(tokens)
     frozen = [True] * n + [False] * number
     closed = [True] * (n - 1) + [False] * (1 + number)
@@ -163,7 +161,7 @@ def with_masks(sampler, tokens, number):
 
 def canvas_with_gaps(sampler, text):
     """The Canvas of a text in which [MASK] stands where something is missing, of whatever length:
-    the rest stays, and tokens come behind those before a gap. A model that edits by tokens gets
+    the rest stays, and tokens come after those before a gap. A model that edits by tokens gets
     some masks there to begin with, of [MASK:12] twelve. Raises ValueError."""
     gaps = list(GAP.finditer(text))
     if not gaps:
@@ -171,7 +169,7 @@ def canvas_with_gaps(sampler, text):
     canvas, position = Canvas(begun(sampler, []), [], []), 0
     ends = [gap.start() for gap in gaps] + [len(text)]
     begins = [gap.end() for gap in gaps] + [len(text)]
-    opens, masks = [], []           # positions behind which a gap is, and those of its masks
+    opens, masks = [], []           # positions after which a gap is, and those of its masks
     for gap in gaps:
         if gap[1] and sampler.config.edits:
             raise ValueError(f"{gap[0]} says how long a gap is, and {sampler.name} finds that out: "
@@ -198,7 +196,7 @@ def canvas_with_gaps(sampler, text):
 
 
 def begun(sampler, tokens):
-    """The tokens behind the one that stands before every text, as train_edits.py has it."""
+    """The tokens after the one that stands before every text, as train_edits.py has it."""
     roles = [sampler.tokenizer.bos_token_id, sampler.config.bos_token_id,
              sampler.tokenizer.eos_token_id, sampler.config.eos_token_id]
     first = [token for token in roles if token is not None][:1]

@@ -18,6 +18,7 @@ import kernels
 from common import streams
 from diffusion import BLIND, REMASKING, STEP_SCHEDULES, entropy, low_confidence
 from model import Transformer
+from noises import draw_uniform
 from passes import (
     canvas_mask_id,
     check_tokens,
@@ -57,8 +58,8 @@ def generate(model, prompts, max_new_tokens=128, steps=128, block_length=None, t
     A block-diffusion model uses its own block_length, blocks counted from the end of the prompt.
     LLaDA2 takes any (None: its own), counted from position 0, so that its first block may begin
     with the end of the prompt; the last one is denoised to its end, and the answer cut. Both
-    stop behind the block that holds an end of text; an autoregressive model, which decodes token by
-    token with an exact cache, behind the end of text itself.
+    stop after the block that holds an end of text; an autoregressive model, which decodes token by
+    token with an exact cache, after the end of text itself.
     Raises ValueError for arguments that cannot be, naming them.
     """
     config, prompts = config_of(model), list(prompts)
@@ -643,10 +644,7 @@ def row_streams(seed, B):
 def draw(streams, rows, where):
     """Uniform numbers at `where` [A, T], every row's from its own stream, float64; 1 elsewhere."""
     u = torch.ones(where.shape, dtype=torch.float64)
-    numbers = []
-    for b, n in zip(rows.tolist(), where.sum(1).tolist()):
-        numbers.append(torch.rand(n, generator=streams[b], dtype=torch.float64))
-    u[where] = torch.cat(numbers)
+    u[where] = draw_uniform([streams[b] for b in rows.tolist()], where)
     return u
 
 
@@ -669,7 +667,7 @@ class Passes:
         width = int(e.lengths[rows].max())
         tokens, shown = e.canvas[rows, :width], e.shown[rows, :width]
         mask = None
-        if e.left_to_right:                             # a block never sees the blocks behind it
+        if e.left_to_right:                             # a block never sees later ones
             block_of = e.block_of[rows, :width]
             mask = block_of[:, None, :] <= block_of[:, :, None]                         # [A, S, T]
         if not shown.all():                             # nor anybody the padding of a shorter row
@@ -700,7 +698,7 @@ class CachedPasses(Passes):
 
     "prefix" and "dual" (Fast-dLLM, 2505.22618): when a row enters a block, all of it is fed; in the
     block's further steps only what stands from its begin on, or it alone. Other keys are as old as
-    the block: an approximation. "block", where a block never sees those behind it: finished blocks
+    the block: an approximation. "block", where a block never sees later ones: finished blocks
     are final, so what is fed is what is not final yet. Exact.
     """
 

@@ -46,7 +46,7 @@ class Text:
     """A row at work."""
     tokens: list
     frozen: torch.Tensor        # bool [T]: stays as it is
-    closed: torch.Tensor        # bool [T]: nothing comes behind it
+    closed: torch.Tensor        # bool [T]: nothing comes after it
     states: torch.Tensor = None     # [T, D]: what the heads read; None: to be asked anew
     rates: torch.Tensor = None      # [T, 3]
     is_done: bool = False       # it has grown out of the context, or nothing is left of it
@@ -58,7 +58,7 @@ def rewrite(model, sequences, steps=64, prompt_lens=None, frozen=None, closed=No
     lists.
 
     prompt_lens     for each row, so many tokens at its beginning are a prompt that stays; None: 0.
-    frozen, closed  for each row lists of bool, in place of it: tokens that stay, and behind which
+    frozen, closed  for each row lists of bool, in place of it: tokens that stay, and after which
                     nothing is inserted; None: those of its prompt.
     schedule        of the steps; None: the one that the model was trained with. dLLM's sampler is
                     "linear".
@@ -91,7 +91,7 @@ def check(model, sequences, steps, temperature):
         raise ValueError(f"steps must be between 1 and {10**6}, got {steps}")
     for i, row in enumerate(sequences):
         if not len(row):
-            raise ValueError(f"row {i} is empty: there must be a token to insert behind, such as "
+            raise ValueError(f"row {i} is empty: there must be a token to insert after, such as "
                              "the beginning of text")
         if len(row) > config.max_len:
             raise ValueError(f"row {i} has {len(row)} tokens, the model's context is "

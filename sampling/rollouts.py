@@ -57,7 +57,7 @@ class Asker:
         """(Example, its canvas): the n-th question of a split; one that does not fit into seq_len
         is passed over for another. ValueError where none fits."""
         for attempt in range(16):
-            # A prime: a set of 2^n questions, which begins anew behind the last one, would have the
+            # A prime: a set of 2^n questions, which begins anew after the last one, would have the
             # same one again at a distance that is a power of 2.
             example = self.task.example(split, number + attempt * 16_777_213)
             canvas = self.canvas(example)

@@ -34,6 +34,15 @@ OTHER_RULES = ("threshold", "factor", "entropy_bound", "alg_temp", "defer")
 CACHES = ("auto", "none", "prefix", "dual", "block")
 
 
+def refuse_for_masks(settings, unused, instead):
+    """ValueError for the first setting of models that fill masks that is not as `unused` has it;
+    instead: what this model does and takes."""
+    for name, value in unused.items():
+        given = settings.get(name, value)
+        if given != value and not (name == "cache" and given in ("none", "")):
+            raise ValueError(f"{name} is for models that fill masks; {instead}")
+
+
 def default_checkpoint():
     """out/scratch, where train_scratch.py writes; until that is there, the diffusion model that
     comes with the repository."""
@@ -49,7 +58,7 @@ class Sampler:
     head, tail  lists of ids that the checkpoint puts around a text ([CLS] and [SEP], BOS); often
                 empty
     opening     list of one id: what stands before a text that has no beginning given, in an
-                autoregressive model and in our own family, trained on one text behind the other;
+                autoregressive model and in our own family, trained on one text after the other;
                 else empty
     ends        set of ids that end a text
     edits       whether it inserts and deletes (train_edits.py): sampling/editing.py asks it then
@@ -80,7 +89,7 @@ class Sampler:
         self.grid = sudoku.grid_shape(tokenizer)
         self.glues_space = False
         if self.grid is None:
-            # Most tokenizers glue a space to the word behind it: a gap takes the space before it
+            # Most tokenizers glue a space to the word after it: a gap takes the space before it
             # along.
             self.glues_space = tokenizer.encode(" the")[:1] != tokenizer.encode(" ")
         self.decode_some = functools.lru_cache(2**16)(tokenizer.decode)
@@ -178,13 +187,13 @@ class Sampler:
 
     @functools.cached_property
     def end_of_turn(self):
-        """The special token that the chat template writes behind an answer (<|im_end|>,
+        """The special token that the chat template writes after an answer (<|im_end|>,
         <|eot_id|>), in a set; empty if there is none."""
         messages = [{"role": "user", "content": "question"},
                     {"role": "assistant", "content": "answer"}]
         whole = self.tokenizer.render_chat(messages, add_generation_prompt=False)
-        behind = whole.rpartition("answer")[2]
-        first = self.tokenizer.encode(behind, parse_special=True, parse_mask=False)[:1]
+        after = whole.rpartition("answer")[2]
+        first = self.tokenizer.encode(after, parse_special=True, parse_mask=False)[:1]
         return set(first) & set(self.special_tokens.values())
 
     # ------------------------------------------------------------------------ tokens -> text
@@ -198,7 +207,7 @@ class Sampler:
         return text, used, used < len(tokens)
 
     def continued(self, before, tokens, text):
-        """`text`, what `tokens` say, as it is behind the tokens `before`.
+        """`text`, what `tokens` say, as it is after the tokens `before`.
 
         WordPiece (BERT) and Llama's tokenizers write the space before a word unless it is the
         first, and WordPiece "##" unless it is not.
@@ -343,12 +352,9 @@ class Sampler:
     def noise_arguments(self, count, s, gaps):
         """The keyword arguments of noises.reverse for settings s. ValueError for one that only
         models of masks take."""
-        for name, unused in {**FOR_MASKS, "schedule": ""}.items():
-            value = s.get(name, unused)
-            if value != unused and not (name == "cache" and value in ("none", "")):
-                raise ValueError(f"{name} is for models that fill masks; {self.name} undoes "
-                                 f"{self.config.noise} noise, where every token may change in "
-                                 "every step, and takes steps, temperature and seed")
+        refuse_for_masks(s, {**FOR_MASKS, "schedule": ""},
+                         f"{self.name} undoes {self.config.noise} noise, where every token may "
+                         "change in every step, and takes steps, temperature and seed")
         return {"steps": s["steps"] or count, "seed": s["seed"],
                 "temperature": self.choose_temperature(s, gaps, False)}
 
@@ -447,7 +453,7 @@ class Sampler:
         return token
 
     def fit(self, prompt, max_new_tokens, most=128):
-        """How many tokens to generate behind a prompt: what was asked for, or if that is 0 what
+        """How many tokens to generate after a prompt: what was asked for, or if that is 0 what
         fits, `most` at most; of a grid always the rest. Raises ValueError when they do not fit."""
         room = self.config.max_len - len(prompt)
         if self.grid is not None:
@@ -470,7 +476,7 @@ class Sampler:
         return generate(self.model, sequences, on_step=on_step, **arguments)
 
     def undo_noise(self, sequences, max_new_tokens=0, on_step=None, **arguments):
-        """noises.reverse for token lists of one length, each with so many new tokens behind it:
+        """noises.reverse for token lists of one length, each with so many new tokens after it:
         list of token lists. on_step gets a `Step`, as from the engine. Raises ValueError."""
         canvas = [list(row) + [self.mask_id] * max_new_tokens for row in sequences]
         if len({len(row) for row in canvas}) != 1:

@@ -92,7 +92,7 @@ class Worker(threading.Thread):
                 batch = self.next_batch()
 
     def next_batch(self):
-        """The oldest job and those behind it that fit to it, MAX_BATCH rows at most; None at the
+        """The oldest job and those after it that fit to it, MAX_BATCH rows at most; None at the
         end."""
         with self.change:
             while not self.jobs and not self.stopping:

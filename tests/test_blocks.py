@@ -46,7 +46,7 @@ def a_batch():
 
 def by_formula(model, tokens, maskable, t, mask, block=4):
     """[(nll, entropy, is right, t)] of every masked token, one pass a block: what stands before it
-    is clean, what stands behind is not there."""
+    is clean, what stands after is not there."""
     found = []
     for row in range(len(tokens)):
         hidden = mask[row] & maskable[row]

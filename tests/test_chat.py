@@ -228,7 +228,7 @@ SPANS = {
     "header always": (CHATML_ALWAYS, ["4<|im_end|>\n", "6<|im_end|>\n"]),
     "header always, a system turn": (
         DEFAULT_SYSTEM + CHATML_ALWAYS, ["4<|im_end|>\n", "6<|im_end|>\n"]),
-    "header always, behind a token that no role names": (
+    "header always, after a token that no role names": (
         "<|startoftext|>" + LLADA.replace("bos_token + ", ""), ["4<|eot_id|>", "6<|eot_id|>"]),
     "header always, that begins with the first token of the text": (
         CHATML_ALWAYS.replace("<|im_start|>", "{{ bos_token }}"),
@@ -278,7 +278,7 @@ SUMS = [USER | {"content": "2+2?"}, ASSISTANT | {"content": "4"},
 
 @pytest.mark.parametrize("name", SPANS)
 def test_answers_in_the_templates_of_others(name):
-    """Both answers with what ends their turns, nothing else; and the text ends behind the last."""
+    """Both answers with what ends their turns, nothing else; and the text ends after the last."""
     tokenizer = speaking(SPANS[name][0])
     for before in ([], [SYSTEM | {"content": "Be brief."}]):
         text, spans = render(before + SUMS, tokenizer)
@@ -287,7 +287,7 @@ def test_answers_in_the_templates_of_others(name):
         for (begin, _), number in zip(spans, (1, 3)):             # what stands before is the prompt
             prompt = tokenizer.render_chat((before + SUMS)[:len(before) + number])
             assert prompt.removesuffix("<think>\n") == text[:begin]
-        # One answer alone, and a question that nobody answers behind both.
+        # One answer alone, and a question that nobody answers after both.
         alone, ((begin, end),) = render((before + SUMS)[:-2], tokenizer)
         assert alone[begin:].startswith(SPANS[name][1][0]) and end == len(alone)
         assert render([*before, *SUMS, USER | {"content": "?"}], tokenizer) == (text, spans)
@@ -316,7 +316,7 @@ def test_an_answer_that_begins_like_the_prompts_thought(template, answer):
 
 
 def test_an_answer_that_was_thought_about():
-    """It begins behind the prompt's <think> where the template writes it, else before."""
+    """It begins after the prompt's <think> where the template writes it, else before."""
     messages = [SUMS[0], ASSISTANT | {"content": "<think>\nhm\n</think>\n\n4"}]
     for template, answer in ((THINKING, "hm\n</think>\n\n4<|im_end|>\n"),
                              (DEEPSEEK, "\n\n4<｜end｜>")):
@@ -342,7 +342,7 @@ def test_qwen3_writes_an_empty_thought_into_its_last_answer():
 ])
 def test_a_template_without_a_place_for_answers_is_refused(template):
     tokenizer = speaking(template)
-    with pytest.raises(ValueError, match="template does not write a response behind the prompt"):
+    with pytest.raises(ValueError, match="template does not write a response after the prompt"):
         render(SUMS, tokenizer)
 
 

@@ -614,7 +614,7 @@ def test_windows(numbers):
 
 
 def test_windows_begin_where_short_documents_begin(tmp_path, monkeypatch):
-    """Each document but the first, of 6 to 11 tokens, once an epoch, behind the end of text of the
+    """Each document but the first, of 6 to 11 tokens, once an epoch, after the end of text of the
     one before; in windows of fewer tokens they would be cut, so those begin anywhere."""
 
     def pieces():

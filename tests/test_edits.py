@@ -230,7 +230,7 @@ def listed_edits(rows):
 
 
 class Constant(torch.nn.Module):
-    """An editor that knows one text: from [0] it inserts `token` behind token 0 at a rate, and does
+    """An editor that knows one text: from [0] it inserts `token` after token 0 at a rate, and does
     nothing else. So the texts have the law of a process that can be counted."""
 
     def __init__(self, rate, q=0.5):
@@ -255,7 +255,7 @@ class Constant(torch.nn.Module):
 
 
 def test_the_bound_is_exact_where_a_text_has_one_history():
-    """The model inserts behind token 0 at the rate r w(t), the right token with probability q, and
+    """The model inserts after token 0 at the rate r w(t), the right token with probability q, and
     goes on doing so. Until 1 - 1e-3 the number of its insertions is Poisson with mean r W, where
     W = -log(1 - kappa), so that p([0, 1] | [0]) = q r W exp(-r W). The bound is the integral of
 
@@ -278,7 +278,7 @@ def test_the_bound_is_exact_where_a_text_has_one_history():
 
 
 def test_edits_that_several_columns_ask_for_count_once():
-    """Two columns that insert the same token behind the same one: 2 - 2 log 2; two different ones:
+    """Two columns that insert the same token after the same one: 2 - 2 log 2; two different ones:
     1 - 0 each."""
     same = remaining_edits(*stack([([5, BLANK, BLANK], [5, 7, 7])]))
     other = remaining_edits(*stack([([5, BLANK, BLANK], [5, 7, 8])]))
@@ -438,7 +438,7 @@ def test_a_text_may_vanish():
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(sequences=[[]]), "row 0 is empty: there must be a token to insert behind"),
+    (dict(sequences=[[]]), "row 0 is empty: there must be a token to insert after"),
     (dict(sequences=[[1] * 65]), "row 0 has 65 tokens, the model's context is 64"),
     (dict(sequences=[[24]]), "token 24 is outside the vocabulary of 24"),
     (dict(steps=0), "steps must be between 1 and 1000000, got 0"),
@@ -738,7 +738,7 @@ ORDERS = Orders(MASK, DEL, INS)
     ([A, MASK, MASK, MASK, D], [A, B, D], [A, B, DEL, DEL, D]),
     ([A, B, C, D, E], [A, D, E], [A, DEL, DEL, D, E]),
     ([B, C], [A, B, C], [INS, C]),
-    ([A], [A, B], [A]),                                         # nothing stands behind it
+    ([A], [A, B], [A]),                                         # nothing stands after it
     ([], [A], []),
 ])
 def test_labels(x_t, x_1, labels):
@@ -964,7 +964,7 @@ def test_training_learns_to_correct():
     whole, broken = [], []
     for begin, place in itertools.product(range(3), range(2, 5)):
         text = [12, *range(begin, begin + 6)]
-        for new in ([], [11], [text[place], 11]):       # deleted, substituted, inserted behind it
+        for new in ([], [11], [text[place], 11]):       # deleted, substituted, inserted after it
             whole.append(text)
             broken.append(text[:place] + new + text[place + 1:])
     found = correct(model.eval(), broken, prompt_lens=[1] * len(broken))
@@ -1067,7 +1067,7 @@ def test_sample_corrects(orders, tmp_path, monkeypatch):
 def test_training_from_nothing_learns_the_rates():
     """Texts are [0, 1], [0, 1, 2] and [0, 1, 2, 3]: what is there tells what is still to come, so
     that the bound of a perfect model is the entropy, log 3 a text; and of what is written about a
-    third has each length (a step inserts one token behind another at most: long ones are fewer)."""
+    third has each length (a step inserts one token after another at most: long ones are fewer)."""
     config = Config(vocab_size=4, dim=16, n_layers=1, n_heads=2, edits=True, max_len=16,
                     edit_schedule="linear", time_features=8)
     model = Transformer(config).init_weights(0)

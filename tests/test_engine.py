@@ -196,7 +196,7 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(options, config):
 @pytest.mark.parametrize("cache", [None, "block"])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("block_length", [1, 3, 4])
-def test_a_row_of_blocks_does_not_see_the_padding_behind_it(block_length, shift, cache):
+def test_a_row_of_blocks_does_not_see_the_padding_after_it(block_length, shift, cache):
     """Any number of new tokens, so that the last block is a partial one; and rows that stop before
     others do."""
     for n in (1, 5, 7):
@@ -213,7 +213,7 @@ def test_a_row_of_blocks_does_not_see_the_padding_behind_it(block_length, shift,
 
 @pytest.mark.parametrize("cache", [None, "block"])
 @pytest.mark.parametrize("shift", [False, True])
-def test_a_row_of_gaps_does_not_see_the_padding_behind_it(shift, cache):
+def test_a_row_of_gaps_does_not_see_the_padding_after_it(shift, cache):
     for block_length in (1, 3, 4):
         model = tiny(
             vocab_size=40,
@@ -313,7 +313,7 @@ def test_autoregressive_models_decode_greedily_and_stop():
     assert len(generate(model, [[]], 5)[0]) <= 5
 
 
-def test_a_block_model_stops_behind_the_block_with_an_end_of_text():
+def test_a_block_model_stops_after_the_block_with_an_end_of_text():
     model = tiny(vocab_size=40, block_length=4)
     full = generate(model, [[1, 2, 3, 4]], 16, 16)[0]
     model.config.eos_token_id = full[9]
@@ -335,10 +335,10 @@ def test_any_of_several_ends_of_text_stops():
             model.config.set_ends([absent, full[6]][::order])
             assert generate(model, [prompt], 10)[0] == full[: full.index(full[6], 3) + 1]
             blocks.config.set_ends([unseen, written[8]][::order])
-            behind = 3 + ((written.index(written[8], 3) - 3) // 4 + 1) * 4
+            after = 3 + ((written.index(written[8], 3) - 3) // 4 + 1) * 4
             assert (
-                behind < len(written)
-                and generate(blocks, [prompt], 16, 16, cache=cache)[0] == written[:behind]
+                after < len(written)
+                and generate(blocks, [prompt], 16, 16, cache=cache)[0] == written[:after]
             )
     model.config.set_ends([absent])
     assert generate(model, [prompt], 10)[0] == full

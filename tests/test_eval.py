@@ -433,7 +433,7 @@ def test_rolling_adds_up_the_windows(tmp_path):
     lm = lm_of(tiny_checkpoint(tmp_path / "causal", causal=True, shift=True, max_len=16))
     text = "twenty-four characters!!"
     (value,) = lm.loglikelihood_rolling(requests_of("loglikelihood_rolling", (text,)))
-    tokens, total = [256, *text.encode()], 0.0  # behind an end of text
+    tokens, total = [256, *text.encode()], 0.0  # after an end of text
     for begin, first, end in (
         (0, 1, 16),
         (9, 16, 25),
@@ -444,7 +444,7 @@ def test_rolling_adds_up_the_windows(tmp_path):
 
 
 def test_stops_that_are_special_tokens(checkpoint, monkeypatch):
-    """What a model writes behind a stop must not reach a task's filter."""
+    """What a model writes after a stop must not reach a task's filter."""
     lm = lm_of(checkpoint)
     answer = lm.sampler.tokenizer.encode("It is 4!<|im_end|>\n5<|endoftext|>6", parse_special=True)
     monkeypatch.setattr(

@@ -561,9 +561,9 @@ def overwrite(file, position, code, *values):
     file.write_bytes(data)
 
 
-def place_of(file, name, behind=0):
-    """The byte behind a name in the header, and so many more."""
-    return file.read_bytes().index(name.encode()) + len(name) + behind
+def place_of(file, name, after=0):
+    """The byte after a name in the header, and so many more."""
+    return file.read_bytes().index(name.encode()) + len(name) + after
 
 
 @pytest.mark.parametrize("share", [0, 0.0005, 0.01, 0.1, 0.3, 0.7, 0.9999])
@@ -619,7 +619,7 @@ def test_text_that_is_no_unicode(file):
 
 
 @pytest.mark.parametrize(
-    ("behind", "code", "value", "words"),
+    ("after", "code", "value", "words"),
     [
         (0, "I", 0, "has 0 dimensions"),
         (0, "I", 5, "has 5 dimensions"),
@@ -631,8 +631,8 @@ def test_text_that_is_no_unicode(file):
         (24, "Q", 2**63, "is truncated: it has"),       # offset
     ],
 )
-def test_a_tensor_that_cannot_be(file, behind, code, value, words):
-    overwrite(file, place_of(file, "blk.1.ffn_up.weight", behind), code, value)
+def test_a_tensor_that_cannot_be(file, after, code, value, words):
+    overwrite(file, place_of(file, "blk.1.ffn_up.weight", after), code, value)
     refuses(file, words)
 
 

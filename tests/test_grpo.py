@@ -194,7 +194,7 @@ def test_rollouts_are_the_samplers_and_know_their_steps():
 
 
 def test_a_question_that_is_too_long_is_passed_over_for_another():
-    """In a set of eight, too, which begins anew behind the last one."""
+    """In a set of eight, too, which begins anew after the last one."""
     class Eight(Repeat):
         def example(self, split, number):
             return Example("x" * (200 if number % 8 == 3 else number % 8), "x")

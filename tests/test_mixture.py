@@ -319,7 +319,7 @@ def test_describe_tells_active_parameters(tmp_path):
 
 
 def up_to_end(tokens, P, end):
-    """Prompt and answer, cut behind the first end of text."""
+    """Prompt and answer, cut after the first end of text."""
     answer = tokens[P:]
     return tokens[:P] + (answer[:answer.index(end) + 1] if end in answer else answer)
 

@@ -37,7 +37,7 @@ def load_model(record):
     if record["sampler"] == "block":
         model.config.block_length = record["arguments"]["block_length"]
     if record["sampler"] == "llada2":
-        model.config.set_ends([])                       # naive.py writes on behind an end of text
+        model.config.set_ends([])                       # naive.py writes on after an end of text
     return model
 
 
@@ -243,7 +243,7 @@ def test_the_second_opinion_gives_the_references_outputs(fixture_path, file, cou
 
 @pytest.mark.parametrize("file, count", [("llada2", 7), ("llada21", 7)])
 def test_the_second_opinion_gives_the_outputs_of_llada2(fixture_path, file, count):
-    """Every other of those records that write on behind an end of text, as naive.py does;
+    """Every other of those records that write on after an end of text, as naive.py does;
     test_mixture.py asks our own sampler for all of them."""
     folder = fixture_path("samplers")
     references = json.loads((folder / f"{file}.json").read_text())

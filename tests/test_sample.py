@@ -57,7 +57,7 @@ def test_a_prompt_is_continued_and_the_seed_decides(checkpoint):
 def test_several_samples_out_of_nothing(checkpoint):
     out = sample(checkpoint, "--num_samples=2", "--max_new_tokens=10")
     assert re.match(r"--- 1 of 2\n.*--- 2 of 2\n.*20 tokens in 10 forward passes", out, re.DOTALL)
-    # The default fits into the context, behind the end of text at which a text begins.
+    # The default fits into the context, after the end of text at which a text begins.
     assert "127 tokens" in sample(checkpoint, "--steps=2")
 
 

@@ -186,7 +186,7 @@ def test_usage_counts_what_was_given_and_what_was_written(server):
 
 
 @pytest.mark.parametrize("written, text", [("the capital", " the capital"), ("##s the", "s the")])
-def test_a_completion_goes_on_behind_its_prompt(written, text):
+def test_a_completion_goes_on_after_its_prompt(written, text):
     """A word of WordPiece has its space, though it is the first that was written."""
     words = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "paris", "is", "the", "capital", "##s"]
     vocab = {word: i for i, word in enumerate(words)}
@@ -288,7 +288,7 @@ def test_a_stream_waits_where_tokens_may_be_written_anew(blocks):
     serve.Worker(sampler).work([completion.job])  # as its thread does
     texts = texts_of(completion)
     assert "".join(texts) == completion.whole()["choices"][0]["text"]
-    assert sum(map(bool, texts)) > (3 if blocks else 0), "a block is sent behind its edits"
+    assert sum(map(bool, texts)) > (3 if blocks else 0), "a block is sent after its edits"
 
 
 def test_top_p_and_the_other_rules_reach_the_sampler(server):

@@ -79,9 +79,9 @@ def test_seeds_and_streams_of_likelihoods_do_not_coincide():
     seen = []
     hide = diffusion.hide
     try:
-        diffusion.hide = lambda config, maskable, generator: (
+        diffusion.hide = lambda groups, share, generator: (
             seen.append(generator.initial_seed()),
-            hide(config, maskable, generator),
+            hide(groups, share, generator),
         )[1]
         nelbo(model, torch.zeros(2, 8, dtype=torch.int64), seed=7)
     finally:

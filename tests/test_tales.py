@@ -455,7 +455,7 @@ def test_answers_follow_from_the_words_of_the_tale(told):
 
 def test_an_answer_is_right_by_an_independent_look(told):
     """From the sentences alone: the last one names the holder, the adjective stands before the
-    thing, the place behind what happened there."""
+    thing, the place after what happened there."""
     seen = set()
     for tale in told:
         last, noun = tale.steps[-1], next(iter(tale.things))

@@ -18,7 +18,7 @@ T = 128
 
 @pytest.fixture(scope="module")
 def stream():
-    """(ids, tokenizer) of forty tales, each behind an end of text; a thing is one token."""
+    """(ids, tokenizer) of forty tales, each after an end of text; a thing is one token."""
     rng = random.Random(3)
     texts = [tell(rng).text for _ in range(40)]
     tokenizer = Tokenizer.train([*texts, *(f" {noun} the" * 99 for noun in THINGS)], 1024)

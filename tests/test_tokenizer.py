@@ -239,7 +239,7 @@ def wordpiece_folder(folder, **settings):
 
 
 def bpe_folder(folder, bpe, first=(), last=(), model_type="gpt2", **settings):
-    """vocab.json and merges.txt, with tokens put in front of the pieces (RoBERTa) and behind
+    """vocab.json and merges.txt, with tokens put in front of the pieces (RoBERTa) and after
     (GPT-2)."""
     bpe.backend.model.save(str(folder))
     vocab = bpe.backend.get_vocab(with_added_tokens=False)
@@ -327,7 +327,7 @@ def dream_folder(folder, bpe):
 
 def test_dream_from_vocab_json(tmp_path, bpe):
     """Dream publishes no tokenizer.json: Qwen2's files, with a mask and a beginning of text added
-    behind."""
+    after."""
     folder = dream_folder(tmp_path, bpe)
     ours = Tokenizer.from_pretrained(folder)
     assert_same(ours, transformers.Qwen2TokenizerFast.from_pretrained(folder))

@@ -470,7 +470,7 @@ def test_config_derives_sizes():
                                    dict(n_heads=1, head_dim=24), dict(rope_share=0.5)], ids=str)
 @torch.no_grad()
 def test_two_heads_begin_by_looking_beside(heads):
-    """Head 0 at the token before, head 1 at the one behind; others see all alike."""
+    """Head 0 at the token before, head 1 at the one after; others see all alike."""
     options = dict(vocab_size=200, dim=96, n_layers=2, n_heads=4) | heads
     model = Transformer(Config(**options)).init_weights(1).look_beside()
     attention, T = model.blocks[0].attn, 30
@@ -481,10 +481,10 @@ def test_two_heads_begin_by_looking_beside(heads):
     angles, _ = model.ropes(torch.arange(T))
     q, k = rotate(q, *angles), rotate(k, *angles).repeat_interleave(H // G, 1)
     p = (q @ k.transpose(-1, -2) / C**0.5).softmax(-1)[0]                               # [H, T, T]
-    before, behind = p[0].diagonal(-1), p[min(1, H - 1)].diagonal(1)
+    before, after = p[0].diagonal(-1), p[min(1, H - 1)].diagonal(1)
     assert before.min() > 0.2 and (p[0].argmax(-1)[1:] == torch.arange(T - 1)).all()
     if H > 1:
-        assert behind.min() > 0.2 and (p[1].argmax(-1)[:-1] == torch.arange(1, T)).all()
+        assert after.min() > 0.2 and (p[1].argmax(-1)[:-1] == torch.arange(1, T)).all()
         assert p[2:].diagonal(-1, 1, 2).mean() < 0.1
 
 

@@ -98,7 +98,7 @@ def check_base(config, settings):
                          f"divide seq_len {seq_len}")
     if settings["cart"] or settings["padding"] != "eos":
         raise ValueError("cart and padding=hidden are for models that see everything; "
-                         f"{name} writes in blocks and sees nothing behind its own")
+                         f"{name} writes in blocks and sees nothing after its own")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from common import rank_and_size, write_atomically
 
 
 class Log:
-    """log.jsonl, a JSON object a line. A resumed run drops what the killed one wrote behind its
+    """log.jsonl, a JSON object a line. A resumed run drops what the killed one wrote after its
     checkpoint. wandb: the project of Weights & Biases that gets the same rows, or ""."""
 
     def __init__(self, path, keep_up_to=None, wandb="", settings=None):

@@ -22,7 +22,7 @@ class RewardRun(Run):
         return super().evaluates() or self.step == 0 and self.settings["eval_interval"] > 0
 
     def say_once(self, text):
-        """A line that is said once in a run, whatever stands behind its " step " or colon."""
+        """A line that is said once in a run, whatever stands after its " step " or colon."""
         kind = text.partition(" step ")[0].partition(":")[0]
         if kind not in self.said:
             self.say(f"note: {text}")

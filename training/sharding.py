@@ -31,7 +31,7 @@ def shard(model, device, dtype=torch.float32, replicas=1):
     Rajbhandari et al. 2020, 1910.02054). Returns it. ValueError if `replicas` does not divide them.
 
     Each process keeps 1/n of the rows of every parameter, its gradient and optimizer state; a
-    block's parameters are gathered, in `dtype`, when the block runs, and freed behind it.
+    block's parameters are gathered, in `dtype`, when the block runs, and freed after it.
     Embedding, head and last norm stay gathered from forward to backward pass. The model may be on
     the meta device: pretrained.load.fill then reads only the rows that belong here.
 
@@ -52,7 +52,7 @@ def shard(model, device, dtype=torch.float32, replicas=1):
 
 
 def make_mesh(device_type, world_size, replicas):
-    """The processes in a row, or in a table of copies and shards. Processes of a node stand behind
+    """The processes in a row, or in a table of copies and shards. Processes of a node stand after
     each other: a copy is one node, or some."""
     if world_size % replicas:
         raise ValueError(f"replicas must divide the {world_size} processes, got {replicas}")
