@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import difflib
 import hashlib
+import math
 import os
 import re
 import sys
@@ -97,9 +98,10 @@ def describe_settings(file, defaults):
 
 
 def check(settings, at_least_1=(), not_negative=(), positive=(), shares=(), below_1=(),
-          **choices):
+          finite=(), **choices):
     """ValueError for the first setting that is out of range, each argument a list of names: shares
-    from 0 to 1, those of below_1 from 0 to less. choices: name=(what it may be, ...)."""
+    from 0 to 1, those of below_1 from 0 to less, finite not inf. choices: name=(what it may be,
+    ...)."""
     for name in at_least_1:
         if not settings[name] >= 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
@@ -115,6 +117,9 @@ def check(settings, at_least_1=(), not_negative=(), positive=(), shares=(), belo
     for name in below_1:
         if not 0 <= settings[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {settings[name]}")
+    for name in finite:
+        if not math.isfinite(settings[name]):
+            raise ValueError(f"{name} must be finite, got {settings[name]}")
     if not 0 <= settings["seed"] < 2**32:
         raise ValueError(f"seed must be from 0 to 2**32 - 1, got {settings['seed']}")
     for name, allowed in choices.items():
@@ -291,16 +296,22 @@ def store_of_this_start():
 
 
 def choose_device(device):
-    """The name of the device for a setting: auto, cpu, mps, cuda or cuda:N."""
-    if device not in ("auto", "cpu", "mps") and not device.startswith("cuda"):
-        raise ValueError(f"device must be auto, cpu, mps or cuda, got {device!r}")
-    no_cuda = device.startswith("cuda") and not torch.cuda.is_available()
-    if no_cuda or device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device is {device}, but torch sees no such GPU here")
+    """The name of the device for a setting: auto, cpu, mps, cuda or cuda:N. Of GPUs it becomes the
+    one that torch takes. Raises ValueError."""
+    match = re.fullmatch("auto|cpu|mps|cuda(?::([0-9]+))?", device)
+    if not match:
+        raise ValueError(f"device must be auto, cpu, mps, cuda or cuda:N, got {device!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is mps, but torch sees no such GPU here")
+    if device.startswith("cuda"):
+        number = int(match[1] or os.environ.get("LOCAL_RANK", 0))
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if number >= found:
+            raise ValueError(f"device is cuda:{number}, but torch sees {found} such GPUs here, "
+                             "numbered from 0: take another one or --device=cpu")
+        device = f"cuda:{number}"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     return device

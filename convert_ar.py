@@ -106,8 +106,11 @@ common.check(
     positive=["learning_rate", "muon_lr", "epochs"],
     not_negative=["max_weight", "weight_decay", "grad_clip", "max_steps", "max_minutes",
                   "eval_interval", "sample_tokens", "anneal_steps"],
-    shares=["warmup"], below_1=["beta2"],
+    shares=["warmup"], below_1=["beta2"], finite=["epochs"], padding=["eos", "hidden"],
     objective=["mdlm", "bd3lm"], optimizer=["muon", "adamw"], decay=["linear", "cosine"])
+common.note_without_effect(f"max_steps {max_steps}", max_minutes=max_steps == 0)
+common.note_without_effect(f"max_steps {max_steps} and max_minutes {max_minutes}",
+                           epochs=not (max_steps or max_minutes))
 if objective == "bd3lm" and (block_length < 1 or seq_len % block_length):
     raise ValueError(f"block_length {block_length} does not divide seq_len {seq_len}")
 if block_schedule and objective != "bd3lm":
@@ -159,7 +162,7 @@ val = data.val_batch(max(eval_sequences, final_eval_sequences, 2)).spread(max(ev
 data.batch("train", batch_size, seed, 0)    # fail early: less text than one sequence
 slices = grad_accum * world_size            # of a step, batch_size sequences each
 if not (max_steps or max_minutes):
-    updates = epochs * data.examples["train"] / (batch_size * slices)
+    updates = epochs * data.epoch_length() / (batch_size * slices)
     max_steps = settings["max_steps"] = max(1, round(updates))
 
 # ---- model ---------------------------------------------------------------------------------------

@@ -95,8 +95,11 @@ common.check(
     positive=["learning_rate", "muon_lr", "epochs"],
     not_negative=["max_weight", "weight_decay", "grad_clip", "max_steps", "max_minutes",
                   "eval_interval", "sample_tokens"],
-    shares=["warmup"], below_1=["beta2"],
+    shares=["warmup"], below_1=["beta2"], finite=["epochs"], padding=["eos", "hidden"],
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
+common.note_without_effect(f"max_steps {max_steps}", max_minutes=max_steps == 0)
+common.note_without_effect(f"max_steps {max_steps} and max_minutes {max_minutes}",
+                           epochs=not (max_steps or max_minutes))
 device, rank, world_size = common.init_process(device, threads)
 autocast = common.autocast(device, dtype)           # of training steps; weights stay float32
 check_target("out_dir", out_dir, init_from)
@@ -138,7 +141,7 @@ val = data.val_batch(max(eval_sequences, final_eval_sequences, 2)).spread(max(ev
 data.batch("train", batch_size, seed, 0)    # fail early: less text than one sequence
 slices = grad_accum * world_size            # of a step, batch_size sequences each
 if not (max_steps or max_minutes):
-    updates = epochs * data.examples["train"] / (batch_size * slices)
+    updates = epochs * data.epoch_length() / (batch_size * slices)
     max_steps = settings["max_steps"] = max(1, round(updates))
 
 # ---- model ---------------------------------------------------------------------------------------

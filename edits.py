@@ -380,13 +380,14 @@ def check_editor(model):
 
 
 @torch.no_grad()
-def edit_nelbo(model, z_0, z_1, num_samples=1, seed=0, batch_size=32, run_passes=map):
+def edit_nelbo(model, z_0, z_1, num_samples=1, seed=0, run_passes=map):
     """(bound on -log p(x_1 | x_0) in nats per token of x_1, its standard error) for alignments z_0,
     z_1 [N, Z]: `counted` at num_samples times a row, together evenly spread over [0, 1 - 1e-3).
 
     run_passes  the builtin map, or common.share, which divides the passes among processes.
     """
     N, Z = z_0.shape
+    batch_size = 32                                     # rows of a pass
     device = next(model.parameters()).device
     generator = stream("times of edit_nelbo", seed)
     t = 1 - sample_t((N, num_samples), generator)

@@ -25,11 +25,12 @@ from pathlib import Path
 
 import torch
 
-from data.chat import open_dataset
+from data.chat import is_chat, open_dataset
 from data.loader import TokenDataset
 from data.prepare import prepare
 from diffusion import nelbo
-from evaluation.editing import bound_of_edits, texts_to_write
+from edit_tokens import edit_block
+from evaluation.editing import bound_of_blocks, bound_of_edits, texts_to_write
 from evaluation.evaluator import Evaluator
 from evaluation.harness import harness_model, run_tasks
 from pretrained.hub import tokenizer_folder
@@ -103,18 +104,21 @@ def text_bound(evaluator):
     """
     folder = common.first_on_rank_0(prepare, dataset, tokenizer_folder(checkpoint))
     sampler, corpus = evaluator.sampler, TokenDataset(folder)
-    longest = evaluator.max_len
-    if sampler.config.edits:
-        longest //= 2                       # on its way a text may be as long as both its ends
+    config, largest = sampler.config, int(corpus.val.max())
+    if largest >= config.vocab_size:
+        raise ValueError(f"{dataset} holds token {largest}, and {checkpoint} has "
+                         f"{config.vocab_size} tokens: conversations need a checkpoint with a chat "
+                         "template; take such a one, or a text")
+    longest = edit_block(config)        # of a model that edits by tokens; else all of its context
+    if config.edits:
+        longest = config.max_len // 2   # on its way a text may be as long as both its ends
     length = seq_len
     if not length:
-        length = longest if sampler.config.family == "unmask" else 1024
-    length = min(length, longest, len(corpus.val))
-    if sampler.config.edits:
-        texts = texts_to_write(sampler, corpus, length, max_tokens)
-        texts = texts[:limited(len(texts))]
-        value, error = bound_of_edits(sampler, texts, seed)
-        return Bound(value, error, corpus.bytes_per_token("val"), sum(map(len, texts)))
+        length = longest if config.family == "unmask" else 1024
+    length = min(length, longest)
+    if config.edits or config.edit_masks and not is_chat(dataset):
+        return bound_of_texts(evaluator, corpus, length)
+    length = min(length, len(corpus.val))
     data = open_dataset(dataset, folder, length, padding="hidden")
     batch = data.val_batch(max(2, max_tokens // length))        # one alone would have no error
     if limit:
@@ -124,9 +128,22 @@ def text_bound(evaluator):
         evaluator.model, batch.tokens, evaluator.num_samples or 1, seed, maskable=batch.maskable,
         attention_mask=batch.attention_mask, run_passes=common.share)
     tokens = batch.tokens.numel() if batch.maskable is None else int(batch.maskable.sum())
-    if sampler.config.causal and batch.maskable is None:
+    if config.causal and batch.maskable is None:
         tokens -= len(batch.tokens)                     # the first of a window is given
     return Bound(value, error, data.val_bytes_per_token(batch, sampler.tokenizer), tokens)
+
+
+def bound_of_texts(evaluator, corpus, length):
+    """The Bound of a model that edits, on whole texts of the validation split, cut to `length`."""
+    sampler = evaluator.sampler
+    texts = texts_to_write(sampler, corpus, length, max_tokens)
+    texts = texts[:limited(len(texts))]
+    if sampler.config.edits:
+        value, error = bound_of_edits(sampler, texts, seed)
+    else:
+        end, samples = sampler.tokenizer.eos_token_id, evaluator.num_samples or 1
+        value, error = bound_of_blocks(evaluator.model, texts, length, end, seed, samples)
+    return Bound(value, error, corpus.bytes_per_token("val"), sum(map(len, texts)))
 
 
 def limited(number):
@@ -160,14 +177,17 @@ def print_results(results, bound, evaluator, passes, tokens):
 
 def write_results(results, bound, evaluator, passes, tokens):
     """lm-eval's results as it has them, and ours, to the file `output`. Raises OSError."""
-    from lm_eval.utils import handle_non_serializable
+    as_text = None
+    if results:                         # lm-eval's hold more than JSON has
+        from lm_eval.utils import handle_non_serializable as as_text
     if bound:
+        stderr = None if math.isnan(bound.error) else bound.error       # NaN is no JSON
         results["nelbo"] = {
             "dataset": dataset, "tokens": bound.tokens, "nats_per_token": bound.value,
-            "stderr": bound.error, "bits_per_byte": bound.bits_per_byte}
+            "stderr": stderr, "bits_per_byte": bound.bits_per_byte}
     results["unmask"] = {"settings": settings, "passes": passes, "tokens": tokens,
                          "notes": evaluator.notes, "answers": evaluator.answers}
-    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    text = json.dumps(results, indent=2, default=as_text, ensure_ascii=False)
     common.write_atomically(output, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 

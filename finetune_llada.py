@@ -150,7 +150,7 @@ local = ("dataset", "device", "threads", "wandb")       # what may differ betwee
 same = {name: value for name, value in settings.items() if name not in local}
 check_ranks_agree(device, **{"the data": data.fingerprint}, **same)
 if not (max_steps or max_minutes):
-    updates = epochs * data.examples["train"] / (batch_size * slices)
+    updates = epochs * data.epoch_length() / (batch_size * slices)
     max_steps = settings["max_steps"] = max(1, round(updates))
 
 # ---- model ---------------------------------------------------------------------------------------

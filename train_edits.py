@@ -32,13 +32,15 @@ from data.documents import Documents
 from data.loader import TokenDataset
 from data.prepare import prepare
 from data.tokenizer import Tokenizer
-from diffusion import nelbo, sample_t
-from edit_tokens import fit, label_loss, orders_of, spoiled
+from diffusion import sample_t
+from edit_tokens import label_loss, orders_of, spoiled
 from edits import FLOW_SCHEDULES, align_answer, edit_loss, edit_nelbo, stack
+from evaluation.editing import bound_of_blocks
 from model import Config, Transformer
 from pretrained.editing import become_corrector, become_editor
 from pretrained.export import save
 from pretrained.hub import model_folder
+from pretrained.tiny import tiny_model
 from sampling.correcting import correct
 from sampling.rewriting import rewrite
 from training.ahead import Ahead
@@ -51,7 +53,8 @@ from training.state import make_folder, resumes
 
 # ---- settings: change them here or with --name=value ---------------------------------------------
 # run
-init_from = ""              # a model of masks or edits, folder or hub id; empty: random weights
+init_from = ""      # a model of masks or edits, folder or hub id; tiny, tiny:bert: small and random
+_tiny = common.given("init_from", init_from).partition(":")[0] == "tiny"
 out_dir = "out/edits"       # receives weights, tokenizer, train_state.pt, log.jsonl, loss.png
 resume = False              # continue the run in out_dir, bit for bit
 seed = 1337                 # weights, order of the data and noise follow from it
@@ -89,7 +92,7 @@ optimizer = "muon"          # muon (AdamW for embeddings, heads and norms) or ad
 learning_rate = 3e-3        # AdamW's peak
 embedding_lr = 0.05         # AdamW's for the embedding, whose numbers are of size 1
 muon_lr = 0.02              # Muon's peak
-if common.given("init_from", init_from):
+if common.given("init_from", init_from) and not _tiny:
     optimizer, learning_rate = "adamw", 1e-4            # of a trained model
 weight_decay = 0.0          # of the blocks' matrices
 beta2 = 0.99                # AdamW's second moment
@@ -118,6 +121,7 @@ common.check(
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):
     raise ValueError("max_steps and max_minutes are both 0: say when to stop")
+common.note_without_effect(f"max_steps {max_steps}", max_minutes=max_steps == 0)
 if is_chat(dataset):
     raise ValueError(f"{dataset} holds conversations, and this recipe learns from whole texts: "
                      "finetune_llada.py takes it")
@@ -140,7 +144,7 @@ settings["resume"] = resumes(resume, folder)
 
 # ---- data ----------------------------------------------------------------------------------------
 base = None
-if init_from:
+if init_from and not _tiny:
     base = Transformer.from_pretrained(init_from, dtype=torch.float32)
     text = Tokenizer.from_pretrained(model_folder(init_from))
     if base.config.mask_token_id is None:       # some configs leave both to the tokenizer (Dream)
@@ -151,14 +155,18 @@ if init_from:
 else:
     data_folder = common.first_on_rank_0(prepare, dataset, tokenizer, vocab_size)
     text = Tokenizer.from_pretrained(data_folder)
+if _tiny:
+    family = init_from.partition(":")[2] or "llada"
+    base = tiny_model(family, text, 2 * seq_len, seed, dim=dim, n_layers=n_layers, n_heads=n_heads)
 data = TokenDataset(data_folder)
 roles = [text.bos_token_id, text.eos_token_id]
 first = next((token for token in roles if token is not None), None)     # stands before every text
 if first is None:
-    raise ValueError(f"the tokenizer of {init_from} has no token to begin a text with (bos or eos)")
+    raise ValueError(f"the tokenizer of {init_from or dataset} has no token to begin a text with "
+                     "(bos or eos)")
 if editing != "flows" and (text.eos_token_id is None or data.mask_token_id is None):
-    raise ValueError(f"the tokenizer of {init_from} has no end of text or no mask to fill a block "
-                     "with: take --editing=flows")
+    raise ValueError(f"the tokenizer of {init_from or dataset} has no end of text or no mask to "
+                     "fill a block with: take --editing=flows")
 documents = Documents(data, first, seq_len)
 alphabet = alphabet_of(text, data.vocab_size)
 how = SourceSettings(alphabet, data.mask_token_id, num_masks, max_damage)
@@ -205,15 +213,22 @@ if base is None:
         model.look_beside()
 elif editing == "flows":
     model = become_editor(base, schedule, time_features, masks_to_begin, seed)
-    longest = model.config.max_len
+    longest, grown = model.config.max_len, seq_len + max_damage
     if 2 * seq_len > longest:                       # on its way a text may be as long as both ends
         raise ValueError(f"{init_from} has a context of {longest} tokens, and texts grow to twice "
                          f"seq_len {seq_len}: take --seq_len={longest // 2}")
+    is_damaged = source in ("damage", "mixed")
+    if is_damaged and model.config.positions == "learned" and grown > longest:
+        raise ValueError(f"{init_from} has positions for {longest} tokens, and damaged texts grow "
+                         f"to {grown}: take --max_damage={longest - seq_len}")
     model.head.requires_grad_(not model.config.keeps_head)
 else:
     model = base
 if editing != "flows":
     model = become_corrector(model, seq_len, edit_threshold, has_orders=editing == "tokens")
+elif masks_to_begin >= model.config.max_len:
+    raise ValueError(f"num_masks {num_masks} and the token before them do not fit into the context "
+                     f"of {model.config.max_len}: take --num_masks={model.config.max_len - 1}")
 model, config = model.to(device).train(), model.config
 orders = orders_of(config)
 if compile:
@@ -250,20 +265,9 @@ def evaluate(tokens):
         pairs = stack([pair(x_1, val_source, i, i) for i, x_1 in enumerate(texts)])     # [N, Z]
         value, error = edit_nelbo(model, *pairs, seed=seed, run_passes=common.share)
     else:
-        value, error = block_nelbo(texts)
+        value, error = bound_of_blocks(model, texts, seq_len, text.eos_token_id, seed)
     model.train()
     return value, error, data.bytes_per_token("val")
-
-
-def block_nelbo(texts):
-    """The bound of masks on whole blocks, (nats per token of their texts, standard error)."""
-    end = text.eos_token_id
-    blocks = torch.tensor([fit(x_1 + [end], seq_len, end) for x_1 in texts])            # [N, L]
-    written = torch.arange(seq_len).expand(blocks.shape) > 0            # all but the first token
-    value, error = nelbo(model, blocks.to(device), seed=seed, maskable=written,
-                         run_passes=common.share)
-    positions_per_token = int(written.sum()) / sum(map(len, texts))
-    return value * positions_per_token, error * positions_per_token
 
 
 def show_sample():

@@ -57,7 +57,7 @@ wandb = ""                  # a project of Weights & Biases that gets the rows o
 plan = False                # say how much memory a step takes, and stop
 memory_gb = 0.0             # memory of a GPU, for the plan; 0: of the one here, else 24
 # task
-task = "sudoku6"    # sudoku6:25, tales, tales_chat, gym:countdown, gsm8k, FILE.jsonl: data/tasks.py
+task = "tales" if _tiny else "sudoku6"  # sudoku6:25, gym:countdown, FILE.jsonl, ...: data/tasks.py
 reward = ""                 # data/rewards.py: exact, number, ..., sums of them, FILE.py:function
 reward_seconds = 5.0        # that the reward of one answer may take
 system = ""                 # what the system says before a question

@@ -108,6 +108,7 @@ common.check(
     optimizer=["muon", "adamw"], decay=["linear", "cosine"])
 if not (max_steps or max_minutes):
     raise ValueError("max_steps and max_minutes are both 0: say when to stop")
+common.note_without_effect(f"max_steps {max_steps}", max_minutes=max_steps == 0)
 if n_experts == 0 and (balance_loss or balance_rate):
     raise ValueError("balance_loss and balance_rate are for experts: set n_experts")
 if noise != "mask" and objective != "mdlm":

@@ -220,19 +220,20 @@ def open_dataset(dataset, folder, seq_len, padding="eos", block_length=0):
 
 
 class TextDataset(TokenDataset):
-    """Prepared text as windows of seq_len tokens, with the methods and attributes of
-    ChatDataset."""
+    """Prepared text as windows of seq_len tokens, with the methods of ChatDataset."""
 
     def __init__(self, folder, seq_len):
         super().__init__(folder)
         self.seq_len = seq_len
-        self.examples = {"train": max(1, len(self.train) // seq_len),
-                         "val": max(1, len(self.val) // seq_len)}
 
     def batch(self, split, batch_size, seed, step, rank=0, world_size=1):
         """The ChatBatch that `rank` of `world_size` sees at `step`, as TokenDataset.batch."""
         tokens = super().batch(split, batch_size, self.seq_len, seed, step, rank, world_size)
         return ChatBatch(tokens)
+
+    def epoch_length(self):
+        """Training windows that an epoch visits."""
+        return max(1, len(self.train) // self.seq_len)
 
     def step_length(self, sequences, seed, step):
         """T of a training step."""
@@ -342,6 +343,10 @@ class ChatDataset(TokenDataset):
         rows = slice(rank * batch_size, (rank + 1) * batch_size)
         counted = whole.maskable[rows].sum().item() * world_size
         return whole.rows(rows, share=counted / whole.maskable.sum().item())
+
+    def epoch_length(self):
+        """Training conversations that an epoch visits: those that are kept."""
+        return len(self.kept["train"])
 
     def step_length(self, sequences, seed, step):
         """T of a training step that takes so many sequences in all its slices."""

@@ -37,9 +37,10 @@ from data.selfmade import conversations as own_answers
 from data.tales_chat import conversations_about_tales
 
 ROLES = ("system", "user", "assistant")
-EMBEDDED = ("tales_chat", "pydocs_chat")
+TENTH_HELD_OUT = ("tales_chat", "pydocs_chat", "gsm8k")
 STREAM_VAL_FRACTION = 0.005     # of a streamed set
 ENOUGH_FOR_VALIDATION = 200     # conversations
+LOOK_AHEAD = 10_000     # training conversations past a limit, in search of one for validation
 GYM_CONVERSATIONS = 20_000      # of a task of reasoning-gym, unless [train:1000] says otherwise
 
 # The configurations of OpenCoder's two stages that are instructions.
@@ -113,6 +114,14 @@ def opc():
                     yield keyed(exchange(row["instruction"], row["output"]))
 
 
+def gsm8k():
+    """GSM8K, 7,473 questions of school mathematics, worked out: streamed"""
+    for row in stream_rows("openai/gsm8k", name="main"):
+        # The key of the task in tasks.py: what is held out there is held out here.
+        number = row["answer"].rpartition("####")[2].strip().replace(",", "")
+        yield f"{row['question']}\n{number}", exchange(row["question"], row["answer"])
+
+
 CHAT_SETS = {
     "tales_chat": tales_chat,
     "pydocs_chat": pydocs_chat,
@@ -120,6 +129,7 @@ CHAT_SETS = {
     "tulu3": tulu3,
     "smoltalk": smoltalk,
     "opc": opc,
+    "gsm8k": gsm8k,
 }
 
 
@@ -258,9 +268,9 @@ def find_part(name, limit, root):
 
 
 def published_val_fraction(name, limit):
-    """The share for validation of a published set: a tenth of what this machine holds; of a small
-    part of a streamed one more than else, up to a tenth."""
-    if name in EMBEDDED:
+    """The share for validation of a published set: a tenth of a small one; of a small part of a
+    large one more than else, up to a tenth."""
+    if name in TENTH_HELD_OUT:
         return VAL_FRACTION
     if limit is None:
         return STREAM_VAL_FRACTION
@@ -283,13 +293,18 @@ def enough_for_validation(keys):
 
 
 def conversations(parts):
-    """(split, messages) of all parts, one after the other."""
+    """(split, messages) of all parts, one after the other. A part that has reached its limit goes
+    on until it has given something to validation."""
     for part in parts:
-        taken = 0
+        taken, held_out = 0, 0
         for key, messages in part.read():
             split = "val" if hash_fraction(key) < part.val_fraction else "train"
-            if split == "train":
+            if split == "val":
+                held_out += 1
+            else:
                 taken += 1
-            if part.limit is not None and taken > part.limit:
-                break
+            if split == "train" and part.limit is not None and taken > part.limit:
+                if held_out or taken > part.limit + LOOK_AHEAD:
+                    break
+                continue
             yield split, messages

@@ -13,10 +13,13 @@ class Documents:
 
     A document ends at the data set's end of text, which is not part of it: its length says the
     same. Longer ones are cut into pieces of at most longest - 1 tokens. Raises ValueError for a
-    split without any.
+    split without any, and for longest below 2.
     """
 
     def __init__(self, data, first, longest):
+        if longest < 2:
+            raise ValueError("seq_len must be at least 2, a token to begin with and one of text, "
+                             f"got {longest}")
         self.data, self.first = data, first
         self.places = {split: find_documents(getattr(data, split), data.eos_token_id, longest - 1)
                        for split in ("train", "val")}

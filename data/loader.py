@@ -192,8 +192,9 @@ class TokenDataset:
         return ids
 
 
-def positions_of(ids, token, block=2**24):
+def positions_of(ids, token):
     """Where a token stands in ids, int64 [N]; a block at a time, for ids may be larger than RAM."""
+    block = 2**24
     found = [start + np.flatnonzero(ids[start:start + block] == token)
              for start in range(0, len(ids), block)]
     return np.concatenate(found)

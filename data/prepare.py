@@ -9,6 +9,7 @@ import argparse
 import functools
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def prepare(name_or_path="tales", tokenizer="bpe", vocab_size=2048, max_tokens=N
     if isinstance(tokenizer, Tokenizer) and max_tokens is None:
         # A model that was trained here brings the pieces that were learned here.
         for learned in prepared_root(root).glob(f"{name}-bpe-*"):
-            if holds(learned) and same_pieces(learned, tokenizer):
+            is_whole = re.fullmatch(r"\d+", learned.name.removeprefix(f"{name}-bpe-"))
+            if is_whole and holds(learned) and same_pieces(learned, tokenizer):
                 return learned
     if read in STREAMED and max_tokens is None:
         max_tokens = MAX_TOKENS

@@ -24,6 +24,8 @@ from data.files import digest, file_name, short_hash
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 BATCH = 16              # answers that are written together
+BLOCKS = 64             # that are read of a file of weights, evenly spread, to know it again
+BLOCK_BYTES = 2**16
 # All sentences of a text but one that is cut short; "2." of a list ends none.
 SENTENCES = re.compile(r"""(?s).*[^\d\s.!?][.!?]+["')\]]*(?=\s)""")
 
@@ -83,15 +85,18 @@ def prompts(text=None):
 
 def answers_file(request, folder):
     """Where the answers to a Request are kept, in `folder`. The name holds a hash of the request,
-    the prompts and the beginnings of the weights: another model's answers are in another file.
-    Raises FileNotFoundError if there is no such checkpoint."""
+    the prompts and blocks of the weights: another model's answers are in another file. Raises
+    FileNotFoundError if there is no such checkpoint."""
     from pretrained.hub import find_checkpoint
     source, sign = Path(find_checkpoint(request.checkpoint)), hashlib.sha256()
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     for file in files:
-        sign.update(f"{file.name} {file.stat().st_size}".encode())
+        size = file.stat().st_size
+        sign.update(f"{file.name} {size}".encode())
         with file.open("rb") as weights:
-            sign.update(weights.read(2**20))
+            for number in range(BLOCKS):
+                weights.seek(max(0, size - BLOCK_BYTES) * number // (BLOCKS - 1))
+                sign.update(weights.read(BLOCK_BYTES))
     for value in (request.temperature, request.seed, request.tokens, SENTENCES.pattern, *prompts()):
         sign.update(f"{value}\n".encode())
     label = file_name(Path(request.checkpoint).name)

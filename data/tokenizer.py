@@ -364,7 +364,7 @@ class Tokenizer:
     def save_pretrained(self, folder):
         """Write tokenizer.json and tokenizer_config.json; from_pretrained and transformers'
         AutoTokenizer read them."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         vocabulary = self.backend.to_str(pretty=True)
         settings = self._settings()

@@ -21,16 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from common import stream
-from passes import (
-    check_tokens,
-    config_of,
-    guided,
-    mask_token_id,
-    masked_nll,
-    prediction_rows,
-    row_logits,
-    token_ids,
-)
+from passes import check_tokens, config_of, mask_token_id, masked_nll, token_ids
+from policy import Answers, masked_logps
 
 
 @torch.no_grad()
@@ -171,18 +163,12 @@ def ask(model, batch, device, cfg_scale):
 def guided_nll(model, tokens, mask, attention_mask, given, cfg_scale):
     """`masked_nll` of a bidirectional model with classifier-free guidance, [B, T]; given [B, T]:
     the prefix."""
-    mask_id, T = mask_token_id(model), tokens.shape[1]
-    masked = mask.flatten().nonzero()[:, 0]                                             # [N]
-    rows = prediction_rows(masked, T, T, config_of(model).shift, 0)
+    mask_id = mask_token_id(model)
     noisy = torch.where(mask, mask_id, tokens)
-    how = {"attention_mask": attention_mask}
-    logits = row_logits(model, noisy, rows, **how)                                      # [N, V]
-    without_prefix = row_logits(model, torch.where(given, mask_id, noisy), rows, **how)
-    logits = guided(logits, without_prefix, cfg_scale)
-    found = F.cross_entropy(logits, tokens.flatten()[masked], reduction="none")
-    nll = found.new_zeros(tokens.numel())
-    nll[masked] = found
-    return nll.view(tokens.shape)
+    without_prefix = torch.where(given, mask_id, noisy)
+    shown = torch.ones_like(mask) if attention_mask is None else attention_mask
+    answers = Answers(tokens, given, mask, shown)
+    return -masked_logps(model, noisy, answers, mask, without_prefix, cfg_scale)
 
 
 # --------------------------------------------------------------------------------------------------

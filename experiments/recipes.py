@@ -13,7 +13,8 @@ def run_recipe(script, folder, *arguments, quiet=False):
     One that fails has said why, and its exit status is ours (SystemExit).
     """
     command = [sys.executable, str(ROOT / script), f"--out_dir={folder}", *arguments]
-    if any(Path(folder, state).exists() for state in ("train_state.pt", "train_state")):
+    states = ("train_state.pt", "train_state", "train_state.old")
+    if any(Path(folder, state).exists() for state in states):
         command.append("--resume=True")
     output = subprocess.DEVNULL if quiet else None
     status = subprocess.run(command, stdout=output).returncode

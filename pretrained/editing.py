@@ -12,7 +12,8 @@ def become_editor(model, schedule, time_features=0, num_masks=0, seed=0):
 
     LLaDA, Dream and ModernBERT become the families of dLLM's Edit Flows, whose layout
     export_pretrained then writes; others stay what they are and are written in ours. A model that
-    edits already keeps its heads. Raises ValueError for a model that reads from left to right.
+    edits already keeps its heads, and begins with num_masks masks from now on. Raises ValueError
+    for a model that reads from left to right.
     """
     config = model.config
     refuse_noise(config)
@@ -22,6 +23,7 @@ def become_editor(model, schedule, time_features=0, num_masks=0, seed=0):
                          "one that sees the whole text first (convert_ar.py)")
     if config.edits:
         check_same(config, schedule, time_features)
+        config.edit_masks = num_masks
         return model
     config.edits, config.edit_schedule = True, schedule
     config.edit_masks, config.time_features = num_masks, time_features

@@ -23,6 +23,7 @@ def save(model, folder, state=None):
     """See Transformer.save_pretrained. state: the model's tensors where the model itself holds but
     a part of them (FSDP2)."""
     refuse_adapter(model)
+    folder = Path(folder).expanduser()
     save_model(model, folder, state)
     copy_from_source(model, folder, TOKENIZER_FILES)
 
@@ -30,6 +31,7 @@ def save(model, folder, state=None):
 def export(model, folder, gguf=False):
     """See Transformer.export_pretrained."""
     refuse_adapter(model)
+    folder = Path(folder).expanduser()
     if model.config.noise != "mask":
         raise ValueError(f"no published layout is for a model of {model.config.noise} noise: "
                          "save_pretrained writes it in ours")

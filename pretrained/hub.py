@@ -143,7 +143,7 @@ def adapter_base(folder):
     A config.json beside an adapter, which some tools write, makes it no model: weights do. Raises
     ValueError for an adapter whose base is not known.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     path = folder / "adapter_config.json"
     if not path.exists() or (folder / "config.json").exists() and has_weights(folder):
         return None

@@ -350,10 +350,10 @@ def check_copy(model, part):
                              "should equal")
 
 
-def init_head(model, device, dtype, seed=0):
+def init_head(model, device, dtype):
     """A new masked-LM head on a tied embedding, as BERT's began: N(0, 0.02^2) for its matrix, ones
     for the norm's weight, zeros for all biases."""
-    generator = stream("fresh head", seed)
+    generator = stream("fresh head", seed=0)
     for name, parameter in list(model.named_parameters()):
         if is_head([name]) and name != "head.weight":
             values = torch.zeros(parameter.shape)

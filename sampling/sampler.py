@@ -109,7 +109,7 @@ class Sampler:
         adapter: the folder of a LoRA adapter to add to the weights, ours or PEFT's. weights: "full"
         or "int8", see int8.py. Raises FileNotFoundError or ValueError.
         """
-        if str(checkpoint).startswith("out/") and not Path(checkpoint).is_dir():
+        if str(checkpoint).startswith("out/") and not Path(checkpoint).exists():
             raise FileNotFoundError(f"there is no {checkpoint} yet: run python train_scratch.py "
                                     "first, or choose another with --checkpoint=...")
         folder = find_checkpoint(checkpoint)

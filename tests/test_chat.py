@@ -10,10 +10,10 @@ import pytest
 import torch
 from scripts import run
 
-from data import chat_sets, python_docs
+from data import chat_sets, python_docs, tasks
 from data import prepare as prepare_module
 from data.chat import ChatDataset, encode_rendered, is_chat, open_dataset, render
-from data.files import VAL_FRACTION, split_by_hash
+from data.files import VAL_FRACTION, hash_fraction, split_by_hash
 from data.prepare import prepare, prepare_chat
 from data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from diffusion import corrupt, mask_tokens, mdlm_loss, nelbo, weighted_nll
@@ -102,6 +102,24 @@ def test_jsonl_files_and_mixtures(tmp_path):
     assert prepare_chat(a, "byte", tmp_path / "p") == whole
 
 
+def test_a_small_part_has_something_for_validation():
+    """Where none of the first conversations is held out, the first one that is comes along; where
+    no such one comes, the search ends."""
+    held_out = [str(n) for n in range(99) if hash_fraction(str(n)) < VAL_FRACTION]
+    learned = [str(n) for n in range(99) if hash_fraction(str(n)) >= VAL_FRACTION]
+
+    def first(limit, keys):
+        rows = ((key, key) for key in keys)
+        part = chat_sets.Part("numbers", lambda: rows, VAL_FRACTION, limit)
+        return list(chat_sets.conversations([part]))
+
+    keys = [*learned[:9], held_out[0], *learned[9:], held_out[1]]
+    three = [("train", key) for key in learned[:3]]
+    assert first(3, keys) == [*three, ("val", held_out[0])]
+    assert first(3, [held_out[1], *keys]) == [("val", held_out[1]), *three]
+    assert first(3, itertools.cycle(learned)) == three
+
+
 def test_the_hub_is_streamed(tmp_path, monkeypatch):
     """The published sets, each in the form of its rows. What is no conversation is left out and
     counted."""
@@ -135,13 +153,29 @@ def test_the_hub_is_streamed(tmp_path, monkeypatch):
     assert len(list(chat_sets.opc())) == 4 * 9
 
 
+def test_gsm8k_holds_out_what_its_task_asks(tmp_path, monkeypatch):
+    """Learned from solutions here, rewarded for numbers in data/tasks.py: no question of the one's
+    training is in the other's validation."""
+    rows = [{"question": f"{n} and {n}?", "answer": f"<<{n}+{n}={2 * n}>>\n#### {2 * n:,}"}
+            for n in range(900, 1100)]
+    for module in (chat_sets, tasks):
+        monkeypatch.setattr(module, "stream_rows", lambda repository, name: iter(rows))
+    task = tasks.find_task("gsm8k")
+    folder = prepare_chat("gsm8k", "byte", tmp_path)
+    for split in ("train", "val"):
+        found = texts(folder, split)
+        asked = {given.splitlines()[1].removesuffix("<|im_end|>") for given, _ in found}
+        assert asked == {example.prompt for example in task.rows[split]}
+    assert found[0][1].splitlines()[0].startswith("<<")     # the whole solution
+
+
 def test_off_line(tmp_path, monkeypatch):
     import urllib.request
 
     def unreachable(*arguments, **options):
         raise OSError("no route")
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    for name in ("alpaca", "tulu3", "smoltalk", "opc"):
+    for name in ("alpaca", "tulu3", "smoltalk", "opc", "gsm8k"):
         with pytest.raises(ConnectionError, match="pydocs_chat"):
             prepare_chat(name, "byte", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -157,7 +191,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         prepare_module.main()
     listed = capsys.readouterr().out
-    for name in ("pydocs_chat", "alpaca", "tulu3", "smoltalk", "opc"):
+    for name in ("pydocs_chat", "alpaca", "tulu3", "smoltalk", "opc", "gsm8k"):
         assert re.search(rf"^  {name} +\S", listed, re.MULTILINE)
     write(path, "{")
     again = run("data/prepare.py", "talk.jsonl", **started)
@@ -498,6 +532,8 @@ def test_long_conversations_are_cut_or_dropped_and_counted(tmp_path):
     data = ChatDataset(folder, 100)
     assert sum(data.dropped.values()) == 3 and sum(data.truncated.values()) == 5
     assert sum(data.examples.values()) == 28
+    assert data.dropped["train"] > 0
+    assert data.epoch_length() == data.examples["train"] - data.dropped["train"]
     assert all(data.batch("train", 4, 0, step).maskable.any(dim=1).all() for step in range(6))
     # no multiple of 32 above seq_len
     assert max(data.batch("train", 4, 0, step).tokens.shape[1] for step in range(6)) == 100

@@ -2,6 +2,7 @@
 streams."""
 
 import json
+import math
 import os
 import sys
 
@@ -49,7 +50,8 @@ def override(monkeypatch):
 
 
 def test_check():
-    settings = {"dim": 2, "depth": 3.0, "max_minutes": 0.0, "seed": 1, "kind": "a"}
+    settings = {"dim": 2, "depth": 3.0, "max_minutes": 0.0, "seed": 1, "kind": "a",
+                "width": math.inf}
     common.check(
         settings,
         at_least_1=["dim"],
@@ -60,6 +62,7 @@ def test_check():
     wrong = [
         (dict(at_least_1=["max_minutes"]), "max_minutes must be at least 1, got 0.0"),
         (dict(positive=["max_minutes"]), "max_minutes must be positive, got 0.0"),
+        (dict(finite=["width"]), "width must be finite, got inf"),
         (dict(kind=["b", "c"]), "kind must be one of b, c, got 'a'"),
     ]
     for rules, words in wrong:
@@ -236,8 +239,30 @@ def test_device_and_dtype():
         ):
             with pytest.raises(ValueError, match="device"):
                 common.init_process(device)
+    for device in ("cuda9", "cuda:", "cuda:-1"):
+        with pytest.raises(ValueError, match=f"cuda or cuda:N, got '{device}'"):
+            common.init_process(device)
+    with pytest.raises(ValueError, match="device is cuda:999, but torch sees .* such GPUs here"):
+        common.init_process("cuda:999")
     with pytest.raises(ValueError, match="dtype must be auto, float32 or bfloat16, got 'float16'"):
         common.autocast(cpu, "float16")
+
+
+@pytest.mark.parametrize("name, number", [("auto", 1), ("cuda", 1), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_gpu_becomes_the_one_that_torch_takes(name, number, monkeypatch):
+    """By its number, or that of the process; there are two."""
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
+    assert common.choose_device(name) == f"cuda:{number}"
+    assert calls == [f"cuda:{number}", "high"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for missing in ("cuda", "cuda:2"):
+        with pytest.raises(ValueError, match="device is cuda:2, but torch sees 2 such GPUs here"):
+            common.choose_device(missing)
 
 
 def test_a_single_process_needs_no_group():

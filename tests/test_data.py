@@ -309,6 +309,17 @@ def test_pieces_that_were_learned_here_are_known_again(book, tmp_path):
     assert TokenDataset(other).vocab_size < TokenDataset(folder).vocab_size
 
 
+def test_a_part_of_a_stream_does_not_stand_for_all_of_it(tmp_path, monkeypatch):
+    """What was prepared with --max_tokens is another data set, whoever learned the pieces there."""
+    documents = [words(i, 300) for i in range(400)]
+    monkeypatch.setattr(hub, "stream", lambda repository: files.split_by_hash(documents, 0.1))
+    part = prepare("tinystories", vocab_size=300, max_tokens=30_000, root=tmp_path)
+    tokenizer = Tokenizer.from_pretrained(part)
+    whole = prepare("tinystories", tokenizer, root=tmp_path)
+    assert whole != part
+    assert len(TokenDataset(whole).train) > 2 * len(TokenDataset(part).train)
+
+
 def test_a_tokenizer_with_another_end_of_text_prepares_anew(book, tmp_path):
     """A base and its chat model share all tokens and differ in which of them ends a text."""
     kinds, found = [Tokenizer.bytes(), Tokenizer.bytes()], []

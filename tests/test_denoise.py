@@ -109,7 +109,7 @@ def test_a_rule_decides_what_is_kept_first(name):
 
 
 def test_a_temperature_next_to_zero_is_zero():
-    """Where logits / temperature overflows, a token after the vocabulary was drawn."""
+    """Where logits / temperature overflows, a token beyond the vocabulary was drawn."""
     model, tokens = random_model(), canvas([1], 6)
     assert torch.equal(denoise(model, tokens, 6, 1e-40), denoise(model, tokens, 6))
 

@@ -3,6 +3,7 @@ recorded losses. The samplers are in test_denoise.py, test_engine.py and test_ru
 import itertools
 import math
 from inspect import signature
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -471,6 +472,40 @@ def test_padding_is_neither_masked_nor_counted(loss):
     assert padded.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5)
     assert padded.nelbo.item() == pytest.approx(alone.nelbo.item(), rel=1e-5)
     assert not padded.is_masked[:, 5:].any()
+
+
+def test_numbers_of_masks_are_spread_over_rows_and_samples():
+    """Two rows of 8 tokens in 4 samples: of 8 numbers of masks each is drawn once."""
+    maskable = torch.ones(2, 8, dtype=torch.bool)
+    config, generator = tiny().config, torch.Generator().manual_seed(5)
+    drawn = diffusion.draw_masks(config, maskable, 4, generator)
+    counts = torch.cat([mask.sum(1) for mask, _ in drawn])
+    assert counts.sort().values.tolist() == list(range(1, 9))
+    weights = torch.cat([weights[:, 0] for _, weights in drawn])
+    torch.testing.assert_close(weights, 8 / counts)
+
+
+def test_a_model_is_a_function_with_a_config():
+    """What a model of somebody else's must have to be trained and scored: these fields."""
+    model, tokens = tiny(), tokens_of((4, 8))
+
+    def other(inputs, attention_mask=None, select=None):
+        return model(inputs, attention_mask=attention_mask, select=select)
+
+    other.config = SimpleNamespace(vocab_size=model.config.vocab_size, mask_token_id=MASK,
+                                   shift=False, causal=False, block_length=0)
+    assert nelbo(other, tokens)[0] == pytest.approx(nelbo(model, tokens)[0], rel=1e-5)
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    ours, others = (mdlm_loss(m, tokens, generator=g) for m, g in zip((model, other), draws))
+    torch.testing.assert_close(ours.loss, others.loss)
+
+
+def test_nothing_predicts_the_first_token_of_an_autoregressive_model():
+    model, tokens = tiny(causal=True, shift=True), tokens_of((2, 4))
+    with pytest.raises(ValueError, match="does not predict the first token"):
+        diffusion.restored(model, tokens, torch.ones(2, 4) > 0, torch.ones(2, 4) > 0)
+    with pytest.raises(ValueError, match="does not predict the first token: it must be given"):
+        diffusion.denoise(model, torch.full((1, 4), model.config.vocab_size), 4)
 
 
 def test_nelbo_of_a_block_model_and_of_an_autoregressive_one():

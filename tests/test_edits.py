@@ -537,6 +537,12 @@ def test_a_model_of_masks_becomes_an_editor(name, fixture_path, tmp_path):
         become_editor(again, "linear")
 
 
+def test_an_editor_that_goes_on_begins_with_the_masks_of_now():
+    model = become_editor(tiny_editor(), "linear", num_masks=3)
+    assert model.config.edit_masks == 3
+    assert become_editor(model, "linear").config.edit_masks == 0
+
+
 def test_models_that_cannot_become_editors():
     causal = Transformer(Config(vocab_size=9, dim=8, n_layers=1, n_heads=1, causal=True))
     with pytest.raises(ValueError, match="reads from left to right cannot edit: convert it"):
@@ -560,6 +566,11 @@ def test_documents_end_where_the_separator_is():
 class FewTokens:
     train = val = torch.tensor([1, 2, 9, 3, 9, 4, 5, 6, 9]).numpy()
     eos_token_id, meta = 9, {"name": "few"}
+
+
+def test_documents_need_room_for_a_token_of_text():
+    with pytest.raises(ValueError, match="seq_len must be at least 2, .* got 1"):
+        Documents(FewTokens, 9, 1)
 
 
 def test_an_epoch_visits_each_document_once_however_it_is_shared():
@@ -1022,15 +1033,28 @@ def test_every_source_and_start(settings, small, published, text, tmp_path, monk
     ("--editing=tokens", "--source=masks", "--num_masks=3"),
     ("--editing=tokens", "--init_from=LLADA", "--seq_len=48", "--source=gap"),
 ])
-def test_every_start_of_edits_by_tokens(settings, small, published, tmp_path, monkeypatch):
+def test_every_start_of_edits_by_tokens(settings, small, published, text, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = [one.replace("LLADA", str(published("llada"))) for one in settings]
     result = succeed(run_here(*small("train_edits.py", tmp_path, "--max_steps=2", *settings)))
-    assert LAST_LINE.fullmatch(result.out.splitlines()[-1])
+    last = result.out.splitlines()[-1]
+    assert LAST_LINE.fullmatch(last)
+    told = succeed(run_here("eval.py", f"--checkpoint={tmp_path}", "--max_tokens=256",
+                            f"--dataset={text}", "--device=cpu", "--dtype=float32"))
+    assert told.out.splitlines()[-1] == last, "eval.py measures the same blocks"
     config = Transformer.from_pretrained(tmp_path).config
     assert not config.edits and config.edit_threshold == 0.5
     assert config.edit_masks == (47 if "--seq_len=48" in settings else 15)
     assert (config.delete_token_id is None) == ("--editing=replace" in settings)
+    assert sample(tmp_path, "--edit=the cat sat").status == 0
+
+
+@pytest.mark.parametrize("settings", [
+    ("--init_from=tiny",), ("--init_from=tiny:modernbert", "--editing=tokens")])
+def test_a_tiny_model_learns_to_edit(settings, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = succeed(run_here(*small("train_edits.py", tmp_path, "--max_steps=1", *settings)))
+    assert LAST_LINE.fullmatch(result.out.splitlines()[-1])
     assert sample(tmp_path, "--edit=the cat sat").status == 0
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -271,6 +272,29 @@ def test_the_last_line_of_a_recipe_is_that_of_eval(tmp_path):
     assert run("eval.py", *arguments, "--max_tokens=512").out.splitlines()[-1] == line
     assert run("eval.py", *arguments).out.splitlines()[-1] != line, "another number of tokens"
     assert run("eval.py", *arguments, "--limit=16").out.splitlines()[-1] == line    # windows of 32
+
+
+def test_a_bound_needs_no_benchmarks_and_one_window_has_no_error(tmp_path, monkeypatch):
+    """lm-eval is for tasks; what is not known is null in the file, for NaN is no JSON."""
+    monkeypatch.chdir(ROOT)
+    text, output = tmp_path / "text.txt", tmp_path / "nelbo.json"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    folder = tiny_checkpoint(tmp_path / "model", max_len=9000)
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)    # not installed
+    result = run_here("eval.py", f"--checkpoint={folder}", f"--dataset={text}", "--device=cpu",
+                      f"--output={output}")
+    assert result.status == 0 and "+- nan" in result.out.splitlines()[-1], result
+    assert json.loads(output.read_text(), parse_constant=pytest.fail)["nelbo"]["stderr"] is None
+
+
+def test_conversations_need_tokens_that_the_model_has(published, talk, monkeypatch):
+    """A checkpoint without a chat template gets those of ChatML, which its embedding lacks."""
+    monkeypatch.chdir(ROOT)
+    folder = published("qwen3")
+    result = run_here("eval.py", f"--checkpoint={folder}", f"--dataset={talk}", "--device=cpu")
+    words = f"and {folder} has 257 tokens: conversations need a checkpoint with a chat template"
+    assert result.status == 2 and words in result.err.splitlines()[-1], result
 
 
 def test_guidance_of_a_bound_is_refused(checkpoint, monkeypatch):

@@ -2,6 +2,7 @@
 plan against what is measured."""
 
 import json
+import math
 import os
 import random
 import re
@@ -452,9 +453,12 @@ def test_mistakes(tiny, base, unbroken, tmp_path):
         (dict(targets="q,w"), "'w'"),
         (dict(dropout=1.0), "dropout"),
         (dict(alpha=0), "alpha"),
+        (dict(alpha=math.nan), "alpha"),
     ):
         with pytest.raises(ValueError, match=words):
             add_lora(tiny_model(), **{"rank": 4, "alpha": 4, **arguments})
+    with pytest.raises(ValueError, match="lora_targets gate name no matrix of a bert model"):
+        add_lora(tiny_of_family("bert", Tokenizer.bytes(), 16), 2, 2, targets="gate")
     with pytest.raises(ValueError, match="cannot be stored: .* is stored transposed"):
         save_adapter(
             add_lora(tiny_of_family("gpt2", Tokenizer.bytes(), 16), 2, 2), tmp_path, "gpt2"
@@ -786,6 +790,33 @@ def test_how_an_adapter_names_its_base(base, tmp_path):
     assert holds_a_run(base) and not holds_a_run(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
     assert holds_a_run(tmp_path)
+
+
+def test_an_adapter_names_a_gguf_file_by_its_path(tmp_path, monkeypatch):
+    """From wherever sample.py is started later."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    named = name_of_base("model.gguf", Path("model.gguf"), tmp_path / "out")
+    assert named == str(tmp_path.resolve() / "model.gguf")
+
+
+def test_folders_in_the_home_of_who_trains(base, tmp_path, monkeypatch):
+    """A model, its tokenizer, an adapter and what is merged of both: none goes into a folder that
+    is called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model = Transformer.from_pretrained(base)
+    model.export_pretrained("~/base")
+    Tokenizer.from_pretrained(base).save_pretrained("~/base")
+    model.save_pretrained("~/ours")
+    init_lora(add_lora(model, 2, 2.0), 1)
+    save_adapter(model, "~/adapter", str(tmp_path / "home" / "base"))
+    write_merged("~/adapter", "~/merged")
+    with pytest.raises(ValueError, match="they would be overwritten"):
+        write_merged("~/adapter", "~/base")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    made = {path.name for path in (tmp_path / "home").iterdir()}
+    assert made == {"base", "ours", "adapter", "merged"}
 
 
 def test_a_llada_s_head_is_not_taken_for_a_matrix_of_its_blocks(base, tmp_path):

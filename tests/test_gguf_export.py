@@ -13,6 +13,7 @@ from model import Config, Transformer
 from pretrained import gguf
 from pretrained.config import read_config
 from pretrained.gguf_writer import ARCHITECTURES
+from sampling.sampler import Sampler
 
 KINDS = ["f16", "bf16", "q8_0", "f32"]
 DENSE = ["llama", "qwen2", "qwen3", "llada", "Dream"]
@@ -137,6 +138,18 @@ def test_the_tokenizer_goes_along(tmp_path):
         assert copy.mask_token_id == tokenizer.mask_token_id
         assert copy.eos_token_id == tokenizer.eos_token_id
         assert copy.chat_templates == tokenizer.chat_templates
+
+
+def test_a_file_below_out_can_be_asked(tmp_path, monkeypatch):
+    """Sampler.load says of a folder out/... that is not there yet how to make one."""
+    tokenizer = write_tokenizer(tmp_path / "out", 320)
+    model = tiny_model("llada", mask_token_id=tokenizer.mask_token_id,
+                       eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    model.export_pretrained(tmp_path / "out", gguf="f32")
+    monkeypatch.chdir(tmp_path)
+    assert Sampler.load("out/model-f32.gguf").config.family == "llada"
+    with pytest.raises(FileNotFoundError, match="run python train_scratch.py first"):
+        Sampler.load("out/model-q8_0.gguf")
 
 
 @pytest.mark.filterwarnings("ignore:the GGUF gets no tokenizer")

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from runs import equal, learned, rows, succeed
-from scripts import run_here
+from runs import SOLVE_RATE, equal, learned, rows, succeed
+from scripts import ROOT, run_here
 from tiny import tiny_model
 
 from common import stream
@@ -145,6 +145,22 @@ def test_a_reference_must_have_the_policys_tokens(published, tmp_path):
     assert frozen_reference(model, str(ours), "policy", ours, 0, "cpu") is not None
     with pytest.raises(ValueError, match="not the policy's base: its tokenizer has other tokens"):
         frozen_reference(model, str(other), "policy", ours, 0, "cpu")
+
+
+def test_a_reference_may_be_the_base_by_another_path(published, monkeypatch):
+    """Then there is none: the policy without its adapters is it."""
+    ours = published("llada")
+    monkeypatch.chdir(ours.parent)
+    assert frozen_reference(None, ours.name, "policy", ours, 2, "cpu") is None
+
+
+def test_a_tiny_model_needs_no_other_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = succeed(run_here(
+        "train_grpo.py", "--init_from=tiny", "--max_steps=1", "--prompts=2", "--group_size=2",
+        "--eval_prompts=2", "--eval_interval=0", "--max_new_tokens=2", "--threads=1",
+        "--device=cpu", "--dtype=float32", "--sample_tokens=0", f"--out_dir={tmp_path}"))
+    assert SOLVE_RATE.fullmatch(result.out.splitlines()[-1])
 
 
 def test_plan_says_what_a_step_takes():

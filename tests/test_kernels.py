@@ -85,7 +85,7 @@ def test_a_mask_without_large_holes_is_no_tiles():
 
 
 @pytest.mark.parametrize("V", [7, 512, 1300])
-def test_fast_drawing_equals_plain_drawing(V):
+def test_fast_drawing_equals_plain_drawing(V, monkeypatch):
     draw = torch.Generator().manual_seed(V)
     logits = 3 * torch.randn(200, V, generator=draw)
     uniform = torch.rand(200, generator=draw, dtype=torch.float64)
@@ -95,6 +95,8 @@ def test_fast_drawing_equals_plain_drawing(V):
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     ends = kernels.sample_tokens(logits[:2], 1.0, edges)
     assert ends[0] == 0 and (ends < V).all()
+    monkeypatch.setattr(kernels, "PLAIN", True)
+    assert torch.equal(kernels.sample_tokens(logits, temperature, uniform), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -93,6 +93,8 @@ def test_when_a_run_goes_on(tmp_path, monkeypatch):
     assert not resumes(False, tmp_path)                 # killed before the first checkpoint
     (tmp_path / "train_state").mkdir()
     assert resumes(False, tmp_path)
+    (tmp_path / "train_state").rename(tmp_path / "train_state.old")
+    assert resumes(False, tmp_path)                     # killed between two renames
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert not resumes(False, tmp_path)
 

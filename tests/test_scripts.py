@@ -67,7 +67,7 @@ def test_a_mistake_on_the_command_line_is_one_line(script, argument, words):
 
 # What no script takes, whatever it does.
 IMPOSSIBLE = [
-    ("--device=tpu", "device must be auto, cpu, mps or cuda, got 'tpu'"),
+    ("--device=tpu", "device must be auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
     ("--dtype=float16", "dtype must be auto, float32 or bfloat16, got 'float16'"),
     ("--threads=-1", "threads must be between 0 (torch's choice) and 1024, got -1"),
 ]
@@ -125,7 +125,8 @@ MISTAKES = {
         ("--init_from=LLADA", "is no BERT, RoBERTa or ModernBERT", "llada"),
         ("--init_from=BERT --seq_len=97", "positions for 96 tokens", "--seq_len=96"),
         ("--init_from=nowhere/at-all", "nowhere/at-all"),
-        ("--padding=none", "padding must be eos or hidden"),
+        ("--padding=none", "padding must be one of eos, hidden, got 'none'"),
+        ("--epochs=inf", "epochs must be finite, got inf"),
         ("--init_from=BERT --seq_len=8", "fill the context of 8 tokens"),
         ("--learning_rate=-1", "must be positive"),
         ("--dataset=FOLDER/broken.jsonl", "broken.jsonl, line 2 is not JSON"),
@@ -136,6 +137,8 @@ MISTAKES = {
         ("--init_from=BERT", "sees in both directions already (bert)", "convert_bert.py"),
         ("--init_from=tiny:bert", "convert_bert.py"),
         ("--init_from=tiny:gpt5", "no family called 'gpt5'"),
+        ("--padding=none", "padding must be one of eos, hidden, got 'none'"),
+        ("--epochs=inf", "epochs must be finite, got inf"),
         ("--objective=bd3lm --block_length=7", "block_length 7 does not divide seq_len 96"),
         ("--objective=bd3lm --padding=hidden", "padding=hidden"),
         ("--block_schedule=1,4", "block_schedule is for objective bd3lm"),
@@ -149,8 +152,12 @@ MISTAKES = {
         ("--dataset=alpakka[train:5]", "alpakka"),
     ],
     "finetune_llada.py": [
+        ("--plan=True --dtype=fp32", "dtype must be auto, float32 or bfloat16, got 'fp32'"),
+        ("--plan=True --ranks=8 --replicas=3", "replicas must divide the 8 processes, got 3"),
         ("--plan=True --init_from=QWEN3", "is an autoregressive model (qwen3)", "convert_ar.py"),
         ("--warmup=2", "warmup must be between 0 and 1, got 2.0"),
+        ("--padding=none", "padding must be one of eos, hidden, got 'none'"),
+        ("--epochs=inf", "epochs must be finite, got inf"),
         ("--base_bits=3", "base_bits must be 16 (the base as dtype says) or 4 (NF4), got 3"),
         ("--replicas=3", "replicas must divide the 1 processes, got 3"),
         ("--cart=2", "cart must be between 0 and 1, got 2.0"),
@@ -177,11 +184,18 @@ MISTAKES = {
         ("--time_features=7", "time_features are pairs of a sine and a cosine"),
         ("--max_damage=0", "max_damage must be at least 1, got 0"),
         ("--max_steps=0 --max_minutes=0", "max_steps and max_minutes are both 0"),
+        ("--dataset=sudoku4 --tokenizer=bpe", "the tokenizer of sudoku4 has no token to"),
         ("--dataset=FOLDER/robot.jsonl", "holds conversations, and this recipe learns from whole"),
         ("--init_from=QWEN3", "a qwen3 model that reads from left to right cannot edit"),
         ("--init_from=LLADA --seq_len=64", "texts grow to twice seq_len 64: take --seq_len=48"),
+        ("--init_from=BERT --seq_len=48 --max_damage=49",
+         "has positions for 96 tokens, and damaged texts grow to 97: take --max_damage=48"),
+        ("--source=masks --num_masks=32",
+         "num_masks 32 and the token before them do not fit into the context of 32"),
+        ("--init_from=tiny:qwen3", "a qwen3 model that reads from left to right cannot edit"),
     ],
     "train_grpo.py": [
+        ("--plan=True --dtype=fp32", "dtype must be auto, float32 or bfloat16, got 'fp32'"),
         ("--warmup=2", "warmup must be between 0 and 1, got 2.0"),
         ("--estimator=exact", "estimator must be one of diffu, coupled, trace, bound"),
         ("--objective=spg", "--estimator=bound"),
@@ -346,6 +360,21 @@ def test_a_mistake_is_one_line(script, arguments, words, small, checkpoint, fold
     assert refused(result, *words)
     left = tmp_path / "out"
     assert not left.exists() or not list(left.iterdir())
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_what_does_not_say_when_to_stop_is_named(script, small, tmp_path, monkeypatch):
+    """A run that ends for another reason: an impossible device, told after the notes."""
+    start, notes = small(script, tmp_path / "out", "--device=tpu", "--max_minutes=1"), []
+    if "\nepochs = " in (ROOT / script).read_text():
+        start.append("--epochs=2")
+        notes = ["epochs has no effect with max_steps 6 and max_minutes 1.0"]
+    monkeypatch.chdir(ROOT)
+    lines = run_here(*start).err.splitlines()
+    assert lines[:-1] == [f"note: {note}" for note in (
+        "max_minutes has no effect with max_steps 6", *notes)]
+    lines = run_here(*start, "--max_steps=0").err.splitlines()
+    assert lines[:-1] == [f"note: {note.replace('6', '0')}" for note in notes]
 
 
 # --------------------------------------------------------------------------------------------------

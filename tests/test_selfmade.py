@@ -119,6 +119,19 @@ def test_answers_are_kept_and_go_on(few, teacher, tmp_path, monkeypatch):
     assert alone == {prompts()[4]: answers[prompts()[4]]}       # whoever else is asked
 
 
+def test_another_models_answers_are_in_another_file(few, tmp_path):
+    """Models that differ behind the first megabyte only, as a base and what LoRA made of it do; and
+    small ones in a single byte."""
+    folder, found = tmp_path / "teacher", set()
+    folder.mkdir()
+    request = Request(str(folder))
+    for size, start in ((2**24, 2**24), (2**24, 2**20), (2**21, 2**21), (2**21, 2**21 - 1)):
+        (folder / "model.safetensors").write_bytes(bytes(start) + b"x" * (size - start))
+        assert answers_file(request, tmp_path) == answers_file(request, tmp_path)
+        found.add(answers_file(request, tmp_path))
+    assert len(found) == 4
+
+
 def test_a_data_set_of_them(few, teacher, tmp_path):
     name = f"selfmade:{teacher}?temperature=1.0&seed=1&tokens=24"
     text = Tokenizer.from_pretrained(teacher)

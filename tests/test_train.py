@@ -436,6 +436,7 @@ def test_a_run_that_was_replaced_is_not_resumed(tiny, tmp_path):
     """Killed or broken before its first checkpoint, the new run has nothing to resume: least of all
     the old one."""
     train(*tiny(tmp_path))
+    (tmp_path / "train_state.old").mkdir()      # nor one with --fsdp, killed between two renames
     result = run(SCRIPT, *tiny(tmp_path, "--seed=7", "--learning_rate=inf", "--muon_lr=inf"))
     assert (
         result.status == 1

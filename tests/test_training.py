@@ -211,12 +211,31 @@ def test_make_folder(tmp_path):
     assert not errors
 
 
+def test_a_folder_in_the_home_of_who_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert make_folder("~/runs/a") == tmp_path / "home" / "runs" / "a"
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_a_state_of_another_model_is_refused(tmp_path):
     model, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)
     save_training(tmp_path, model, [], {"settings": {}, "step": 1})
     assert load_training(tmp_path, torch.nn.Linear(2, 3), [], {})["step"] == 1
     with pytest.raises(ValueError, match="holds another model than these settings make"):
         load_training(tmp_path, other, [], {})
+
+
+def test_a_state_of_the_other_kind_is_named(tmp_path):
+    """Nothing is said of a run that could begin anew: it would delete this one."""
+    sharded, whole = tmp_path / "sharded", tmp_path / "whole"
+    (sharded / "train_state.old").mkdir(parents=True)
+    with pytest.raises(ValueError, match="was written with --fsdp, by several processes: resume"):
+        load_training(sharded, None, [], {})
+    whole.mkdir()
+    (whole / "train_state.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="was written without --fsdp, or by one process: resume"):
+        load_training(whole, None, [], {}, sharded=True)
 
 
 # ---------------------------------------------------------------- log

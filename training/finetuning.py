@@ -24,8 +24,12 @@ def check_settings(settings):
         positive=["learning_rate", "epochs"],
         not_negative=["lora_rank", "cap_weight", "weight_decay", "grad_clip", "max_steps",
                       "max_minutes", "eval_interval", "sample_tokens", "ranks", "memory_gb"],
-        shares=["warmup"], below_1=["beta2"],
+        shares=["warmup"], below_1=["beta2"], finite=["epochs"], padding=["eos", "hidden"],
         block_weights=["mean", "bound"], decay=["linear", "cosine"])
+    max_steps, max_minutes = settings["max_steps"], settings["max_minutes"]
+    common.note_without_effect(f"max_steps {max_steps}", max_minutes=max_steps == 0)
+    common.note_without_effect(f"max_steps {max_steps} and max_minutes {max_minutes}",
+                               epochs=not (max_steps or max_minutes))
     base_bits, cart = settings["base_bits"], settings["cart"]
     t_low, t_high = settings["t_low"], settings["t_high"]
     if base_bits not in (4, 16):
@@ -41,12 +45,16 @@ def check_settings(settings):
                          f"{t_low} and {t_high}")
 
 
+def check_replicas(replicas, world_size):
+    """ValueError where so many copies of a model do not divide the processes."""
+    if world_size % replicas:
+        raise ValueError(f"replicas must divide the {world_size} processes, got {replicas}")
+
+
 def check_processes(settings, world_size):
     """ValueError where the work cannot be spread over so many processes as finetune_llada.py is
     told; FileNotFoundError or the like if a package for 4 bits is missing."""
-    replicas = settings["replicas"]
-    if world_size % replicas:
-        raise ValueError(f"replicas must divide the {world_size} processes, got {replicas}")
+    check_replicas(settings["replicas"], world_size)
     if settings["base_bits"] == 4:
         nf4.library()
         if settings["fsdp"] and world_size > 1:

@@ -39,7 +39,7 @@ class Log:
         if self.wandb is not None:
             self.wandb.log(row, step=row["step"])
 
-    def plot(self, path, ylabel="nats per token"):
+    def plot(self, path):
         """Draw training loss and validation bound over minutes, where matplotlib is installed."""
         try:
             from matplotlib.figure import Figure  # no pyplot: no global state, no display
@@ -53,7 +53,7 @@ class Log:
             rows = [row for row in self.rows if math.isfinite(row.get(key) or math.nan)]
             minutes = [row["elapsed_s"] / 60 for row in rows]
             axes.plot(minutes, [row[key] for row in rows], label=label, **style)
-        axes.set(xlabel="minutes", ylabel=ylabel)
+        axes.set(xlabel="minutes", ylabel="nats per token")
         axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=120)

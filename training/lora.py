@@ -145,13 +145,13 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
 
     Works on a model without memory (the meta device) too. The adapters are zero: `init_lora` makes
     them ready to learn. Raises ValueError for an unknown target, a rank beyond a matrix, a dropout
-    outside [0, 1), or a model that has an adapter already.
+    outside [0, 1), a model that has none of the targets, or an adapter already.
     """
     names = [name.strip() for name in targets.split(",")]
     for name in names:
         if name not in TARGETS:
             raise ValueError(f"lora_targets is a list of {', '.join(TARGETS)}, got {name!r}")
-    if not 0 <= dropout < 1 or alpha <= 0:
+    if not 0 <= dropout < 1 or not alpha > 0:
         raise ValueError(f"lora_dropout must be in [0, 1) and lora_alpha positive, got {dropout} "
                          f"and {alpha}")
     refuse_second(model)
@@ -171,6 +171,9 @@ def add_lora(model, rank, alpha, dropout=0.0, targets="q,k,v,o,gate,up,down"):
                                      f"{out_features} x {in_features}: from 0 to {largest} is "
                                      "possible")
                 replace_module(model, place, adapted(matrices[place], rank, alpha, dropout))
+    if not lora_layers(model):
+        raise ValueError(f"lora_targets {targets} name no matrix of a {model.config.family} model: "
+                         f"choose others of {', '.join(TARGETS)}")
     return model
 
 
@@ -275,10 +278,10 @@ def holds_a_run(folder):
 def name_of_base(init_from, base, folder):
     """How an adapter in `folder` names the checkpoint `base` that it belongs to, which `init_from`
     led to: "base", the run's own folder, which moves with it; an absolute path for any other local
-    folder; else the hub id."""
+    folder or GGUF file; else the hub id."""
     if Path(base) == Path(folder) / "base":
         return "base"
-    if Path(init_from).expanduser().is_dir():
+    if Path(init_from).expanduser().exists():
         return str(Path(base).resolve())
     return init_from
 
@@ -312,7 +315,8 @@ def save_adapter(model, folder, base, state=None):
 
     state: the model's tensors by name where the model itself holds but a part of them (FSDP2).
     """
-    folder, layers, tensors, ranks = Path(folder), lora_layers(model), {}, {}
+    folder, layers = Path(folder).expanduser(), lora_layers(model)
+    tensors, ranks = {}, {}
     state = state or model.state_dict()
     layer = next(iter(layers.values()))
     for theirs, place in published_modules(model).items():

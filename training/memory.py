@@ -16,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import rank_and_size
+from common import matrix_dtype, rank_and_size
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
 from pretrained.config import read_config
 from pretrained.hub import find_checkpoint
 from pretrained.tensors import put_rows
 from pretrained.tiny import tiny_config
-from training.finetuning import check_kind
+from training.finetuning import check_kind, check_replicas
 from training.lora import add_lora
 from training.nf4 import is_packed, packed_bytes
 
@@ -203,12 +203,12 @@ NOTES = {
 def report(settings):
     """finetune_llada.py's settings -> the Plan as a table, and whether it fits the GPU."""
     s, name = settings, settings["init_from"]
-    config = find_config(name, s)
-    dtype = torch.float32 if s["dtype"] == "float32" else torch.bfloat16
-    ranks = (s["ranks"] or rank_and_size()[1]) if s["fsdp"] else 1
-    ranks = max(1, ranks // s["replicas"])
-    if s["base_bits"] == 4:
-        ranks = 1                       # each process has all of a 4-bit base
+    config, dtype = find_config(name, s), planned_dtype(s["dtype"])
+    processes = s["ranks"] or rank_and_size()[1]
+    check_replicas(s["replicas"], processes)
+    ranks = processes // s["replicas"]
+    if s["base_bits"] == 4 or not s["fsdp"]:
+        ranks = 1                       # each process has all of it
     seq_len = min(s["seq_len"], config.max_len)
     plan = plan_memory(config, seq_len, s["batch_size"], s["lora_rank"], s["lora_targets"], dtype,
                        s["checkpointing"], ranks, s["base_bits"])
@@ -235,7 +235,7 @@ def report_of_rewards(settings):
     views["trace"] = -(-(s["steps"] or s["max_new_tokens"]) // s["trace_together"])
     sequences = max(s["batch_size"], views[s["estimator"]])
     name, config = s["init_from"], find_config(s["init_from"], s | {"vocab_size": 260})
-    dtype = torch.float32 if s["dtype"] == "float32" else torch.bfloat16
+    dtype = planned_dtype(s["dtype"])
     seq_len = min(s["seq_len"], config.max_len)
     plan = plan_memory(config, seq_len, sequences, s["lora_rank"], s["lora_targets"], dtype,
                        s["checkpointing"])
@@ -254,6 +254,14 @@ def report_of_rewards(settings):
     plan.peak += logits + frozen
     return "\n".join([*lines, f"  {'peak':12}{plan.peak / 1e9:9.3f}   {NOTES['peak']}",
                       verdict(plan, s["memory_gb"])])
+
+
+def planned_dtype(name):
+    """torch.float32 or torch.bfloat16 for a recipe's dtype; "auto" is bfloat16, for the plan is for
+    a GPU, whatever this machine is. Raises ValueError."""
+    if name == "auto":
+        return torch.bfloat16
+    return matrix_dtype("cpu", name)
 
 
 def verdict(plan, memory_gb):

@@ -29,6 +29,7 @@ def write_merged(folder, target):
     autoregressive model.
     """
     check_target("merge", target, folder)
+    target = Path(target).expanduser()
     model = load(folder)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(folder))
     if model.config.family == "unmask":

@@ -1,6 +1,7 @@
 """What surrounds reinforcement learning and is no lesson: the Run, whose log has rewards where
 others have bounds; mistakes found before hours of work; the reference."""
 import copy
+from pathlib import Path
 
 import torch
 
@@ -111,6 +112,8 @@ def check_settings(settings):
         raise ValueError(f"reward_seconds must be at most 1e6, got {settings['reward_seconds']}")
     if not (settings["max_steps"] or settings["max_minutes"]):
         raise ValueError("max_steps and max_minutes are both 0: say when to stop")
+    common.note_without_effect(f"max_steps {settings['max_steps']}",
+                               max_minutes=settings["max_steps"] == 0)
     if settings["reference"] and not settings["beta"]:
         raise ValueError("reference is what the KL is measured from, and beta=0 has none: set beta")
     estimator, objective = settings["estimator"], settings["objective"]
@@ -129,7 +132,8 @@ def frozen_reference(model, reference, init_from, base, lora_rank, device):
     """The policy as it began, or its checkpoint `reference`, as a model of its own; None with
     adapters, for the policy without them is its base. ValueError for a checkpoint that is none of
     the policy's."""
-    if lora_rank and reference and model_folder(reference) != base:
+    is_base = not reference or Path(model_folder(reference)).resolve() == Path(base).resolve()
+    if lora_rank and not is_base:
         raise ValueError(f"reference={reference} is not the policy's base: adapters belong to "
                          f"{init_from}; leave it away, or train everything with --lora_rank=0")
     if lora_rank:

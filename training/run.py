@@ -24,7 +24,14 @@ from tqdm import tqdm
 import common
 from training.files import save_model
 from training.log import Clock, Log, Progress
-from training.state import check_finite, has_state, load_training, make_folder, save_training
+from training.state import (
+    SHARDED,
+    check_finite,
+    has_state,
+    load_training,
+    make_folder,
+    save_training,
+)
 
 
 class Run:
@@ -51,7 +58,8 @@ class Run:
             self.say(f"replacing the run in {self.folder} (--resume=True would have continued it)")
             # Or, killed before its first checkpoint, this run would resume as that one.
             (self.folder / "train_state.pt").unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "train_state", ignore_errors=True)
+            for name in SHARDED:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         common.barrier()
         self.clock = Clock(elapsed)
         self.sums = torch.zeros(3, device=device)       # of a step: nats, their tokens, the loss

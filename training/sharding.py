@@ -28,7 +28,7 @@ from training.files import check_match
 
 def shard(model, device, dtype=torch.float32, replicas=1):
     """Spread the parameters of a Transformer over all processes, in place (FSDP2; ZeRO-3,
-    Rajbhandari et al. 2020, 1910.02054). Returns it. ValueError if `replicas` does not divide them.
+    Rajbhandari et al. 2020, 1910.02054). Returns it.
 
     Each process keeps 1/n of the rows of every parameter, its gradient and optimizer state; a
     block's parameters are gathered, in `dtype`, when the block runs, and freed after it.
@@ -36,8 +36,8 @@ def shard(model, device, dtype=torch.float32, replicas=1):
     the meta device: pretrained.load.fill then reads only the rows that belong here.
 
     replicas: so many copies of the model, each spread over the processes of a node or several
-    (HSDP). Parameters are then gathered within a copy only; between copies go the gradients of what
-    a process keeps.
+    (HSDP); they divide the processes. Parameters are then gathered within a copy only; between
+    copies go the gradients of what a process keeps.
     """
     mesh = make_mesh(device.type, dist.get_world_size(), replicas)
     # Inputs are left alone: the angles of RoPE and the weights of the loss must stay float32.
@@ -54,8 +54,6 @@ def shard(model, device, dtype=torch.float32, replicas=1):
 def make_mesh(device_type, world_size, replicas):
     """The processes in a row, or in a table of copies and shards. Processes of a node stand after
     each other: a copy is one node, or some."""
-    if world_size % replicas:
-        raise ValueError(f"replicas must divide the {world_size} processes, got {replicas}")
     if replicas == 1:
         return init_device_mesh(device_type, (world_size,))
     return init_device_mesh(device_type, (replicas, world_size // replicas),

@@ -14,7 +14,7 @@ def make_folder(out_dir):
     """Create out_dir and see that it can be written to, before hours of work depend on it."""
     if not str(out_dir).strip():
         raise ValueError("out_dir is empty: choose a folder with --out_dir=...")
-    folder = Path(out_dir)
+    folder = Path(out_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").write_text("")
@@ -25,9 +25,13 @@ def make_folder(out_dir):
     return folder
 
 
-def has_state(folder):
+WHOLE = ("train_state.pt",)
+SHARDED = ("train_state", "train_state.old")    # the other, if a kill came between two renames
+
+
+def has_state(folder, names=WHOLE + SHARDED):
     """Whether a run in this folder got as far as a checkpoint."""
-    return any((Path(folder) / name).exists() for name in ("train_state", "train_state.pt"))
+    return any((Path(folder) / name).exists() for name in names)
 
 
 def resumes(resume, folder):
@@ -57,7 +61,13 @@ def save_training(folder, model, optimizers, record, sharded=False):
 
 def load_training(folder, model, optimizers, must_match, sharded=False):
     """The record of what `save_training` wrote, the rest read into model and optimizers. ValueError
-    if its "settings" differ in any item of `must_match`."""
+    if its "settings" differ in any item of `must_match`, or only the other kind of state is there.
+    """
+    own, other, way = WHOLE, SHARDED, "with --fsdp, by several processes"
+    if sharded:
+        own, other, way = SHARDED, WHOLE, "without --fsdp, or by one process"
+    if has_state(folder, other) and not has_state(folder, own):
+        raise ValueError(f"the run in {folder} was written {way}: resume it in that way")
     if sharded:
         from training.sharding import load_sharded
         return load_sharded(folder / "train_state", model, optimizers, must_match)
