@@ -439,8 +439,8 @@ def nelbo(model, tokens, num_samples=1, seed=0, batch_size=32, maskable=None,
         if attention_mask is not None:                  # no wider than the longest of these rows
             T = width_of(attention_mask[rows])
             shown = attention_mask[rows, :T]
-        nats = score(model, tokens[rows, :T], maskable[rows, :T], shown,
-                     *[part[rows, :T] for part in drawn[sample]])                       # [B, T]
+        own = [part[rows, :T] for part in drawn[sample]]            # [B, T], but u [B, 1]
+        nats = score(model, tokens[rows, :T], maskable[rows, :T], shown, *own)              # [B, T]
         return nats.sum(1).double().cpu()
 
     passes = [(sample, slice(first, first + batch_size))

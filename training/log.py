@@ -40,23 +40,30 @@ class Log:
             self.wandb.log(row, step=row["step"])
 
     def plot(self, path):
-        """Draw training loss and validation bound over minutes, where matplotlib is installed."""
-        try:
-            from matplotlib.figure import Figure  # no pyplot: no global state, no display
-        except ImportError:
-            return
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        curves = [("train_loss", "training loss", dict(alpha=0.4)),
-                  ("val_nelbo", "validation NELBO", dict(marker="o", ms=3))]
-        for key, label, style in curves:
-            rows = [row for row in self.rows if math.isfinite(row.get(key) or math.nan)]
-            minutes = [row["elapsed_s"] / 60 for row in rows]
-            axes.plot(minutes, [row[key] for row in rows], label=label, **style)
-        axes.set(xlabel="minutes", ylabel="nats per token")
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=120)
+        """Draw training loss and validation bound over minutes."""
+        curves = [("train_loss", "", "training loss", dict(alpha=0.4)),
+                  ("val_nelbo", "", "validation NELBO", dict(marker="o", ms=3))]
+        draw(path, self.rows, curves, "nats per token")
+
+
+def draw(path, rows, curves, ylabel):
+    """Numbers of a log's rows over minutes, to a file, where matplotlib is installed. curves: [(key
+    of the number, key of its standard error or "", label, style), ...]."""
+    try:
+        from matplotlib.figure import Figure  # no pyplot: no global state, no display
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, error, label, style in curves:
+        some = [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+        minutes = [row["elapsed_s"] / 60 for row in some]
+        errors = [row[error] for row in some] if error else None
+        axes.errorbar(minutes, [row[key] for row in some], errors, label=label, **style)
+    axes.set(xlabel="minutes", ylabel=ylabel)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    write_atomically(path, lambda name: figure.savefig(name, dpi=120, format="png"))
 
 
 def start_wandb(project, folder, settings):

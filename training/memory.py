@@ -204,9 +204,9 @@ def report(settings):
     """finetune_llada.py's settings -> the Plan as a table, and whether it fits the GPU."""
     s, name = settings, settings["init_from"]
     config, dtype = find_config(name, s), planned_dtype(s["dtype"])
-    processes = s["ranks"] or rank_and_size()[1]
-    check_replicas(s["replicas"], processes)
-    ranks = processes // s["replicas"]
+    world_size = s["ranks"] or rank_and_size()[1]
+    check_replicas(s["replicas"], world_size)
+    ranks = world_size // s["replicas"]
     if s["base_bits"] == 4 or not s["fsdp"]:
         ranks = 1                       # each process has all of it
     seq_len = min(s["seq_len"], config.max_len)

@@ -10,6 +10,7 @@ from data.tokenizer import Tokenizer
 from policy import ESTIMATORS, MEANS
 from pretrained.hub import model_folder
 from pretrained.load import fill, open_checkpoint
+from training.log import draw
 from training.run import Run
 
 
@@ -66,30 +67,11 @@ class RewardRun(Run):
         if self.main and self.stopped:
             print(f"stopped at step {self.step}; --resume=True goes on from here")
         elif self.main:
-            draw_rewards(self.log_file.rows, self.folder / "reward.png")
+            dots = dict(marker="o", ms=3)
+            curves = [("solve_rate", "solve_stderr", "held-out tasks solved", dots),
+                      ("reward", "", "reward of answers, training", dict(alpha=0.6))]
+            draw(self.folder / "reward.png", self.log_file.rows, curves, "reward, solve rate")
             print(self.result())
-
-
-def draw_rewards(rows, path):
-    """Reward of the answers that were learned from and held-out solve rate over minutes, where
-    matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    minutes = [row["elapsed_s"] / 60 for row in rows]
-    solved = [row["solve_rate"] for row in rows]
-    errors = [row["solve_stderr"] for row in rows]
-    axes.errorbar(minutes, solved, errors, marker="o", ms=3, label="held-out tasks solved")
-    trained = [row for row in rows if "reward" in row]
-    axes.plot([row["elapsed_s"] / 60 for row in trained], [row["reward"] for row in trained],
-              alpha=0.6, label="reward of answers, training")
-    axes.set(xlabel="minutes", ylabel="reward, solve rate")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    common.write_atomically(path, lambda name: figure.savefig(name, dpi=120, format="png"))
 
 
 def check_settings(settings):
