@@ -1,5 +1,8 @@
 """bench.py's measurements of a real model: SmolLM2-135M beside the same weights in transformers,
 and beside llama.cpp."""
+import contextlib
+import functools
+import itertools
 import json
 import subprocess
 import tempfile
@@ -16,7 +19,7 @@ from model import Config, Transformer
 from pretrained.hub import find_checkpoint
 from sampling.engine import generate
 
-PARTS = ("all", "sample", "thin", "step")
+PARTS = ("all", "sample", "thin", "step", "diffusion")
 CHECKPOINT = "smollm2"
 PROMPT = 64         # tokens
 T = 256             # of a training step
@@ -30,9 +33,9 @@ THIN = Config(family="llama", vocab_size=49152, dim=64, n_layers=30, n_heads=9, 
 
 def real(part="all", tokens="128", rounds="3", batch_sizes="1,8", dtype="float32", llama_bench=""):
     """SmolLM2-135M, 64 + 128 tokens greedily, batch 1 and 8, against transformers' generate; the
-    same of a thin model; a training step, T 256, against dLLM's loss there; `real
-    sample|thin|step`, --tokens=N, --rounds=N, --batch_sizes=1,8, --dtype=bfloat16,
-    --llama_bench=FILE for llama.cpp's own figures beside."""
+    same of a thin model; a training step, T 256, against dLLM's loss there; diffusion sampling in
+    bfloat16 against float32; `real sample|thin|step|diffusion`, --tokens=N, --rounds=N,
+    --batch_sizes=1,8, --dtype=bfloat16, --llama_bench=FILE for llama.cpp's own figures beside."""
     if part not in PARTS:
         raise ValueError(f"no part called {part!r}: there are {', '.join(PARTS)}")
     tokens, rounds, dtype = int(tokens), int(rounds), getattr(torch, dtype)
@@ -43,6 +46,10 @@ def real(part="all", tokens="128", rounds="3", batch_sizes="1,8", dtype="float32
         for size in sizes:
             sample_real("thin model", model, theirs, size, tokens, rounds)
     if part == "thin":
+        return
+    if part in ("all", "diffusion"):
+        diffusion_real(sizes, tokens, rounds)
+    if part == "diffusion":
         return
     model = Transformer.from_pretrained(CHECKPOINT, dtype=dtype).eval()
     model.config.set_ends([])                           # all write as many tokens
@@ -117,6 +124,31 @@ def print_llama(program, tokens, dtype):
     for row in json.loads(result.stdout):
         kind = "decoding" if row["n_gen"] else "prompt"
         print(f"llama.cpp, {row['model_type']}, {kind}: {row['avg_ts']:.2f} tokens/s", flush=True)
+
+
+def diffusion_real(sizes, tokens, rounds, tokens_per_pass=4):
+    """The weights as a diffusion model, whose texts mean nothing: its speed by precision."""
+    models = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Transformer.from_pretrained(CHECKPOINT, dtype=dtype).eval()
+        model.config.causal, model.config.shift, model.config.mask_token_id = False, True, MASK
+        model.config.set_ends([])
+        models[str(dtype).removeprefix("torch.")] = model
+    ways = {"masks, no cache": (0, None), "masks, cache prefix": (0, "prefix"),
+            "masks, cache dual": (0, "dual"), "blocks of 4": (4, "block")}
+    for (name, (block_length, cache)), size in itertools.product(ways.items(), sizes):
+        prompts, runs = real_tokens(size, PROMPT).tolist(), {}
+        with contextlib.ExitStack() as stack:
+            for precision, model in models.items():
+                model.config.block_length = block_length
+                stack.enter_context(packed(model))
+                runs[precision] = functools.partial(
+                    generate, model, prompts, tokens, tokens // tokens_per_pass, cache=cache)
+            times = interleaved(runs, rounds, warmup=1)
+        slow, fast = times["float32"].wall, times["bfloat16"].wall
+        print(f"diffusion, {name}, batch {size}, {PROMPT} + {tokens} tokens, {tokens_per_pass} a "
+              f"pass: float32 {size * tokens / slow:7.2f} tokens/s, bfloat16 "
+              f"{size * tokens / fast:7.2f}, {slow / fast:5.2f} x (goal 1)", flush=True)
 
 
 def step_real(model, theirs, dtype, rounds, batch_size=2):
