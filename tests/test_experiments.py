@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import command, succeed
+from safetensors.torch import load_file, save_file
 from scripts import run
 from tiny import publish, tiny_sampler
 
@@ -29,6 +30,7 @@ from experiments.bench_eval import choices_of
 from experiments.bench_sampling import compare_caches, published_loop
 from experiments.timing import interleaved
 from model import Config, Experts, Transformer
+from pretrained.load import load
 from sampling.engine import generate
 from sampling.sampler import Sampler
 
@@ -66,6 +68,20 @@ def test_a_recipe_that_fails_ends_the_experiment_with_its_own_line(tmp_path):
     assert result.status == 2
     assert result.err.startswith("error: ") and "nothing" in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+def test_an_encoder_without_a_head_has_a_random_twin(tmp_path):
+    folder = publish("bert", tmp_path / "encoder")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("cls.")}
+    save_file(kept, folder / "model.safetensors")
+    encoder.write_random_twin(str(folder), tmp_path / "twin")
+    ours = load(folder, fresh_head=True)
+    twin = Transformer.from_pretrained(tmp_path / "twin")
+    assert twin.config.n_layers == ours.config.n_layers and twin.head.weight is twin.embed.weight
+    tokens = torch.arange(6)[None]
+    assert not torch.allclose(twin(tokens), ours(tokens), atol=0.1)
+    assert twin(tokens).std() < 1
 
 
 def test_settings_of_runs_are_settings_of_the_recipes():
