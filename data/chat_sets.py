@@ -118,8 +118,13 @@ def gsm8k():
     """GSM8K, 7,473 questions of school mathematics, worked out: streamed"""
     for row in stream_rows("openai/gsm8k", name="main"):
         # The key of the task in tasks.py: what is held out there is held out here.
-        number = row["answer"].rpartition("####")[2].strip().replace(",", "")
-        yield f"{row['question']}\n{number}", exchange(row["question"], row["answer"])
+        key = f"{row['question']}\n{gsm8k_number(row)}"
+        yield key, exchange(row["question"], row["answer"])
+
+
+def gsm8k_number(row):
+    """The number that an answer of GSM8K ends with, after ####."""
+    return row["answer"].rpartition("####")[2].strip().replace(",", "")
 
 
 CHAT_SETS = {

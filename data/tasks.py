@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.chat_sets import enough_for_validation
+from data.chat_sets import enough_for_validation, gsm8k_number
 from data.files import VAL_FRACTION, hash_fraction
 from data.gym import PREFIX, Gym
 from data.hub import stream_rows
@@ -169,10 +169,7 @@ def gsm8k():
         reason = str(error).partition(": try again")[0]
         raise ConnectionError(f"{reason}: try again with a network, or take tales, sudoku6, "
                               "gym:NAME or a FILE.jsonl, which need none") from None
-    examples = []
-    for row in rows:
-        answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
-        examples.append(Example(row["question"], answer))
+    examples = [Example(row["question"], gsm8k_number(row)) for row in rows]
     return Rows("gsm8k", examples, VAL_FRACTION, Named(number, 1.0))
 
 

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from training.state import has_state
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -13,8 +15,7 @@ def run_recipe(script, folder, *arguments, quiet=False):
     One that fails has said why, and its exit status is ours (SystemExit).
     """
     command = [sys.executable, str(ROOT / script), f"--out_dir={folder}", *arguments]
-    states = ("train_state.pt", "train_state", "train_state.old")
-    if any(Path(folder, state).exists() for state in states):
+    if has_state(folder):
         command.append("--resume=True")
     output = subprocess.DEVNULL if quiet else None
     status = subprocess.run(command, stdout=output).returncode
